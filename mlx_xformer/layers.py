@@ -1,0 +1,127 @@
+"""Norms, LayerScale, feed-forward networks and convolutions, all channels-last.
+
+Axes: B batch, T time, F frequencies, C channels, O output channels, K kernel.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import kernels
+
+_SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics (see kernels.py)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis: eps inside the root, biased variance, weight and bias (E,)."""
+
+    def __init__(self, dims: int, eps: float = 1e-5):
+        super().__init__()
+        self.dims, self.eps = dims, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.dims <= _SEQUENTIAL:
+            return mx.fast.layer_norm(x, self.weight, self.bias, self.eps)
+        return kernels.normalize(x, self.weight, self.bias, axes=(), eps=self.eps)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation as PyTorch's, channels last: consecutive channels form a group, which is normalised
+    together with `axes` of the input (by default all but the first and the last)."""
+
+    def __init__(self, num_groups: int, dims: int, eps: float = 1e-5):
+        super().__init__()
+        if num_groups < 1 or dims % num_groups:
+            raise ValueError(f"num_groups must divide dims, {dims}, got {num_groups}")
+        self.num_groups, self.eps = num_groups, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
+        axes = tuple(range(1, x.ndim - 1)) if axes is None else axes
+        return kernels.normalize(
+            x, self.weight, self.bias, axes=axes, num_groups=self.num_groups, eps=self.eps
+        )
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch. Source: Touvron et al. 2021, arXiv 2103.17239."""
+
+    def __init__(self, dims: int, init: float = 1e-4):
+        super().__init__()
+        self.scale = mx.full((dims,), init)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x * self.scale
+
+
+class FeedForward(nn.Module):
+    """linear1, activation, linear2: (..., E) -> (..., hidden_dim) -> (..., E). Activation: "gelu" (exact),
+    "gelu_tanh" or "relu"."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, activation: str = "gelu", bias: bool = True):
+        super().__init__()
+        if activation not in kernels.ACTIVATIONS:
+            known = ", ".join(kernels.ACTIVATIONS)
+            raise ValueError(f"activation must be one of {known}, got {activation!r}")
+        self.activation = activation
+        self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias)
+        self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear2(kernels.ACTIVATIONS[self.activation](self.linear1(x)))
+
+
+class DilatedConv1d(nn.Module):
+    """Dilated convolution along axis 1 of (B, T, ..., C) that keeps T: one product to K * O columns, then the K
+    columns are shifted and added. weight (O, K, C), odd K."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.dilation = dilation
+        self.weight = mx.random.uniform(-1, 1, (out_channels, kernel_size, in_channels)) * (
+            (in_channels * kernel_size) ** -0.5
+        )
+        self.bias = mx.zeros((out_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        O, K, C = self.weight.shape
+        T = x.shape[1]
+        columns = x @ self.weight.transpose(2, 1, 0).reshape(C, K * O)  # (B, T, ..., K * O), tap-major
+        reach = K // 2 * self.dilation
+        columns = mx.pad(columns, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
+        taps = mx.split(columns, K, axis=-1)
+        out = self.bias
+        for i, tap in enumerate(taps):
+            out = out + tap[:, i * self.dilation : i * self.dilation + T]
+        return out
+
+
+class ConvTranspose1d(nn.Module):
+    """Transposed convolution (B, L, C) -> (B, (L - 1) * stride + K, O), without padding: one product to K * O
+    columns, whose stretches of `stride` samples overlap and are added. weight (O, K, C)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.weight = mx.random.uniform(-1, 1, (out_channels, kernel_size, in_channels)) * (
+            (in_channels * kernel_size) ** -0.5
+        )
+        self.bias = mx.zeros((out_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        O, K, C = self.weight.shape
+        B, L, _ = x.shape
+        phases = -(-K // self.stride)
+        weight = mx.pad(self.weight, [(0, 0), (0, phases * self.stride - K), (0, 0)])
+        columns = x @ weight.transpose(2, 1, 0).reshape(C, -1)  # (B, L, phases * stride * O)
+        columns = columns.reshape(B, L, phases, self.stride * O)
+        # Stretch p of frame l lands on output stretch l + p.
+        out = kernels.overlap_add(columns.swapaxes(1, 2))  # (B, L + phases - 1, stride * O)
+        out = out.reshape(B, -1, O)[:, : (L - 1) * self.stride + K]
+        return out + self.bias

@@ -1,0 +1,252 @@
+"""HTDemucs, the hybrid transformer Demucs (Rouard et al. 2022, arXiv 2211.08553), and bags of several.
+
+Source: demucs/htdemucs.py of demucs 4.1.0. Axes: B batch, S sources, C audio channels, N samples, T frames,
+F frequencies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ... import kernels
+from ...spectral import istft, reflect_pad, stft
+from .config import HTDemucsConfig, Segment, levels
+from .layers import DecoderLayer, EncoderLayer
+from .transformer import CrossTransformer
+
+_EPS = 1e-5
+
+
+class InferenceMode(Enum):
+    """FULL is HTDemucs. TIME_ONLY runs the waveform encoder and decoder alone, past transformer and spectrogram: a
+    different and worse estimate that a checkpoint was not trained for, of use to look into a model."""
+
+    FULL = "full"
+    TIME_ONLY = "time_only"
+
+
+class HTDemucs(nn.Module):
+    """Separates (B, C, N) into (B, S, C, N). N is at most config.segment_samples (unless use_train_segment is off);
+    shorter input is extended with zeros, and the model runs on the full segment."""
+
+    def __init__(self, config: HTDemucsConfig):
+        super().__init__()
+        self.config = config
+        plan = levels(config)
+        waveform = [level for level in plan if level.freq]
+        self.encoder = [EncoderLayer(config, level, time_branch=False) for level in plan]
+        self.tencoder = [EncoderLayer(config, level, time_branch=True) for level in waveform]
+        self.decoder = [DecoderLayer(config, level, time_branch=False) for level in reversed(plan)]
+        self.tdecoder = [DecoderLayer(config, level, time_branch=True) for level in reversed(waveform)]
+        if config.freq_emb:
+            freqs = config.nfft // 2
+            freqs = 1 if freqs <= config.kernel_size else freqs // config.stride
+            self.freq_emb = nn.Embedding(freqs, plan[0].freq_channels[1])
+        inner, outer = config.bottom_channels, config.bottleneck_channels
+        if inner:
+            self.channel_upsampler = nn.Linear(outer, inner)
+            self.channel_downsampler = nn.Linear(inner, outer)
+            self.channel_upsampler_t = nn.Linear(outer, inner)
+            self.channel_downsampler_t = nn.Linear(inner, outer)
+        if config.t_layers:
+            self.crosstransformer = CrossTransformer(config)
+
+    def __call__(
+        self,
+        mix: mx.array,
+        *,
+        position_shift: int | Sequence[int] = 0,
+        mode: InferenceMode = InferenceMode.FULL,
+        taps: dict[str, mx.array] | None = None,
+    ) -> mx.array:
+        """mix (B, C, N) at config.samplerate -> (B, S, C, N). `position_shift`: see CrossTransformer. A dict given
+        as `taps` receives the output of every layer under its parameter name."""
+        length = self._check(mix)
+        padded = mix
+        if self.config.use_train_segment:
+            padded = mx.pad(mix, [(0, 0), (0, 0), (0, self.config.segment_samples - length)])
+        taps = {} if taps is None else taps
+        xt, mean_t, std_t = _standardized(padded.swapaxes(1, 2), (1, 2))  # (B, N, C)
+        if mode is InferenceMode.TIME_ONLY:
+            out = self._time_only(xt) * std_t + mean_t
+        else:
+            spectrogram = self._spectrogram(padded)
+            x, mean, std = _standardized(spectrogram, (1, 2, 3))
+            taps["spectrogram"] = spectrogram
+            x, xt = self._run(x, xt, position_shift, taps)
+            waves = self._waves(x * std + mean, padded.shape[-1])
+            out = xt * std_t + mean_t + waves
+        return mx.unflatten(out.swapaxes(1, 2), 1, (len(self.config.sources), mix.shape[1]))[..., :length]
+
+    def _check(self, mix: mx.array) -> int:
+        if mix.ndim != 3 or mix.shape[1] != self.config.audio_channels:
+            raise ValueError(f"mix must be (batch, {self.config.audio_channels}, samples), got {mix.shape}")
+        length = mix.shape[-1]
+        longest = self.config.segment_samples if self.config.use_train_segment else math.inf
+        if not 1 <= length <= longest:
+            raise ValueError(f"mix must have 1 to {longest} samples, got {length}")
+        return length
+
+    def _run(
+        self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int], taps: dict[str, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        """Both branches through encoders, transformer and decoders: x (B, T, F, 2C), xt (B, N, C) ->
+        (B, T, F, S * 2C), (B, N, S * C)."""
+        skips, skips_t, lengths, lengths_t = [], [], [], []
+        for index, encode in enumerate(self.encoder):
+            lengths.append(x.shape[1])
+            inject = None
+            if index < len(self.tencoder):
+                lengths_t.append(xt.shape[1])
+                encode_t = self.tencoder[index]
+                xt = taps[f"tencoder.{index}"] = encode_t(xt)
+                if encode_t.bare:
+                    inject = xt
+                else:
+                    skips_t.append(xt)
+            x = taps[f"encoder.{index}"] = encode(x, inject)
+            if index == 0 and self.config.freq_emb:
+                x = x + self.freq_emb.weight * (self.config.emb_scale * self.config.freq_emb)
+            skips.append(x)
+        if self.config.t_layers:
+            x, xt = self._transform(x, xt, position_shift, taps)
+        merged = len(self.decoder) - len(self.tdecoder)
+        for index, decode in enumerate(self.decoder):
+            x, before = decode(x, skips.pop(), lengths.pop())
+            taps[f"decoder.{index}"] = x
+            if index >= merged:
+                decode_t = self.tdecoder[index - merged]
+                if decode_t.bare:
+                    xt, _ = decode_t(before[:, :, 0], None, lengths_t.pop())
+                else:
+                    xt, _ = decode_t(xt, skips_t.pop(), lengths_t.pop())
+                taps[f"tdecoder.{index - merged}"] = xt
+        return x, xt
+
+    def _transform(
+        self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int], taps: dict[str, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        if self.config.bottom_channels:
+            x = taps["channel_upsampler"] = self.channel_upsampler(x)
+            xt = taps["channel_upsampler_t"] = self.channel_upsampler_t(xt)
+        x, xt = self.crosstransformer(x, xt, position_shift)
+        taps["crosstransformer"], taps["crosstransformer_t"] = x, xt
+        if self.config.bottom_channels:
+            x = taps["channel_downsampler"] = self.channel_downsampler(x)
+            xt = taps["channel_downsampler_t"] = self.channel_downsampler_t(xt)
+        return x, xt
+
+    def _time_only(self, xt: mx.array) -> mx.array:
+        if self.tencoder[-1].bare:
+            raise ValueError("mode must be FULL for a model whose branches merge, got TIME_ONLY")
+        skips, lengths = [], []
+        for encode in self.tencoder:
+            lengths.append(xt.shape[1])
+            xt = encode(xt)
+            skips.append(xt)
+        for decode in self.tdecoder:
+            xt, _ = decode(xt, skips.pop(), lengths.pop())
+        return xt
+
+    def _spectrogram(self, mix: mx.array) -> mx.array:
+        """(B, C, N) -> (B, T, F, 2C) with T = ceil(N / hop) and F = nfft / 2, channels L.re L.im R.re R.im."""
+        nfft, hop = self.config.nfft, self.config.nfft // 4
+        frames = math.ceil(mix.shape[-1] / hop)
+        pad = hop // 2 * 3
+        mix = reflect_pad(mix, pad, pad + frames * hop - mix.shape[-1])
+        z = stft(mix, n_fft=nfft, hop_length=hop, center=False)[..., :-1]  # no Nyquist
+        parts = mx.stack([mx.real(z), mx.imag(z)], axis=2)  # (B, C, 2, T, F)
+        return mx.flatten(parts, 1, 2).transpose(0, 2, 3, 1)
+
+    def _waves(self, x: mx.array, length: int) -> mx.array:
+        """(B, T, F, S * 2C) -> (B, length, S * C), the inverse of _spectrogram for every source."""
+        nfft, hop = self.config.nfft, self.config.nfft // 4
+        parts = mx.unflatten(x.transpose(0, 3, 1, 2), 1, (-1, 2))  # (B, S * C, 2, T, F)
+        z = parts[:, :, 0] + 1j * parts[:, :, 1]
+        z = mx.pad(z, [(0, 0), (0, 0), (2, 2), (0, 1)])
+        pad = hop // 2 * 3
+        whole = hop * math.ceil(length / hop) + 2 * pad
+        waves = istft(z, n_fft=nfft, hop_length=hop, length=whole)
+        return waves[..., pad : pad + length].swapaxes(1, 2)
+
+
+def _standardized(x: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.array, mx.array]:
+    """(x - mean) / (eps + std), mean and std over `axes`; the deviation is the unbiased one."""
+    count = math.prod(x.shape[axis] for axis in axes)
+    mean, var = kernels.mean_var(x, axes)
+    std = mx.sqrt(var * (count / (count - 1)))
+    return (x - mean) / (_EPS + std), mean, std
+
+
+@dataclass(frozen=True)
+class BagConfig:
+    """Several HTDemucs over the same sources. `weights[m][s]` weighs source s of member m (all 1 without);
+    `segment`, in seconds, shortens the members' own."""
+
+    members: tuple[HTDemucsConfig, ...]
+    weights: tuple[tuple[float, ...], ...] | None = None
+    segment: Segment | None = None
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("members must be one or more models, got none")
+        first = self.members[0]
+        for member in self.members[1:]:
+            for name in ("sources", "samplerate", "audio_channels"):
+                if getattr(member, name) != getattr(first, name):
+                    raise ValueError(
+                        f"{name} must be the same in every member, {getattr(first, name)}, "
+                        f"got {getattr(member, name)}"
+                    )
+        if self.weights is None:
+            return
+        shape = (len(self.members), len(first.sources))
+        if len(self.weights) != shape[0] or any(len(row) != shape[1] for row in self.weights):
+            raise ValueError(f"weights must be {shape[0]} rows of {shape[1]} numbers, got {self.weights}")
+        for name, column in zip(first.sources, zip(*self.weights, strict=True), strict=True):
+            if sum(column) == 0:
+                raise ValueError(f"weights must not sum to 0 for any source, got {column} for {name}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BagConfig:
+        """The configuration from plain values, as `to_dict` makes them."""
+        unknown = sorted(set(values) - {"members", "weights", "segment"})
+        if unknown:
+            raise ValueError(f"a bag has no option named {', '.join(unknown)}")
+        members = tuple(HTDemucsConfig.from_dict(member) for member in values.get("members", ()))
+        weights, segment = values.get("weights"), values.get("segment")
+        if weights is not None:
+            weights = tuple(tuple(float(w) for w in row) for row in weights)
+        return cls(members, weights, Fraction(segment) if isinstance(segment, str) else segment)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "members": [member.to_dict() for member in self.members],
+            "weights": None if self.weights is None else [list(row) for row in self.weights],
+            "segment": str(self.segment) if isinstance(self.segment, Fraction) else self.segment,
+        }
+
+
+class Bag(nn.Module):
+    """The members of a bag, as `models`; `separate` runs and weighs them."""
+
+    def __init__(self, config: BagConfig):
+        super().__init__()
+        self.config = config
+        self.models = [HTDemucs(_shortened(member, config.segment)) for member in config.members]
+
+
+def _shortened(config: HTDemucsConfig, segment: Segment | None) -> HTDemucsConfig:
+    if segment is None or segment > config.segment:
+        return config
+    return dataclasses.replace(config, segment=segment)

@@ -1,0 +1,98 @@
+"""The device, its memory, and on Linux the BLAS that MLX runs on.
+
+Importing this module does two things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one, and it
+bounds MLX's cache of freed buffers. Both can be turned off (MLX_XFORMER_BLAS=0, set_cache_limit).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+
+_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
+_CACHE_FRACTION = 8  # MLX may keep an eighth of the memory in freed buffers
+
+
+def _load_openblas() -> str:
+    """Loads OpenBLAS into the global symbol scope; returns what serves, in words.
+
+    MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins.
+    An OpenBLAS beside PyTorch slows PyTorch, hence the check for it.
+    """
+    if sys.platform != "linux":
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own"
+    if os.environ.get("MLX_XFORMER_BLAS") == "0":
+        return "MLX's own (MLX_XFORMER_BLAS=0)"
+    if "mlx.core" in sys.modules:
+        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)"
+    if "torch" in sys.modules:
+        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)"
+    for name in _OPENBLAS:
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return f"OpenBLAS ({name})"
+    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)"
+
+
+blas = _load_openblas()
+
+backend_error: str | None = None
+try:
+    import mlx.core as mx
+except ImportError:
+    backend_error = (
+        "MLX has no backend on this machine: install one of mlx-xformer[cpu], mlx-xformer[cuda12] or "
+        "mlx-xformer[cuda13] (on macOS: pip install --force-reinstall mlx)"
+    )
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What computes, on how much memory. Sizes in bytes."""
+
+    device: str
+    name: str
+    memory: int
+    cache_limit: int
+    blas: str
+    mlx: str
+
+
+def total_memory() -> int:
+    """Bytes of memory the default device can use (unified memory on a Mac, RAM on the CPU)."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return int(mx.device_info().get("memory_size", 0)) or _system_memory()
+    return _system_memory()
+
+
+def _system_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def set_cache_limit(limit: int | None = None) -> int:
+    """Bounds MLX's cache of freed buffers to `limit` bytes (default an eighth of the memory); returns the bound."""
+    if limit is None:
+        limit = total_memory() // _CACHE_FRACTION
+    if limit < 0:
+        raise ValueError(f"limit must be at least 0 bytes, got {limit}")
+    global _cache_limit
+    mx.set_cache_limit(limit)
+    _cache_limit = limit
+    return limit
+
+
+_cache_limit = 0
+if backend_error is None:
+    set_cache_limit()
+
+
+def report() -> DeviceReport:
+    """The device, its memory, the BLAS and the version of MLX that serve this process."""
+    device = mx.default_device()
+    kind = "gpu" if device == mx.Device(mx.gpu) else "cpu"
+    name = str(mx.device_info(device).get("device_name", kind))
+    return DeviceReport(kind, name, total_memory(), _cache_limit, blas, mx.__version__)
