@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -26,10 +27,7 @@ def read(path: str | Path) -> tuple[np.ndarray, int]:
     FileNotFoundError, IsADirectoryError; ValueError if it is not audio, is empty or holds NaN or Inf.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, not an audio file")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+    check_readable(path)
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless formats that only a name tells
@@ -40,6 +38,25 @@ def read(path: str | Path) -> tuple[np.ndarray, int]:
     if not np.isfinite(samples).all():
         raise ValueError(f"{path} holds NaN or infinite samples")
     return np.ascontiguousarray(samples.T), rate
+
+
+def check_readable(path: Path) -> None:
+    """FileNotFoundError or IsADirectoryError, before any work is done."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, not an audio file")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+
+
+def check_writable(folder: Path) -> None:
+    """OSError unless files can be written in `folder`, which need not exist yet; nothing is created."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written: no permission to write in {existing}")
 
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
@@ -98,15 +115,19 @@ def write(path: str | Path, audio: np.ndarray, rate: int, *, bits: Bits = 16) ->
 
 
 def write_all(files: Mapping[Path, np.ndarray], rate: int, *, bits: Bits = 16) -> None:
-    """Writes several WAV files: each to a temporary file beside its target, and all renamed once all are written."""
+    """Writes several WAV files: each to a temporary file beside its target, and all renamed once all are written.
+
+    Missing folders are made; on failure nothing is left behind. OSError says what went wrong."""
     subtype = {16: "PCM_16", 24: "PCM_24", 32: "FLOAT"}[bits]
     written: list[tuple[str, Path]] = []
+    made: list[Path] = []
     try:
         for path, audio in files.items():
-            samples = quantize(audio, bits).T
+            made += _make_folders(path.parent)
             handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
             os.close(handle)
             written.append((temporary, path))
+            samples = quantize(audio, bits).T
             container = "RF64" if samples.size * bits // 8 > _WAV_LIMIT else "WAV"
             soundfile.write(temporary, samples, rate, subtype=subtype, format=container)
         mask = os.umask(0)
@@ -119,3 +140,13 @@ def write_all(files: Mapping[Path, np.ndarray], rate: int, *, bits: Bits = 16) -
     finally:
         for temporary, _ in written:
             Path(temporary).unlink(missing_ok=True)
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()  # only if it stayed empty
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes `folder` and its missing parents; returns those it made, outermost first."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]

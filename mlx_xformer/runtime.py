@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 _CACHE_FRACTION = 8  # MLX may keep an eighth of the memory in freed buffers
@@ -95,4 +96,4 @@ def report() -> DeviceReport:
     device = mx.default_device()
     kind = "gpu" if device == mx.Device(mx.gpu) else "cpu"
     name = str(mx.device_info(device).get("device_name", kind))
-    return DeviceReport(kind, name, total_memory(), _cache_limit, blas, mx.__version__)
+    return DeviceReport(kind, name, total_memory(), _cache_limit, blas, version("mlx"))

@@ -160,7 +160,7 @@ class HTDemucsConfig:
             raise ValueError(f"HTDemucs has no option named {', '.join(unknown)}")
         if "sources" not in values:
             raise ValueError("sources must be given")
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(plain.get("segment"), str):
             try:
                 plain["segment"] = Fraction(plain["segment"])

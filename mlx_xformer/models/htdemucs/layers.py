@@ -120,7 +120,7 @@ class DecoderLayer(nn.Module):
         stride = config.stride if time_branch else level.stride
         self.pad = config.kernel_size // 4 if time_branch else level.pad
         self.outermost = level.index == 0
-        self.bare = time_branch and level.merging
+        self.bare = time_branch and level.merging  # no skip connection
         self.normed = level.norm
         self.conv_tr = ConvTranspose1d(channels, channels_out, kernel_size, stride)
         if level.norm:
@@ -141,7 +141,7 @@ class DecoderLayer(nn.Module):
         transposed convolution (from which the waveform branch restarts below the merge)."""
         if self.freq and x.ndim == 3:
             x = x[:, :, None]
-        y = x if self.bare else self._gated(x + skip)
+        y = x if skip is None else self._gated(x + skip)
         if self.freq:
             B, T, _, _ = y.shape
             z = mx.unflatten(self.conv_tr(mx.flatten(y, 0, 1)), 0, (B, T))

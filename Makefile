@@ -1,0 +1,61 @@
+# make demo and make test set up what they need. On Linux MLX runs on the CPU here (BACKEND=cuda12 or cuda13 for a GPU).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BACKEND ?= cpu
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(BACKEND))
+comma := ,
+PIP := install --quiet --disable-pip-version-check
+TORCH := .venv-torch
+DATA ?= $(MLX_XFORMER_DATA)
+PYTEST = $(BIN)/python -m pytest
+
+.PHONY: demo test test-torch test-real check format bench bench-peers clean
+
+demo: $(VENV)/installed
+	$(BIN)/mlx-xformer separate mlx_xformer/data/demo.flac -n htdemucs_mini
+
+test: $(VENV)/installed
+	$(PYTEST) -m "not torch and not real"
+
+# PyTorch and the original packages live in an environment of their own and run in a process of their own.
+test-torch: $(VENV)/installed $(TORCH)/installed
+	MLX_XFORMER_TORCH_PYTHON=$(CURDIR)/$(TORCH)/bin/python $(PYTEST) -m torch
+
+# MLX_XFORMER_DATA names the folder of checkpoints and recordings that may not be shipped.
+test-real: $(VENV)/installed-real
+	MLX_XFORMER_DATA="$(DATA)" $(PYTEST) -m real
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(PYTEST) -m "not torch and not real"
+
+format: $(VENV)/installed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(VENV)/installed
+	$(BIN)/python bench/run.py
+
+bench-peers: $(VENV)/installed
+	$(BIN)/python bench/run.py --peers
+
+clean:
+	rm -rf $(VENV) $(TORCH) .bench build *.egg-info
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip $(PIP) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/installed-real: $(VENV)/installed tests/requirements-real.txt
+	$(BIN)/pip $(PIP) --no-deps -r tests/requirements-real.txt
+	@touch $@
+
+$(TORCH)/installed: tests/oracle/requirements.txt tests/oracle/requirements-nodeps.txt
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/pip $(PIP) -r tests/oracle/requirements.txt
+	$(TORCH)/bin/pip $(PIP) --no-deps -r tests/oracle/requirements-nodeps.txt
+	@touch $@

@@ -1,0 +1,5 @@
+"""HTDemucs of the NumPy twin."""
+
+from .model import htdemucs
+
+__all__ = ["htdemucs"]
