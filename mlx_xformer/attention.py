@@ -55,9 +55,7 @@ def attention(
     return mx.where(some, out, mx.array(0, out.dtype))
 
 
-def _check(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, bias: mx.array | None, causal: bool
-) -> None:
+def _check(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, bias: mx.array | None, causal: bool) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, length, dim), got shape {array.shape}")

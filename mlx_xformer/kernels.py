@@ -95,6 +95,7 @@ def normalize(
     y = _normalize(grouped, center, var, weight.reshape(shape), bias.reshape(shape), mx.array(eps, mx.float32))
     return mx.flatten(y, -2, -1).astype(dtype)
 
+
 def overlap_add(pieces: mx.array) -> mx.array:
     """(..., P, L, N) -> (..., L + P - 1, N): piece p of frame l is added into stretch l + p."""
     count = pieces.shape[-3]

@@ -42,9 +42,7 @@ class GroupNorm(nn.Module):
 
     def __call__(self, x: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
         axes = tuple(range(1, x.ndim - 1)) if axes is None else axes
-        return kernels.normalize(
-            x, self.weight, self.bias, axes=axes, num_groups=self.num_groups, eps=self.eps
-        )
+        return kernels.normalize(x, self.weight, self.bias, axes=axes, num_groups=self.num_groups, eps=self.eps)
 
 
 class LayerScale(nn.Module):

@@ -24,4 +24,6 @@ def causal_mask(L: int, S: int, *, alignment: Alignment = "lower_right") -> mx.a
 
 def padding_mask(lengths: Sequence[int] | mx.array, S: int) -> mx.array:
     """(B, 1, 1, S) mask that keeps the first lengths[b] keys of each row."""
-    return (mx.arange(S)[None] < mx.array(list(lengths) if isinstance(lengths, Sequence) else lengths)[:, None])[:, None, None]
+    return (mx.arange(S)[None] < mx.array(list(lengths) if isinstance(lengths, Sequence) else lengths)[:, None])[
+        :, None, None
+    ]

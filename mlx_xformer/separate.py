@@ -94,9 +94,7 @@ class _Options:
         for model in models:
             longest = float(model.config.segment)
             if self.segment is not None and not 0 < self.segment <= longest:
-                raise ValueError(
-                    f"segment must be above 0 and at most the model's {longest:g} s, got {self.segment:g}"
-                )
+                raise ValueError(f"segment must be above 0 and at most the model's {longest:g} s, got {self.segment:g}")
             if self.stride(model.config) < 1:
                 raise ValueError(f"segment and overlap must leave a stride of a sample or more, got {self}")
 

@@ -77,7 +77,9 @@ def check_forward(call: Callable, twin: Callable, *args) -> None:
     ref64, ref32 = twin(*args), twin(*as32(args))
     actual = call(*[mx.array(as32(a)) if isinstance(a, np.ndarray) else a for a in args])
     many = isinstance(ref64, (tuple, list))
-    for i, (a, r, s) in enumerate(zip(*((actual, ref64, ref32) if many else ([actual], [ref64], [ref32])), strict=True)):
+    for i, (a, r, s) in enumerate(
+        zip(*((actual, ref64, ref32) if many else ([actual], [ref64], [ref32])), strict=True)
+    ):
         assert_within_budget(a, r, s, f"output {i}")
 
 

@@ -72,7 +72,9 @@ def test_attention_gradient(case):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_rows_without_keys_give_zero(case, dtype):
     q, k, v = (mx.array(a.astype(np.float32)).astype(dtype) * 30 for a in tensors())
-    options = {n: mx.array(o.astype(np.float32)) if o.dtype == np.float64 else mx.array(o) for n, o in CASES[case].items()}
+    options = {
+        n: mx.array(o.astype(np.float32)) if o.dtype == np.float64 else mx.array(o) for n, o in CASES[case].items()
+    }
 
     def total(q, k, v):
         return attention(q, k, v, **options).astype(mx.float32).sum()
@@ -111,7 +113,10 @@ def test_large_scores_and_no_keys():
     q, k, v = tensors()
     check_forward(ours(), theirs(), q * 1e4, k, v)
     q, k, v = tensors(S=0)
-    assert np.array(ours()(*[mx.array(a.astype(np.float32)) for a in (q, k, v)])).tolist() == np.zeros((B, H, L, DV)).tolist()
+    assert (
+        np.array(ours()(*[mx.array(a.astype(np.float32)) for a in (q, k, v)])).tolist()
+        == np.zeros((B, H, L, DV)).tolist()
+    )
 
 
 def test_arguments_are_left_alone():

@@ -29,7 +29,11 @@ def test_group_norm(groups, axes):
 def test_group_norm_of_a_long_waveform():
     module = layers.GroupNorm(1, 5)
     params = draw(module, 1)
-    check_forward(module, lambda x: twin.group_norm({k: v.astype(x.dtype) for k, v in params.items()}, x, num_groups=1), signal(1, 85_995, 5))
+    check_forward(
+        module,
+        lambda x: twin.group_norm({k: v.astype(x.dtype) for k, v in params.items()}, x, num_groups=1),
+        signal(1, 85_995, 5),
+    )
 
 
 def test_group_norm_error():

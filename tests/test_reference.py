@@ -540,6 +540,44 @@ def test_waveform_undoes_spectrogram_but_for_the_frames_beyond_the_ends():
     close(HM.waveform(cfg, z, 2311), x * kept / 1.5, 1e-4)
 
 
+@pytest.mark.parametrize("merges", [False, True])
+def test_htdemucs_is_its_parts_in_order(merges):
+    cfg = config(depth=2, nfft=64 if merges else 512, bottom_channels=12)
+    params, mix = random_params(cfg), draw(2, 2, 2400, seed=4) + 0.1
+    z = HM.spectrogram(cfg, mix)
+    x = np.stack([z[:, 0].real, z[:, 0].imag, z[:, 1].real, z[:, 1].imag], axis=-1)  # (B, T, F, 4)
+    xt = mix.transpose(0, 2, 1)
+    mean, std = x.mean(axis=(1, 2, 3), keepdims=True), x.std(axis=(1, 2, 3), keepdims=True, ddof=1)
+    mean_t, std_t = xt.mean(axis=(1, 2), keepdims=True), xt.std(axis=(1, 2), keepdims=True, ddof=1)
+
+    def encode(name, *args, padding=2, **options):
+        return HL.encoder_layer(L.sub(params, name), *args, stride=4, padding=padding, dconv_depth=2, **options)
+
+    def decode(name, *args, padding=2, **options):
+        return HL.decoder_layer(L.sub(params, name), *args, stride=4, padding=padding, dconv_depth=2, **options)
+
+    def resample(name, y):
+        return L.linear(L.sub(params, f"channel_{name}"), y)
+
+    a = encode("encoder.0", (x - mean) / (std + 1e-5)) + 0.2 * 10 * params["freq_emb.weight"]
+    a_t = encode("tencoder.0", (xt - mean_t) / (std_t + 1e-5))
+    b_t = encode("tencoder.1", a_t, empty=merges)
+    b = encode("encoder.1", a, b_t if merges else None, padding=0 if merges else 2)
+    c, c_t = resample("upsampler", b), resample("upsampler_t", b_t)
+    c, c_t = HT.cross_transformer(L.sub(params, "crosstransformer"), cfg, c, c_t)
+    c, c_t = resample("downsampler", c), resample("downsampler_t", c_t)
+    d, pre = decode("decoder.0", c, b, None, padding=0 if merges else 2)
+    d_t, _ = decode("tdecoder.0", pre[:, :, 0] if merges else c_t, None if merges else b_t, 600, empty=merges)
+    e = decode("decoder.1", d, a, None, last=True)[0] * std + mean  # (B, T, F, 12): source, channel, re/im
+    e_t = decode("tdecoder.1", d_t, a_t, 2400, last=True)[0] * std_t + mean_t  # (B, 2400, 6): source, channel
+
+    got = htdemucs(params, cfg, mix)
+    for source, channel in np.ndindex(3, 2):
+        i = 2 * source + channel
+        spectral_part = HM.waveform(cfg, e[..., 2 * i] + 1j * e[..., 2 * i + 1], 2400)
+        close(got[:, source, channel], spectral_part + e_t[..., i], 1e-11)
+
+
 def test_a_short_segment_is_padded_on_the_right():
     cfg, x = config(), draw(1, 2, 1237)
     params = random_params(cfg)

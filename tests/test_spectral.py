@@ -19,7 +19,9 @@ def signal(*shape, seed=0):
 def test_reflect_pad(pads):
     """Also inputs too short to mirror, which are extended with zeros first."""
     x = signal(2, 11)
-    assert np.allclose(np.array(spectral.reflect_pad(mx.array(x.astype(np.float32)), *pads)), twin.reflect_pad(x, *pads), atol=1e-6)
+    assert np.allclose(
+        np.array(spectral.reflect_pad(mx.array(x.astype(np.float32)), *pads)), twin.reflect_pad(x, *pads), atol=1e-6
+    )
     middle = np.array(spectral.reflect_pad(mx.array(x.astype(np.float32)), *pads))[:, pads[0] : pads[0] + 11]
     assert (middle == x.astype(np.float32)).all()
 

@@ -102,8 +102,8 @@ class HTDemucsConfig:
             if (value or type(accepted)()) != accepted:
                 raise ValueError(f"{name} must be {accepted!r}, got {value!r}: {why}")
         self._check_values()
-        self._check_transformer()
         levels(self)
+        self._check_transformer()
 
     def _check_values(self) -> None:
         if not self.sources or len(set(self.sources)) != len(self.sources):
@@ -113,10 +113,17 @@ class HTDemucsConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.nfft < 8 or self.nfft % 8:
             raise ValueError(f"nfft must be a multiple of 8, got {self.nfft}")
+        if self.kernel_size - 2 * (self.kernel_size // 4) != self.stride:
+            raise ValueError(
+                f"kernel_size less twice its quarter must be the stride, {self.stride}, got {self.kernel_size}"
+            )
         if self.segment_samples < 1:
             raise ValueError(f"segment must hold at least one sample, got {self.segment} s")
         if not 0 <= self.dconv_mode <= 3:
             raise ValueError(f"dconv_mode must be 0, 1, 2 or 3, got {self.dconv_mode}")
+        narrowest = min(self.channels, self.channels_time or self.channels)
+        if self.dconv_mode and self.dconv_depth and int(narrowest / self.dconv_comp) < 1:
+            raise ValueError(f"dconv_comp must leave at least one of {narrowest} channels, got {self.dconv_comp}")
 
     def _check_transformer(self) -> None:
         if self.t_emb not in ("sin", "cape", "scaled"):
@@ -127,14 +134,13 @@ class HTDemucsConfig:
             return
         width = self.transformer_channels
         if width % 4 or width % self.t_heads:
-            raise ValueError(
-                f"transformer width must be a multiple of 4 and of t_heads = {self.t_heads}, got {width}"
-            )
-        if (self.channels_time or self.channels) != self.channels and not self.bottom_channels:
-            raise ValueError(
-                "channels_time must equal channels where a transformer joins the branches, "
-                f"{self.channels}, got {self.channels_time}"
-            )
+            raise ValueError(f"transformer width must be a multiple of 4 and of t_heads = {self.t_heads}, got {width}")
+        inner = levels(self)[-1]
+        if not inner.freq:
+            raise ValueError(f"depth must leave a frequency axis to the transformer, got {self.depth}")
+        for name, width in (("channels", inner.freq_channels[1]), ("channels_time", inner.time_channels[1])):
+            if width != self.bottleneck_channels:
+                raise ValueError(f"{name} must give the transformer {self.bottleneck_channels} channels, got {width}")
 
     @property
     def segment_samples(self) -> int:
@@ -219,7 +225,7 @@ class Level:
 
 
 def levels(config: HTDemucsConfig) -> tuple[Level, ...]:
-    """The levels from the outermost to the innermost. ValueError where channels do not come out whole."""
+    """The levels from the outermost to the innermost. ValueError where a level does not divide its frequencies."""
     plan: list[Level] = []
     freqs = config.nfft // 2
     time_in = config.audio_channels
@@ -234,6 +240,8 @@ def levels(config: HTDemucsConfig) -> tuple[Level, ...]:
             freq_out = time_out = max(freq_out, time_out)
         elif freq:
             kernel, stride, pad = config.kernel_size, config.stride, config.kernel_size // 4
+            if freqs % stride:
+                raise ValueError(f"stride must divide the {freqs} frequencies of level {index}, got {stride}")
         else:
             kernel, stride, pad = 2 * config.time_stride, config.time_stride, 2 * config.time_stride // 4
         back = config.audio_channels * len(config.sources)
@@ -256,8 +264,4 @@ def levels(config: HTDemucsConfig) -> tuple[Level, ...]:
         freq_out, time_out = int(config.growth * freq_in), int(config.growth * time_in)
         if freq:
             freqs = 1 if freqs <= config.kernel_size else freqs // config.stride
-    if config.t_layers and not plan[-1].freq:
-        raise ValueError(
-            f"depth must leave a frequency axis to the transformer (or t_layers be 0), got {config.depth}"
-        )
     return tuple(plan)

@@ -150,6 +150,8 @@ class DecoderLayer(nn.Module):
         if self.normed:
             z = self.norm2(z)
         if not self.freq:
+            if z.shape[1] < self.pad + length:
+                raise ValueError(f"time_stride must bring back {length} samples, got {z.shape[1] - self.pad}")
             z = z[:, self.pad : self.pad + length]
         elif self.pad:
             z = z[:, :, self.pad : -self.pad]

@@ -204,8 +204,7 @@ class BagConfig:
             for name in ("sources", "samplerate", "audio_channels"):
                 if getattr(member, name) != getattr(first, name):
                     raise ValueError(
-                        f"{name} must be the same in every member, {getattr(first, name)}, "
-                        f"got {getattr(member, name)}"
+                        f"{name} must be the same in every member, {getattr(first, name)}, got {getattr(member, name)}"
                     )
         if self.weights is None:
             return

@@ -91,9 +91,7 @@ class CrossTransformer(nn.Module):
         self.layers = [CrossTransformerLayer(config, cross=cross) for cross in crossing]
         self.layers_t = [CrossTransformerLayer(config, cross=cross) for cross in crossing]
 
-    def __call__(
-        self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int] = 0
-    ) -> tuple[mx.array, mx.array]:
+    def __call__(self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int] = 0) -> tuple[mx.array, mx.array]:
         """x (B, T, F, E) and xt (B, T2, E) -> the same shapes. `position_shift` moves the waveform's positions
         (t_sin_random_shift), one value or one per batch row."""
         B, T, F, E = x.shape

@@ -1,0 +1,78 @@
+"""Small HTDemucs configurations, each with one option of its own: what the comparisons with the NumPy twin and with
+PyTorch both run through. Values are JSON-able, under demucs' names."""
+
+# 9896 samples: 10 frames of 2048 frequencies; the waveform falls to 39 tokens and the spectrogram to 80.
+BASE = {
+    "sources": ["drums", "voice", "rest"],
+    "samplerate": 8000,
+    "segment": "1237/1000",
+    "channels": 4,
+    "dconv_mode": 3,
+    "dconv_comp": 2,
+    "bottom_channels": 24,
+    "t_heads": 3,
+    "t_layers": 3,
+}
+
+OPTIONS = {
+    "base": {},
+    "segment as a float": {"segment": 1.25},
+    "one source": {"sources": ["all"]},
+    "mono": {"audio_channels": 1},
+    "three channels": {"audio_channels": 3},
+    "other channels": {"channels": 6, "dconv_comp": 3},
+    "channels_time": {"channels_time": 6, "t_layers": 0},
+    "growth": {"growth": 1.5, "t_layers": 0},
+    "no bottom_channels": {"bottom_channels": 0, "t_heads": 4},
+    "resamplers without transformer": {"t_layers": 0},
+    "nfft 2048": {"nfft": 2048},
+    "nfft 1024, merging at depth 4": {"nfft": 1024},
+    "depth 1": {"depth": 1, "t_layers": 0},
+    "depth 3": {"depth": 3},
+    "depth 5, branches merge": {"depth": 5},
+    "depth 6, below the merge": {"depth": 6, "t_layers": 0},
+    "depth 6, time_stride 3": {"depth": 6, "t_layers": 0, "time_stride": 3},
+    "no rewrite": {"rewrite": False},
+    "no freq_emb": {"freq_emb": 0.0},
+    "emb_scale": {"emb_scale": 3, "freq_emb": 0.7},
+    "kernel_size 4, stride 2": {"kernel_size": 4, "stride": 2, "nfft": 512},
+    "kernel_size 6": {"kernel_size": 6},
+    "context 0": {"context": 0},
+    "context 2": {"context": 2},
+    "context_enc 1": {"context_enc": 1},
+    "norm_starts 0": {"norm_starts": 0, "norm_groups": 2},
+    "norm_starts 2": {"norm_starts": 2},
+    "norms below the merge": {"depth": 6, "t_layers": 0, "norm_starts": 1, "norm_groups": 2},
+    "dconv_mode 0": {"dconv_mode": 0},
+    "dconv_mode 1": {"dconv_mode": 1},
+    "dconv_mode 2": {"dconv_mode": 2},
+    "dconv_depth 3": {"dconv_depth": 3},
+    "dconv_depth -2, undilated": {"dconv_depth": -2},
+    "dconv_comp 1.5": {"dconv_comp": 1.5},
+    "t_layers 1": {"t_layers": 1},
+    "t_layers 4": {"t_layers": 4},
+    "t_emb cape": {"t_emb": "cape"},
+    "t_emb cape, not centered": {"t_emb": "cape", "t_cape_mean_normalize": False},
+    "t_emb scaled": {"t_emb": "scaled", "t_max_positions": 60},
+    "t_hidden_scale": {"t_hidden_scale": 1.5},
+    "t_heads 1": {"t_heads": 1},
+    "t_norm_in off": {"t_norm_in": False},
+    "t_norm_in_group": {"t_norm_in": False, "t_norm_in_group": 1},
+    "t_norm_in_group 3": {"t_norm_in": False, "t_norm_in_group": 3},
+    "t_group_norm": {"t_group_norm": 1},
+    "t_group_norm 4": {"t_group_norm": 4},
+    "t_norm_first off": {"t_norm_first": False},
+    "t_norm_first off, t_group_norm": {"t_norm_first": False, "t_group_norm": 2},
+    "t_norm_out off": {"t_norm_out": False},
+    "t_max_period": {"t_max_period": 77.0},
+    "t_layer_scale off": {"t_layer_scale": False},
+    "t_gelu off": {"t_gelu": False},
+    "t_weight_pos_embed": {"t_weight_pos_embed": 0.3},
+    "t_cross_first": {"t_cross_first": True},
+    "use_train_segment off": {"use_train_segment": False},
+}  # fmt: skip
+
+
+def options(name: str) -> dict:
+    """The keyword arguments of one configuration."""
+    return BASE | OPTIONS[name]
