@@ -6,7 +6,7 @@ from fractions import Fraction
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import assert_within_budget, as32, check_gradient, check_module, draw
+from harness import as32, assert_within_budget, check_gradient, check_module, draw
 from htdemucs_options import BASE, OPTIONS, options
 from mlx.utils import tree_unflatten
 

@@ -18,7 +18,7 @@ def test_causal_mask(L, S, alignment):
 
 
 def test_causal_mask_names_an_unknown_alignment():
-    with pytest.raises(ValueError, match="alignment must be .*, got 'middle'"):
+    with pytest.raises(ValueError, match=r"alignment must be .*, got 'middle'"):
         masks.causal_mask(2, 2, alignment="middle")
 
 

@@ -1,0 +1,225 @@
+"""Checkpoints: a folder with config.json and model.safetensors.
+
+config.json holds `format`, `family`, `config` (the model's) and `provenance`. Weights keep their stored dtype on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+
+FORMAT = 1
+FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
+    "htdemucs": (HTDemucsConfig, HTDemucs),
+    "htdemucs_bag": (BagConfig, Bag),
+}
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds. `weights` are lazy: a tensor is read when it is first computed with."""
+
+    family: str
+    config: dict[str, Any]
+    weights: dict[str, mx.array]
+    provenance: dict[str, Any]
+
+
+def misfit(problems: Sequence[tuple[str, str]]) -> str:
+    """The message for (kind, line) pairs: how many there are of each kind, then the lines, twenty at most."""
+    counts = Counter(kind for kind, _ in problems)
+    lines = [f"  {kind}: {line}" for kind, line in sorted(problems)]
+    if len(lines) > _LISTED:
+        lines[_LISTED:] = [f"  ... and {len(lines) - _LISTED} more"]
+    summary = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    return "\n".join([f"the tensors do not fit the model: {summary}", *lines])
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether `folder` holds a config.json of ours."""
+    try:
+        content = json.loads((Path(folder) / _CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"format", "family"} <= content.keys()
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its place when the block ends well and vanishes when not.
+
+    `folder` must be new, empty or an older checkpoint: FileExistsError otherwise.
+    """
+    target = Path(os.path.realpath(folder))
+    _check_replaceable(target)
+    made = [parent for parent in target.parents if not parent.exists()]
+    mark = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    fresh, old = target.parent / f"{mark}.new", target.parent / f"{mark}.old"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        yield fresh
+        try:
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(fresh)):
+            raise OSError(error.errno, f"cannot write it: {error.strerror}", str(folder)) from None
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} must be a folder or new, got a file")
+    names = {path.name for path in target.iterdir()}
+    if not names or (names <= {_CONFIG, _WEIGHTS} and is_checkpoint(target)):
+        return
+    other = sorted(names - {_CONFIG, _WEIGHTS}) or sorted(names)
+    raise FileExistsError(f"{target} must be new, empty or a checkpoint to replace, it holds {other[0]}")
+
+
+def save_checkpoint(
+    folder: str | Path,
+    weights: Mapping[str, mx.array],
+    *,
+    family: str,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Writes a checkpoint, whole or not at all. An older checkpoint is replaced; any other folder is refused."""
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    wide = sorted(name for name, x in weights.items() if x.dtype == mx.float64)
+    if wide:
+        raise ValueError(f"weights must not be float64, which MLX cannot store, got {wide[0]}")
+    content = {"format": FORMAT, "family": family, "config": dict(config), "provenance": dict(provenance)}
+    text = json.dumps(content, indent=2) + "\n"
+    with new_folder(folder) as fresh:
+        write_safetensors(fresh / _WEIGHTS, weights, {"format": "mlx"})
+        (fresh / _CONFIG).write_text(text, "utf-8")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Writes a file and checks that it is whole. OSError if it is not."""
+    try:
+        mx.save_safetensors(str(path), dict(tensors), dict(metadata))
+        with safe_open(path, framework="numpy"):
+            pass
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path.name} could not be written whole: {error}") from None
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads a checkpoint's configuration and lists its weights. FileNotFoundError or ValueError, in one line."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: {'a file, not a checkpoint folder' if folder.exists() else 'no such folder'}"
+        )
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: not a checkpoint, it has no {name}")
+    try:
+        content = json.loads((folder / _CONFIG).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / _CONFIG}: not JSON ({error})") from None
+    if not is_checkpoint(folder):
+        raise ValueError(f"{folder / _CONFIG}: not a checkpoint's, it names no format and family")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{folder}: format must be {FORMAT}, got {content['format']!r} (from a newer mlx-xformer?)")
+    if content["family"] not in FAMILIES:
+        raise ValueError(f"{folder}: family must be one of {', '.join(FAMILIES)}, got {content['family']!r}")
+    config, provenance = content.get("config"), content.get("provenance", {})
+    if not isinstance(config, dict) or not isinstance(provenance, dict):
+        raise ValueError(f"{folder / _CONFIG}: config and provenance must be objects")
+    return Checkpoint(content["family"], config, _read_weights(folder / _WEIGHTS), provenance)
+
+
+def _read_weights(path: Path) -> dict[str, mx.array]:
+    try:
+        with safe_open(path, framework="numpy"):  # the header, and that the file is as long as it says
+            pass
+        return cast(dict[str, mx.array], mx.load(str(path)))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def make_model(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """The family's module with fresh weights."""
+    configuration, module = FAMILIES[family]
+    return module(configuration.from_dict(dict(config)))
+
+
+def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the family's module and its shape."""
+    return _shapes(make_model(family, config))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return {name: x.shape for name, x in parameters}
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The model of a checkpoint, in float32 and ready to run. Names and shapes must fit exactly: one ValueError lists
+    what is missing, unexpected or misshapen.
+
+    A bag's weights stay lazy, so that members which are never run are never read; evaluate `model.parameters()`
+    before handing a bag to another thread.
+    """
+    checkpoint = read_checkpoint(folder)
+    try:
+        model = make_model(checkpoint.family, checkpoint.config)
+        _check_fit(checkpoint.weights, _shapes(model))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    floats = {
+        name: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+        for name, x in checkpoint.weights.items()
+    }
+    model.load_weights(list(floats.items()), strict=True)
+    model.eval()
+    if not isinstance(model, Bag):
+        mx.eval(model.parameters())
+    return model
+
+
+def _check_fit(weights: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [("missing", f"{name} {shapes[name]}") for name in shapes.keys() - weights.keys()]
+    problems += [("unexpected", f"{name} {weights[name].shape}") for name in weights.keys() - shapes.keys()]
+    problems += [
+        ("misshapen", f"{name} must be {shapes[name]}, got {weights[name].shape}")
+        for name in weights.keys() & shapes.keys()
+        if weights[name].shape != shapes[name]
+    ]
+    if problems:
+        raise ValueError(misfit(problems))
