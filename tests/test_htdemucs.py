@@ -235,6 +235,7 @@ def test_config_round_trip():
         ({"sources": "drums"}, "sources must be of type tuple"),
         ({"sources": [1]}, "sources must be of type tuple"),
         ({"channels": "48"}, "channels must be of type int, got '48'"),
+        ({"t_norm_out": 2}, "t_norm_out must be of type bool, got 2"),
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"nfft": 1002}, "nfft must be a multiple of 8, got 1002"),
         ({"kernel_size": 5}, "kernel_size less twice its quarter must be the stride, 4, got 5"),

@@ -39,7 +39,7 @@ def test_mean_var(shape, axes):
 
 
 def test_statistics_of_ten_million():
-    """Where MLX's own mean on the CPU loses three digits, the two-stage one keeps float32's."""
+    """Where MLX's own mean on the CPU loses three digits, the staged one keeps float32's."""
     x = (np.random.default_rng(3).normal(size=(10_000_019,)) * 0.5 + 0.3).astype(np.float32)
     mean, var = kernels.mean_var(mx.array(x), (0,))
     truth = x.astype(np.float64)

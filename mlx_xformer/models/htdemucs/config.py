@@ -184,7 +184,7 @@ class HTDemucsConfig:
 
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
-    """Raises unless `value` is of the kind that the field's annotation names (booleans pass as 0 and 1)."""
+    """Raises unless `value` is of the kind that the field's annotation names (booleans are also 0 and 1)."""
     kinds = {
         "bool": (bool, int),
         "int": (int,),
@@ -199,6 +199,8 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     fits = isinstance(value, accepted)
     if fits and field.name == "sources":
         fits = all(isinstance(name, str) for name in value)
+    if fits and annotation == "bool":
+        fits = value in (0, 1)
     if not fits:
         raise ValueError(f"{field.name} must be of type {annotation}, got {value!r}")
 
