@@ -54,8 +54,8 @@ $(VENV)/installed-real: $(VENV)/installed tests/requirements-real.txt
 	$(BIN)/pip $(PIP) --no-deps -r tests/requirements-real.txt
 	@touch $@
 
-$(TORCH)/installed: tests/oracle/requirements.txt tests/oracle/requirements-nodeps.txt
+$(TORCH)/installed: tests/oracle/requirements.txt
 	$(PYTHON) -m venv $(TORCH)
-	$(TORCH)/bin/pip $(PIP) -r tests/oracle/requirements.txt
-	$(TORCH)/bin/pip $(PIP) --no-deps -r tests/oracle/requirements-nodeps.txt
+	$(TORCH)/bin/pip $(PIP) torch==2.13.0
+	$(TORCH)/bin/pip $(PIP) --no-deps -r tests/oracle/requirements.txt
 	@touch $@

@@ -62,13 +62,13 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | Path, *, replace: bool) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its place when the block ends well and vanishes when not.
 
-    `folder` must be new, empty or an older checkpoint: FileExistsError otherwise.
+    `folder` must be new or empty or, with `replace`, an older checkpoint: FileExistsError otherwise.
     """
     target = Path(os.path.realpath(folder))
-    _check_replaceable(target)
+    _check_replaceable(target, replace)
     made = [parent for parent in target.parents if not parent.exists()]
     mark = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
     fresh, old = target.parent / f"{mark}.new", target.parent / f"{mark}.old"
@@ -95,16 +95,16 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, replace: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} must be a folder or new, got a file")
     names = {path.name for path in target.iterdir()}
-    if not names or (names <= {_CONFIG, _WEIGHTS} and is_checkpoint(target)):
+    if not names or (replace and names <= {_CONFIG, _WEIGHTS} and is_checkpoint(target)):
         return
     other = sorted(names - {_CONFIG, _WEIGHTS}) or sorted(names)
-    raise FileExistsError(f"{target} must be new, empty or a checkpoint to replace, it holds {other[0]}")
+    raise FileExistsError(f"{target} must be new or empty{' or a checkpoint' if replace else ''}, it holds {other[0]}")
 
 
 def save_checkpoint(
@@ -123,7 +123,7 @@ def save_checkpoint(
         raise ValueError(f"weights must not be float64, which MLX cannot store, got {wide[0]}")
     content = {"format": FORMAT, "family": family, "config": dict(config), "provenance": dict(provenance)}
     text = json.dumps(content, indent=2) + "\n"
-    with new_folder(folder) as fresh:
+    with new_folder(folder, replace=True) as fresh:
         write_safetensors(fresh / _WEIGHTS, weights, {"format": "mlx"})
         (fresh / _CONFIG).write_text(text, "utf-8")
 

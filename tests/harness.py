@@ -127,6 +127,43 @@ def check_module(module: nn.Module, twin: Callable, *inputs: np.ndarray, seed: i
     set_params(module, params)
 
 
+class _Tap:
+    """A layer that notes what it returns (of several outputs the first, unless `whole`)."""
+
+    def __init__(self, layer, name: str, taps: dict, whole: bool = False):
+        self._layer, self._name, self._taps, self._whole = layer, name, taps, whole
+
+    def __call__(self, *args):
+        out = self._layer(*args)
+        self._taps[self._name] = out[0] if isinstance(out, tuple) and not self._whole else out
+        return out
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)
+
+
+def tap(model) -> dict[str, mx.array]:
+    """Makes an HTDemucs note the output of its layers; returns the dict that a forward pass fills, by name."""
+    taps: dict[str, mx.array] = {}
+
+    def wrap_list(owner, prefix, attribute):
+        layers = [_Tap(layer, f"{prefix}{attribute}.{i}", taps) for i, layer in enumerate(getattr(owner, attribute))]
+        setattr(owner, attribute, layers)
+
+    for attribute in ("encoder", "tencoder", "decoder", "tdecoder"):
+        wrap_list(model, "", attribute)
+    for attribute in [name for name in model if name.startswith("channel_")]:
+        layer = _Tap(model.pop(attribute), attribute, taps)
+        object.__setattr__(model, attribute, layer)
+    if model.config.t_layers:
+        wrap_list(model.crosstransformer, "crosstransformer.", "layers")
+        wrap_list(model.crosstransformer, "crosstransformer.", "layers_t")
+        layer = _Tap(model.pop("crosstransformer"), "crosstransformer", taps, whole=True)
+        object.__setattr__(model, "crosstransformer", layer)
+    object.__setattr__(model, "_spectrogram", _Tap(model._spectrogram, "spectrogram", taps))
+    return taps
+
+
 def snr_db(expected: np.ndarray, actual: np.ndarray) -> float:
     """10 log10 of the energy of `expected` over that of the difference, in dB."""
     expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)

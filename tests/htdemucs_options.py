@@ -22,7 +22,7 @@ OPTIONS = {
     "three channels": {"audio_channels": 3},
     "other channels": {"channels": 6, "dconv_comp": 3},
     "channels_time": {"channels_time": 6, "t_layers": 0},
-    "growth": {"growth": 1.5, "t_layers": 0},
+    "growth": {"growth": 1.5, "t_layers": 0, "bottom_channels": 0},
     "no bottom_channels": {"bottom_channels": 0, "t_heads": 4},
     "resamplers without transformer": {"t_layers": 0},
     "nfft 2048": {"nfft": 2048},

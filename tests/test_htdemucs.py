@@ -6,7 +6,7 @@ from fractions import Fraction
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import as32, assert_within_budget, check_gradient, check_module, draw
+from harness import as32, assert_within_budget, check_gradient, check_module, draw, tap
 from htdemucs_options import BASE, OPTIONS, options
 from mlx.utils import tree_unflatten
 
@@ -34,17 +34,17 @@ def test_option(name):
     model = HTDemucs(c)
     params = draw(model, 3)
     mix = signal(1, c.audio_channels, c.segment_samples - 100, seed=4)
-    taps, taps64, taps32 = {}, {}, {}
+    taps, taps64, taps32 = tap(model), {}, {}
     ref64 = twin(params, c, mix, taps=taps64)
     ref32 = twin(as32(params), c, as32(mix), taps=taps32)
-    out = model(mx.array(as32(mix)), taps=taps)
-    for reference in (taps64, taps32):
-        if "crosstransformer" in reference:
-            reference["crosstransformer"], reference["crosstransformer_t"] = reference["crosstransformer"]
-    levels_compared = set(taps64) & set(taps)
-    assert len(levels_compared) >= 4 * c.depth - 4 and set(taps64) <= set(taps)
-    for tap in taps64:
-        assert_within_budget(taps[tap], taps64[tap], taps32[tap], tap)
+    out = model(mx.array(as32(mix)))
+    assert len(taps64) >= 4 * c.depth - 4 and set(taps64) <= set(taps)
+    for name in taps64:
+        branches = zip(
+            *(t[name] if isinstance(t[name], tuple) else (t[name],) for t in (taps, taps64, taps32)), strict=True
+        )
+        for values in branches:
+            assert_within_budget(*values, name)
     assert_within_budget(out, ref64, ref32)
 
 
@@ -250,7 +250,7 @@ def test_config_round_trip():
         ({"t_heads": 5}, "transformer width must be a multiple of 4 and of t_heads = 5, got 24"),
         ({"depth": 6}, "depth must leave a frequency axis to the transformer, got 6"),
         ({"channels_time": 6}, "channels_time must give the transformer 32 channels, got 48"),
-        ({"growth": 1.3, "bottom_channels": 0}, "width must be a multiple of 4|must give the transformer"),
+        ({"growth": 1.3, "t_layers": 0}, "growth must give the innermost level a whole number of channels, got 8.788"),
     ],
 )  # fmt: skip
 def test_config_refuses_by_name(change, message):

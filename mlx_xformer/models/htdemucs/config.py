@@ -130,6 +130,9 @@ class HTDemucsConfig:
             raise ValueError(f't_emb must be "sin", "cape" or "scaled", got {self.t_emb!r}')
         if self.t_layers < 0:
             raise ValueError(f"t_layers must be at least 0, got {self.t_layers}")
+        exact = self.channels * self.growth ** (self.depth - 1)
+        if (self.t_layers or self.bottom_channels) and exact != self.bottleneck_channels:
+            raise ValueError(f"growth must give the innermost level a whole number of channels, got {exact}")
         if self.t_layers == 0:
             return
         width = self.transformer_channels

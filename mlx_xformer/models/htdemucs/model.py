@@ -66,23 +66,18 @@ class HTDemucs(nn.Module):
         *,
         position_shift: int | Sequence[int] = 0,
         mode: InferenceMode = InferenceMode.FULL,
-        taps: dict[str, mx.array] | None = None,
     ) -> mx.array:
-        """mix (B, C, N) at config.samplerate -> (B, S, C, N). `position_shift`: see CrossTransformer. A dict given
-        as `taps` receives the output of every layer under its parameter name."""
+        """mix (B, C, N) at config.samplerate -> (B, S, C, N). `position_shift`: see CrossTransformer."""
         length = self._check(mix)
         padded = mix
         if self.config.use_train_segment:
             padded = mx.pad(mix, [(0, 0), (0, 0), (0, self.config.segment_samples - length)])
-        taps = {} if taps is None else taps
         xt, mean_t, std_t = _standardized(padded.swapaxes(1, 2), (1, 2))  # (B, N, C)
         if mode is InferenceMode.TIME_ONLY:
             out = self._time_only(xt) * std_t + mean_t
         else:
-            spectrogram = self._spectrogram(padded)
-            x, mean, std = _standardized(spectrogram, (1, 2, 3))
-            taps["spectrogram"] = spectrogram
-            x, xt = self._run(x, xt, position_shift, taps)
+            x, mean, std = _standardized(self._spectrogram(padded), (1, 2, 3))
+            x, xt = self._run(x, xt, position_shift)
             waves = self._waves(x * std + mean, padded.shape[-1])
             out = xt * std_t + mean_t + waves
         return mx.unflatten(out.swapaxes(1, 2), 1, (len(self.config.sources), mix.shape[1]))[..., :length]
@@ -96,9 +91,7 @@ class HTDemucs(nn.Module):
             raise ValueError(f"mix must have 1 to {longest} samples, got {length}")
         return length
 
-    def _run(
-        self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int], taps: dict[str, mx.array]
-    ) -> tuple[mx.array, mx.array]:
+    def _run(self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int]) -> tuple[mx.array, mx.array]:
         """Both branches through encoders, transformer and decoders: x (B, T, F, 2C), xt (B, N, C) ->
         (B, T, F, S * 2C), (B, N, S * C)."""
         skips, skips_t, lengths, lengths_t = [], [], [], []
@@ -108,41 +101,36 @@ class HTDemucs(nn.Module):
             if index < len(self.tencoder):
                 lengths_t.append(xt.shape[1])
                 encode_t = self.tencoder[index]
-                xt = taps[f"tencoder.{index}"] = encode_t(xt)
+                xt = encode_t(xt)
                 if encode_t.bare:
                     inject = xt
                 else:
                     skips_t.append(xt)
-            x = taps[f"encoder.{index}"] = encode(x, inject)
+            x = encode(x, inject)
             if index == 0 and self.config.freq_emb:
                 x = x + self.freq_emb.weight * (self.config.emb_scale * self.config.freq_emb)
             skips.append(x)
         if self.config.t_layers:
-            x, xt = self._transform(x, xt, position_shift, taps)
+            x, xt = self._transform(x, xt, position_shift)
         merged = len(self.decoder) - len(self.tdecoder)
         for index, decode in enumerate(self.decoder):
             x, before = decode(x, skips.pop(), lengths.pop())
-            taps[f"decoder.{index}"] = x
             if index >= merged:
                 decode_t = self.tdecoder[index - merged]
                 if decode_t.bare:
                     xt, _ = decode_t(before[:, :, 0], None, lengths_t.pop())
                 else:
                     xt, _ = decode_t(xt, skips_t.pop(), lengths_t.pop())
-                taps[f"tdecoder.{index - merged}"] = xt
         return x, xt
 
-    def _transform(
-        self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int], taps: dict[str, mx.array]
-    ) -> tuple[mx.array, mx.array]:
+    def _transform(self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int]) -> tuple[mx.array, mx.array]:
         if self.config.bottom_channels:
-            x = taps["channel_upsampler"] = self.channel_upsampler(x)
-            xt = taps["channel_upsampler_t"] = self.channel_upsampler_t(xt)
+            x = self.channel_upsampler(x)
+            xt = self.channel_upsampler_t(xt)
         x, xt = self.crosstransformer(x, xt, position_shift)
-        taps["crosstransformer"], taps["crosstransformer_t"] = x, xt
         if self.config.bottom_channels:
-            x = taps["channel_downsampler"] = self.channel_downsampler(x)
-            xt = taps["channel_downsampler_t"] = self.channel_downsampler_t(xt)
+            x = self.channel_downsampler(x)
+            xt = self.channel_downsampler_t(xt)
         return x, xt
 
     def _time_only(self, xt: mx.array) -> mx.array:

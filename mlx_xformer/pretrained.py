@@ -1,0 +1,176 @@
+"""load(): a model by its checkpoint folder, by an original file, or by name: the embedded one, or the hub's.
+
+Conversions and downloads are kept in a cache folder, MLX_XFORMER_CACHE or ~/.cache/mlx-xformer; what lies there is used
+without asking the hub again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from ._version import __version__
+from .checkpoint import is_checkpoint, load_model, parameter_shapes, read_checkpoint
+from .converters.convert import convert
+from .converters.originals import find_originals
+from .converters.source import dtype_name, plain_name, read_bag
+
+if TYPE_CHECKING:
+    from .models.htdemucs import Bag, HTDemucs
+
+NAMES = ("htdemucs", "htdemucs_ft", "htdemucs_6s", "htdemucs_mini")
+EMBEDDED = {"htdemucs_mini": Path(__file__).parent / "data" / "htdemucs_mini"}
+NAMESPACE = "adefossez"
+_NAME = re.compile(r"(?:([A-Za-z0-9][\w.-]*)/)?([A-Za-z0-9]\w*)", re.ASCII)
+_T = TypeVar("_T")
+
+
+def load(path_or_name: str | Path) -> HTDemucs | Bag:
+    """The model, ready to run. Takes what `resolve` takes."""
+    return cast("HTDemucs | Bag", load_model(resolve(path_or_name)))
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The checkpoint folder of a model: of a folder itself; of an original file, bag or folder, converted into the
+    cache; of one of NAMES, or of "namespace/name" on the hub, downloaded on first use.
+
+    ValueError or OSError, in one line, says what was tried.
+    """
+    path = Path(path_or_name)
+    if path.exists() and (path_or_name not in NAMES or is_checkpoint(path)):  # a name outdoes a folder of stems
+        return path if is_checkpoint(path) else _converted(path)
+    if path_or_name in EMBEDDED:
+        return EMBEDDED[str(path_or_name)]
+    named = _NAME.fullmatch(path_or_name) if isinstance(path_or_name, str) else None
+    if not named:
+        raise FileNotFoundError(f"{path_or_name}: no such file or folder")
+    namespace, name = named.groups()
+    if namespace is None and name not in NAMES:
+        raise ValueError(
+            f"model must be one of {', '.join(NAMES)}, a name on the hub as NAMESPACE/NAME, or a file or folder, "
+            f"got {name!r}"
+        )
+    return _from_hub(namespace or NAMESPACE, name)
+
+
+def describe(path_or_name: str | Path) -> str:
+    """What a model is, in a few lines: its folder, family, configuration and provenance."""
+    folder = resolve(path_or_name)
+    checkpoint = read_checkpoint(folder)
+    shapes = parameter_shapes(checkpoint.family, checkpoint.config)
+    weights = checkpoint.weights
+    dtypes = ", ".join(sorted({dtype_name(x.dtype) for x in weights.values()}))
+    members = checkpoint.config.get("members", [checkpoint.config])
+    lines = [
+        f"{path_or_name}",
+        f"  folder      {folder}",
+        f"  family      {checkpoint.family}" + (f" of {len(members)}" if len(members) > 1 else ""),
+        f"  sources     {', '.join(members[0].get('sources', []))}",
+        f"  weights     {len(weights)} tensors, {sum(x.size for x in weights.values()):,} parameters, {dtypes}"
+        + ("" if {n: x.shape for n, x in weights.items()} == shapes else " (they do not fit the configuration)"),
+    ]
+    for source in checkpoint.provenance.get("sources", []):
+        lines.append(f"  from        {source.get('file')} (SHA-256 {source.get('sha256')})")
+    if repository := checkpoint.provenance.get("repository"):
+        lines.append(f"  repository  {repository} at {checkpoint.provenance.get('revision')}")
+    return "\n".join(lines)
+
+
+def cache_folder() -> Path:
+    """Where conversions and downloads are kept."""
+    return Path(os.environ.get("MLX_XFORMER_CACHE") or Path.home() / ".cache" / "mlx-xformer")
+
+
+def repository(namespace: str, name: str) -> str:
+    """The hub repository of a model of demucs: `htdemucs_ft` is in HTDemucs-ft."""
+    first, dash, rest = name.partition("_")
+    return f"{namespace}/HTDemucs{'-' if dash else ''}{rest}" if first == "htdemucs" else f"{namespace}/Demucs-{name}"
+
+
+def _converted(path: Path) -> Path:
+    """The conversion of an original, kept under the digest of its files."""
+    digest = hashlib.sha256(__version__.encode())
+    for file in find_originals(path).all_files():
+        digest.update(f"\n{file.name} {_hash(file, hashlib.sha256)}".encode())
+    folder = cache_folder() / "converted" / digest.hexdigest()[:16]
+    if not is_checkpoint(folder):
+        convert(path, folder)
+    return folder
+
+
+def _hash(path: Path, algorithm: Callable[[], Any], head: bytes = b"") -> str:
+    digest = algorithm()
+    digest.update(head)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_hub(namespace: str, name: str) -> Path:
+    """The conversion of a hub model: the one kept from before, or else downloaded, checked and converted."""
+    repo = repository(namespace, name)
+    kept = cache_folder() / "hub" / repo.replace("/", "--") / name
+    known = sorted((p for p in kept.glob("*") if is_checkpoint(p)), key=lambda p: p.stat().st_mtime)
+    if known:
+        return known[-1]
+    bag_file = f"{name}.yaml"
+    revision = _asked(repo, bag_file, lambda: _metadata(repo, bag_file, None)).commit_hash
+    if not revision or not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ValueError(f"hub repository {repo} must name the commit of {bag_file}, got {revision!r}")
+    staging = cache_folder() / "downloads" / f"{repo.replace('/', '--')}-{revision}"
+    bag = _fetch(repo, bag_file, revision, staging)
+    for signature in dict.fromkeys(read_bag(bag).signatures):
+        _fetch(repo, f"{plain_name(signature)}.safetensors", revision, staging)
+    convert(bag, kept / revision, origin={"repository": repo, "revision": revision})
+    shutil.rmtree(staging, ignore_errors=True)
+    return kept / revision
+
+
+def _fetch(repo: str, file: str, revision: str, staging: Path) -> Path:
+    """A file of a repository at a commit, checked against the digest that the hub reports for it."""
+    from huggingface_hub import hf_hub_download
+
+    expected = _asked(repo, file, lambda: _metadata(repo, file, revision)).etag or ""
+    path = Path(_asked(repo, file, lambda: hf_hub_download(repo, file, revision=revision, local_dir=staging)))
+    if re.fullmatch("[0-9a-f]{64}", expected):
+        kind, actual = "SHA-256", _hash(path, hashlib.sha256)
+    elif re.fullmatch("[0-9a-f]{40}", expected):  # a small file outside LFS has git's own digest
+        kind, actual = "git SHA-1", _hash(path, hashlib.sha1, b"blob %d\0" % path.stat().st_size)
+    else:
+        raise ValueError(f"the hub reports no digest for {file} of {repo}, got {expected!r}: not used")
+    if actual != expected:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise ValueError(
+            f"{file} of {repo}: the {kind} must be {expected}, got {actual}: download thrown away, try again"
+        )
+    return path
+
+
+def _metadata(repo: str, file: str, revision: str | None) -> Any:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    return get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+
+
+def _asked(repo: str, file: str, question: Callable[[], _T]) -> _T:
+    """Asks the hub; what goes wrong becomes one line. Its client raises errors of whichever HTTP library it uses."""
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return question()
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        if not isinstance(error, FileNotFoundError):  # that one is LocalEntryNotFoundError: nothing was reached
+            raise FileNotFoundError(f"the hub has no {file} in {repo} (or it is private)") from None
+        reason = str(error)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    raise ConnectionError(
+        f"{file} of hub repository {repo} could not be downloaded ({' '.join(reason.split())[:160]}): connect once, or "
+        f"copy the folder {cache_folder()} from a machine that has the model, or give a file of your own"
+    )
