@@ -21,6 +21,53 @@ Progress = Callable[[int, int], None]
 _MAX_SHIFT = 0.5  # seconds
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a model is applied to a track; `separate` explains the fields. ValueError names one out of range."""
+
+    shifts: int = 1
+    overlap: float = 0.25
+    segment: float | None = None
+    transition_power: float = 1.0
+    seed: int = 0
+    batch_size: int = 1
+    stems: Sequence[str] | None = None
+    mode: InferenceMode = InferenceMode.FULL
+
+    def __post_init__(self) -> None:
+        if self.shifts < 0:
+            raise ValueError(f"shifts must be at least 0, got {self.shifts}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap must be at least 0 and below 1, got {self.overlap}")
+        if self.transition_power < 1:
+            raise ValueError(f"transition_power must be at least 1, got {self.transition_power}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def check(self, config: HTDemucsConfig) -> None:
+        """ValueError where a model cannot be applied like this."""
+        longest = float(config.segment)
+        if self.segment is not None and not 0 < self.segment <= longest:
+            raise ValueError(f"segment must be above 0 and at most the model's {longest:g} s, got {self.segment:g}")
+        if self.stride(config) < 1:
+            raise ValueError(f"overlap must leave a stride of a sample or more, got {self.overlap}")
+
+    def samples(self, config: HTDemucsConfig) -> int:
+        """Samples of one segment."""
+        return int(config.samplerate * (config.segment if self.segment is None else self.segment))
+
+    def stride(self, config: HTDemucsConfig) -> int:
+        """Samples from one segment to the next."""
+        return int((1 - self.overlap) * self.samples(config))
+
+    def wanted(self, sources: tuple[str, ...]) -> list[int]:
+        """The indices of the wanted stems, in the model's order."""
+        unknown = [stem for stem in self.stems or () if stem not in sources]
+        if unknown or (self.stems is not None and not self.stems):
+            raise ValueError(f"stems must be among {', '.join(sources)}, got {', '.join(unknown) or 'none'}")
+        return [i for i, name in enumerate(sources) if self.stems is None or name in self.stems]
+
+
 def separate(
     model: HTDemucs | Bag,
     audio: np.ndarray | mx.array,
@@ -40,71 +87,51 @@ def separate(
 
     shifts: passes over the track, each moved by a random part of half a second, averaged; 0 for one unmoved pass.
     overlap: part of a segment shared with the next, in [0, 1). segment: seconds, at most the model's own.
-    stems: the wanted ones; a bag runs only the members that they need. progress(done, total) counts segments.
-    ValueError names the argument that is out of range, and refuses NaN and infinite samples.
+    transition_power: sharpness of the cross-fade between segments, 1 for a linear one. stems: the wanted ones; a bag
+    runs only the members that they need. progress(done, total) counts segments. The track is brought to mean 0 and
+    deviation 1, and back. ValueError names the argument that is out of range, and refuses NaN and infinite samples.
     """
-    models, weights = _members(model)
-    config = models[0].config
-    wanted = _wanted(config.sources, stems)
-    options = _Options(shifts, overlap, segment, transition_power, batch_size, mode)
-    options.check(models)
+    options = Options(shifts, overlap, segment, transition_power, seed, batch_size, stems, mode)
+    config = _members(model)[0][0].config
+    wanted = options.wanted(config.sources)
     mix = _prepare(audio, sample_rate, config)
     center, scale = _track_statistics(mix)
+    out = apply_model(model, (mix - center) / scale, options, progress) * scale + center
+    mx.eval(out)
+    return {config.sources[s]: out[i] for i, s in enumerate(wanted)}
+
+
+def apply_model(
+    model: HTDemucs | Bag, mix: mx.array, options: Options | None = None, progress: Progress | None = None
+) -> mx.array:
+    """The model over a whole track as it stands: mix (C, N) at its sample rate -> (S, C, N), the wanted stems.
+
+    What `separate` does between levelling the track and undoing it. Source: demucs/apply.py, apply_model.
+    """
+    options = options or Options()
+    models, weights = _members(model)
+    for member in models:
+        options.check(member.config)
+    wanted = options.wanted(models[0].config.sources)
     needed = [any(row[s] for s in wanted) for row in weights]
-    passes = _draw_passes(models, mix.shape[-1], options, random.Random(seed))
+    passes = _draw_passes(models, mix.shape[-1], options)
     total = sum(len(p.offsets) for p in passes if needed[p.member])
     done = 0
-    estimate: list[mx.array | None] = [None] * len(models)
+    estimates: list[mx.array | None] = [None] * len(models)
     for p in passes:
         if not needed[p.member]:
             continue
         pieces = []
-        for piece, count in _run_pass(models[p.member], (mix - center) / scale, p, options, wanted):
+        for piece, count in _run_pass(models[p.member], mix, p, options, wanted):
             pieces.append(piece)
             done += count
             if progress is not None:
                 progress(done, total)
         whole = mx.concatenate(pieces, axis=-1)[..., p.skip :]
-        previous = estimate[p.member]
-        estimate[p.member] = whole if previous is None else previous + whole
-        mx.eval(estimate[p.member])
-    out = _weigh(estimate, weights, wanted, max(shifts, 1)) * scale + center
-    mx.eval(out)
-    return {config.sources[s]: out[i] for i, s in enumerate(wanted)}
-
-
-@dataclass(frozen=True)
-class _Options:
-    shifts: int
-    overlap: float
-    segment: float | None
-    transition_power: float
-    batch_size: int
-    mode: InferenceMode
-
-    def check(self, models: Sequence[HTDemucs]) -> None:
-        if self.shifts < 0:
-            raise ValueError(f"shifts must be at least 0, got {self.shifts}")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap must be at least 0 and below 1, got {self.overlap}")
-        if self.transition_power < 1:
-            raise ValueError(f"transition_power must be at least 1, got {self.transition_power}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        for model in models:
-            longest = float(model.config.segment)
-            if self.segment is not None and not 0 < self.segment <= longest:
-                raise ValueError(f"segment must be above 0 and at most the model's {longest:g} s, got {self.segment:g}")
-            if self.stride(model.config) < 1:
-                raise ValueError(f"segment and overlap must leave a stride of a sample or more, got {self}")
-
-    def samples(self, config: HTDemucsConfig) -> int:
-        """Samples of one segment."""
-        return int(config.samplerate * (config.segment if self.segment is None else self.segment))
-
-    def stride(self, config: HTDemucsConfig) -> int:
-        """Samples from one segment to the next."""
-        return int((1 - self.overlap) * self.samples(config))
+        previous = estimates[p.member]
+        estimates[p.member] = whole if previous is None else previous + whole
+        mx.eval(estimates[p.member])
+    return _weigh(estimates, weights, wanted, max(options.shifts, 1))
 
 
 def _members(model: HTDemucs | Bag) -> tuple[list[HTDemucs], tuple[tuple[float, ...], ...]]:
@@ -112,14 +139,6 @@ def _members(model: HTDemucs | Bag) -> tuple[list[HTDemucs], tuple[tuple[float, 
         return [model], ((1.0,) * len(model.config.sources),)
     sources = model.models[0].config.sources
     return model.models, model.config.weights or ((1.0,) * len(sources),) * len(model.models)
-
-
-def _wanted(sources: tuple[str, ...], stems: Sequence[str] | None) -> list[int]:
-    """The indices of the wanted stems, in the model's order."""
-    unknown = [stem for stem in stems or () if stem not in sources]
-    if unknown or (stems is not None and not stems):
-        raise ValueError(f"stems must be among {', '.join(sources)}, got {', '.join(unknown) or 'none'}")
-    return [i for i, name in enumerate(sources) if stems is None or name in stems]
 
 
 def _prepare(audio: np.ndarray | mx.array, sample_rate: int, config: HTDemucsConfig) -> mx.array:
@@ -159,9 +178,10 @@ class _Pass:
     position_shifts: tuple[int, ...]
 
 
-def _draw_passes(models: list[HTDemucs], length: int, options: _Options, rng: random.Random) -> list[_Pass]:
+def _draw_passes(models: list[HTDemucs], length: int, options: Options) -> list[_Pass]:
     """Every pass with its random draws, in the original's order: per member and shift first the offset of the
     track, then one draw per segment for the shift of the waveform's positions."""
+    rng = random.Random(options.seed)
     passes = []
     for member, model in enumerate(models):
         config = model.config
@@ -181,7 +201,7 @@ def _draw_passes(models: list[HTDemucs], length: int, options: _Options, rng: ra
 
 
 def _run_pass(
-    model: HTDemucs, mix: mx.array, p: _Pass, options: _Options, wanted: list[int]
+    model: HTDemucs, mix: mx.array, p: _Pass, options: Options, wanted: list[int]
 ) -> Iterator[tuple[mx.array, int]]:
     """Yields the finished stretches (S, C, n) of one pass, in order, with the segments that each took."""
     config = model.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -38,7 +39,9 @@ MODULES = {
 
 
 def decode(value: Any) -> Any:
-    """JSON values with demucs' own encoding of fractions."""
+    """JSON values with demucs' own encoding of fractions, or ours ("39/5")."""
+    if isinstance(value, str) and re.fullmatch(r"\d+/\d+", value):
+        return Fraction(value)
     if isinstance(value, dict) and value.get("_type") == "fraction":
         return Fraction(value["numerator"], value["denominator"])
     if isinstance(value, dict):
