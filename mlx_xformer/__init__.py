@@ -1,6 +1,32 @@
 """mlx-xformer: transformer building blocks on MLX, and music source separation built on them."""
 
+from typing import Any
+
 from . import runtime  # first: it loads the BLAS that MLX runs on
 from ._version import __version__
 
-__all__ = ["__version__", "runtime"]
+__all__ = [
+    "Attention",
+    "Bag",
+    "BagConfig",
+    "HTDemucs",
+    "HTDemucsConfig",
+    "InferenceMode",
+    "__version__",
+    "attention",
+    "convert",
+    "load",
+    "runtime",
+    "separate",
+]
+
+if runtime.backend_error is None:
+    from .attention import Attention, attention
+    from .converters.convert import convert
+    from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
+    from .pretrained import load
+    from .separate import separate
+else:
+
+    def __getattr__(name: str) -> Any:
+        raise ImportError(runtime.backend_error)

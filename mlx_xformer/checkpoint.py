@@ -6,6 +6,7 @@ config.json holds `format`, `family`, `config` (the model's) and `provenance`. W
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -89,8 +90,8 @@ def new_folder(folder: str | Path, *, replace: bool) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
-        if isinstance(error, OSError) and str(error.filename or "").startswith(str(fresh)):
-            raise OSError(error.errno, f"cannot write it: {error.strerror}", str(folder)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from None
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -1,0 +1,75 @@
+"""Which BLAS is loaded when, the bound on MLX's cache, and a machine without a backend."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_xformer import runtime
+
+
+def run(code, **environment):
+    """The output of a fresh Python."""
+    kept = {k: v for k, v in os.environ.items() if k != "MLX_XFORMER_BLAS"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a choice of BLAS")
+@pytest.mark.parametrize(
+    ("before", "environment", "expected"),
+    [
+        ("", {"MLX_XFORMER_BLAS": "0"}, "MLX's own (MLX_XFORMER_BLAS=0)"),
+        ("import mlx.core", {}, "whatever served when mlx.core was imported"),
+        ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "MLX's own (PyTorch is loaded"),
+        ("import ctypes\ndef missing(*a, **k): raise OSError\nctypes.CDLL = missing", {}, "MLX's own (slow; install"),
+        ("import ctypes\nctypes.CDLL = lambda *a, **k: None", {}, "OpenBLAS (libopenblas.so.0)"),
+    ],
+)
+def test_choice_of_blas(before, environment, expected):
+    answer = run(f"{before}\nimport mlx_xformer\nprint(mlx_xformer.runtime.blas)", **environment)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith(expected)
+
+
+def test_results_do_not_depend_on_the_blas():
+    code = """
+import mlx_xformer, mlx.core as mx
+x = mx.random.normal((40, 40), key=mx.random.key(1))
+print((x @ x).sum().item())
+"""
+    outputs = [float(run(code, MLX_XFORMER_BLAS=value).stdout) for value in ("0", "1")]
+    assert outputs[0] == pytest.approx(outputs[1], rel=1e-4)
+
+
+def test_cache_is_bounded():
+    assert 0 < runtime.report().cache_limit <= runtime.total_memory() // 8
+    before = runtime.set_cache_limit()
+    try:
+        assert runtime.set_cache_limit(1 << 20) == 1 << 20
+        for n in range(20):
+            mx.eval(mx.zeros((1 << 18,)) + n)
+        assert mx.get_cache_memory() <= 1 << 20
+    finally:
+        runtime.set_cache_limit(before)
+    with pytest.raises(ValueError, match="limit must be at least 0 bytes, got -1"):
+        runtime.set_cache_limit(-1)
+
+
+def test_report():
+    report = runtime.report()
+    assert report.device in ("cpu", "gpu") and report.memory > 1 << 28 and report.blas == runtime.blas
+
+
+def test_without_a_backend(tmp_path):
+    """As after `pip install mlx-xformer` on Linux, without an extra: one line, no traceback."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text("")
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    code = "import sys; from mlx_xformer.cli import main; sys.exit(main(['info']))"
+    answer = run(code, PYTHONPATH=str(tmp_path))
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr.count("\n") == 1 and "install one of mlx-xformer[cpu]" in answer.stderr
+    answer = run("from mlx_xformer import separate", PYTHONPATH=str(tmp_path))
+    assert answer.stderr.rstrip().splitlines()[-1].startswith("ImportError: MLX has no backend on this machine")
