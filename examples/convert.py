@@ -1,0 +1,26 @@
+"""Converts a PyTorch checkpoint and compares it with the NumPy twin: python examples/convert.py SOURCE OUT"""
+
+import sys
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_xformer import convert, load
+from mlx_xformer.reference.models.htdemucs.model import htdemucs
+
+
+def main(source: str, out: str) -> None:
+    print(convert(source, out))
+    model = load(out)
+    noise = np.random.default_rng(0).normal(size=(1, model.config.audio_channels, model.config.segment_samples))
+    ours = np.array(model(mx.array(noise.astype(np.float32))))
+    params = {name: np.array(value, np.float64) for name, value in tree_flatten(model.parameters())}
+    truth = htdemucs(params, model.config, noise)
+    print(
+        f"on noise, MLX and NumPy in double precision differ by {np.abs(ours - truth).max() / np.abs(truth).max():.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

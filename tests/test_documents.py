@@ -1,0 +1,76 @@
+"""What the README and the examples say is run."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_xformer.cli import _parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code):
+    answer = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    if "print(" in code:
+        assert (
+            answer.stdout
+            == "{'drums': (2, 352800), 'bass': (2, 352800), 'other': (2, 352800), 'vocals': (2, 352800)}\n"
+        )
+
+
+def test_commands_are_understood():
+    """Every mlx-xformer line of the README parses, and every make target exists."""
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("mlx-xformer ")]
+    assert len(commands) >= 6
+    for command in commands:
+        _parser().parse_args(command)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {line.split()[1] for line in lines if line.startswith("make ")} <= targets
+
+
+def test_the_tree_is_there():
+    tree = re.search(r"```\n(mlx_xformer/.*?)```", README, re.S).group(1)
+    names = re.findall(r"(?:^|\s)([a-z_]+\.(?:py|md)|[a-z_/]+/)(?=\s|$)", tree)
+    assert len(names) >= 15
+    for name in names:
+        places = [ROOT / name, ROOT / "mlx_xformer" / name, ROOT / "tests" / name, ROOT / "docs" / name]
+        assert any(place.exists() for place in places), name
+
+
+def test_example_separate(tmp_path):
+    script = ROOT / "examples" / "separate.py"
+    command = [sys.executable, script, ROOT / "mlx_xformer" / "data" / "demo.flac", "htdemucs_mini", tmp_path / "out"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["demo.bass.wav", "demo.drums.wav", "demo.other.wav", "demo.vocals.wav"]
+
+
+def test_example_convert(tmp_path):
+    """There, back to PyTorch's layout, and through the example."""
+    from mlx_xformer.converters.convert import convert
+
+    convert(ROOT / "mlx_xformer" / "data" / "htdemucs_mini", tmp_path / "theirs", to="pytorch")
+    command = [sys.executable, ROOT / "examples" / "convert.py", tmp_path / "theirs", tmp_path / "ours"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout.split()[-1]) < 1e-5
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["family"] == "htdemucs"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_are_short(path):
+    assert len(path.read_text().splitlines()) <= 40
