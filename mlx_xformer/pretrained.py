@@ -41,6 +41,8 @@ def resolve(path_or_name: str | Path) -> Path:
 
     ValueError or OSError, in one line, says what was tried.
     """
+    if path_or_name == "":
+        raise ValueError("model must be a name, a file or a folder, got nothing")
     path = Path(path_or_name)
     if path.exists() and (path_or_name not in NAMES or is_checkpoint(path)):  # a name outdoes a folder of stems
         return path if is_checkpoint(path) else _converted(path)

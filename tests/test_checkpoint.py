@@ -89,19 +89,12 @@ def test_a_bag_and_its_weights_in_another_thread(tmp_path):
 def test_unused_members_are_not_read(tmp_path):
     config = BagConfig((CONFIG, CONFIG))
     save(tmp_path / "a", drawn(Bag(config)), family="htdemucs_bag", config=config.to_dict())
+    before = mx.get_active_memory()
     model = load_model(tmp_path / "a")
-    path = tmp_path / "a" / "model.safetensors"
-    size = path.stat().st_size
-    with path.open("r+b") as file:  # half of the tensors are gone, and nobody has noticed yet
-        file.truncate(size // 2)
-    outcomes = set()
-    for name, x in tree_flatten(model.parameters()):
-        try:
-            mx.eval(x)
-            outcomes.add((name.split(".")[1], True))
-        except RuntimeError:
-            outcomes.add((name.split(".")[1], False))
-    assert {read for _, read in outcomes} == {True, False}
+    size = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+    assert mx.get_active_memory() - before < size / 20
+    mx.eval(model.models[1].parameters())
+    assert size / 3 < mx.get_active_memory() - before < 2 * size / 3
 
 
 # Strictness
@@ -185,7 +178,7 @@ def test_files_that_are_damaged_or_absent(tmp_path):
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="family must be one of"):
         save(tmp_path / "a", family="bert")
-    with pytest.raises(ValueError, match="weights must not be float64.*got wide"):
+    with pytest.raises(ValueError, match=r"weights must not be float64.*got wide"):
         save(tmp_path / "a", {"wide": mx.view(mx.zeros((2,), mx.int64), mx.float64, stream=mx.cpu)})
     with pytest.raises(TypeError):
         save(tmp_path / "a", provenance={"x": object()})

@@ -101,7 +101,8 @@ def htdemucs(
         model.to(kind)
         x = torch.from_numpy(mix).to(kind)
         if taps:
-            padded = F.pad(x, (0, max(0, training_length - x.shape[-1])))
+            whole = training_length if model.use_train_segment else 0
+            padded = F.pad(x, (0, max(0, whole - x.shape[-1])))
             result["tap/spectrogram"] = model._magnitude(model._spec(padded)).numpy()
             tap(model, result)
         output = model(x)

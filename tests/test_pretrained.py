@@ -1,0 +1,288 @@
+"""load(): folders, files, names, and the hub, played by a server on the loopback interface."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from htdemucs_options import options
+from mlx_xformer.converters import htdemucs
+from mlx_xformer.converters.convert import convert
+from mlx_xformer.converters.rules import inverse_shapes
+from safetensors.numpy import save_file
+
+from mlx_xformer import pretrained
+from mlx_xformer.checkpoint import parameter_shapes, read_checkpoint
+from mlx_xformer.models.htdemucs import Bag, HTDemucs, HTDemucsConfig
+
+CONFIG = HTDemucsConfig.from_dict(options("base") | {"channels": 2, "bottom_channels": 12, "t_layers": 1})
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write_original(folder, signature, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = inverse_shapes(htdemucs.rules(CONFIG), parameter_shapes("htdemucs", CONFIG.to_dict()))
+    state = {name: rng.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
+    save_file(state, folder / f"{signature}.safetensors", htdemucs.metadata(CONFIG))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_XFORMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# Folders and files
+
+
+def test_a_checkpoint_folder(tmp_path, cache):
+    write_original(tmp_path, "sig")
+    convert(tmp_path / "sig.safetensors", tmp_path / "mlx")
+    assert pretrained.resolve(tmp_path / "mlx") == tmp_path / "mlx"
+    assert isinstance(pretrained.load(str(tmp_path / "mlx")), HTDemucs) and not cache.exists()
+    text = pretrained.describe(tmp_path / "mlx")
+    assert "sources     drums, voice, rest" in text and "F16" in text and "sig.safetensors (SHA-256 " in text
+    assert "do not fit" not in text
+
+
+def test_an_original_is_converted_once(tmp_path, cache):
+    write_original(tmp_path, "sig")
+    first = pretrained.resolve(tmp_path / "sig.safetensors")
+    assert first.is_relative_to(cache) and isinstance(pretrained.load(tmp_path / "sig.safetensors"), HTDemucs)
+    stamp = (first / "config.json").stat().st_mtime_ns
+    assert pretrained.resolve(tmp_path / "sig.safetensors") == first
+    assert (first / "config.json").stat().st_mtime_ns == stamp
+    write_original(tmp_path, "sig", seed=1)
+    assert pretrained.resolve(tmp_path / "sig.safetensors") != first
+    (tmp_path / "one.yaml").write_text("models: [sig, sig]\n")
+    assert isinstance(pretrained.load(tmp_path / "one.yaml"), Bag)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "reason"),
+    [
+        ("nowhere.th", FileNotFoundError, r"nowhere\.th: no such file or folder"),
+        ("./nowhere", FileNotFoundError, "no such file or folder"),
+        ("a/b/c", FileNotFoundError, "no such file or folder"),
+        ("../htdemucs", FileNotFoundError, "no such file or folder"),
+        ("someone/../x", FileNotFoundError, "no such file or folder"),
+        ("htdemucs_x", ValueError, "model must be one of htdemucs, htdemucs_ft, htdemucs_6s, htdemucs_mini, a name"),
+        ("mdx", ValueError, "got 'mdx'"),
+        ("", ValueError, "must be"),
+    ],
+)
+def test_what_is_no_model(tmp_path, monkeypatch, name, error, reason):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=reason) as raised:
+        pretrained.load(name)
+    assert "\n" not in str(raised.value) and not any(tmp_path.iterdir())
+
+
+def test_a_name_outdoes_a_folder_of_stems(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "htdemucs_mini").mkdir()
+    assert pretrained.resolve("htdemucs_mini") == pretrained.EMBEDDED["htdemucs_mini"]
+
+
+def test_repositories():
+    assert [pretrained.repository("adefossez", name) for name in ("htdemucs", "htdemucs_ft", "htdemucs_6s")] == [
+        "adefossez/HTDemucs",
+        "adefossez/HTDemucs-ft",
+        "adefossez/HTDemucs-6s",
+    ]
+    assert pretrained.repository("me", "other_one") == "me/Demucs-other_one"
+
+
+# The hub
+
+
+class Hub:
+    """Imitates what a hub answers for files of repositories: commit, size, digest, content."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.digests: dict[str, str | None] = {}
+        self.requests: list[str] = []
+        self.commit = COMMIT
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                hub.requests.append(f"{self.command} {self.path}")
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def add(self, path: str, content: bytes, *, large: bool = True) -> None:
+        """`large` files carry their SHA-256, the others git's digest."""
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        self.files[path] = content
+        self.digests[path] = hashlib.sha256(content).hexdigest() if large else git
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        repo, _, rest = request.path.lstrip("/").partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        path = f"{repo}/{file}"
+        if path not in self.files or revision not in ("main", self.commit):
+            known = any(name.startswith(f"{repo}/") for name in self.files)
+            request.send_response(404)
+            request.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        content, digest = self.files[path], self.digests[path]
+        request.send_response(200)
+        request.send_header("X-Repo-Commit", self.commit)
+        request.send_header("Content-Length", str(len(content)))
+        if digest is not None:
+            request.send_header("ETag", f'"{digest}"')
+            if len(digest) == 64:
+                request.send_header("X-Linked-ETag", f'"{digest}"')
+                request.send_header("X-Linked-Size", str(len(content)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    for n in range(2):
+        write_original(folder, f"sig{n}", n)
+    return folder
+
+
+@pytest.fixture
+def hub(originals):
+    hub = Hub()
+    bag = {"models": ["sig0", "sig1"], "weights": [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]}
+    hub.add("adefossez/HTDemucs-ft/htdemucs_ft.yaml", yaml.safe_dump(bag).encode(), large=False)
+    hub.add("me/HTDemucs/htdemucs.yaml", b"models: [sig0]\n", large=False)
+    for repo, signatures in {"adefossez/HTDemucs-ft": ["sig0", "sig1"], "me/HTDemucs": ["sig0"]}.items():
+        for signature in signatures:
+            file = f"{signature}.safetensors"
+            hub.add(f"{repo}/{file}", (originals / file).read_bytes())
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+CHILD = """
+import json, sys
+from mlx_xformer import pretrained
+try:
+    folder = pretrained.resolve(sys.argv[1])
+    kind = type(pretrained.load(sys.argv[1])).__name__
+    print(json.dumps({"folder": str(folder), "kind": kind}))
+except (ValueError, OSError) as error:
+    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+"""
+
+
+def ask(name, url, home, **environment):
+    """Loads a model in a process of its own, because the hub's client reads its settings when it is imported."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    variables |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
+    command = [sys.executable, "-c", CHILD, name]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def files(folder: Path):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) if folder.exists() else []
+
+
+def refused(answer, kind, *parts):
+    assert answer.get("error") == kind, answer
+    assert all(part in answer["message"] for part in parts) and "\n" not in answer["message"], answer
+
+
+def test_a_bag_from_the_hub_and_then_without_it(tmp_path, cache, hub):
+    answer = ask("htdemucs_ft", hub.url, tmp_path / "hf")
+    folder = cache / "hub" / "adefossez--HTDemucs-ft" / "htdemucs_ft" / COMMIT
+    assert answer == {"folder": str(folder), "kind": "Bag"}
+    assert [f for f in files(cache) if "htdemucs_ft" not in f] == []  # the downloads are gone
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.config["weights"] == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]
+    assert checkpoint.provenance["repository"] == "adefossez/HTDemucs-ft"
+    assert checkpoint.provenance["revision"] == COMMIT
+    assert {r.split("/resolve/")[1].split("/")[0] for r in hub.requests if "safetensors" in r} == {COMMIT}
+    assert "repository  adefossez/HTDemucs-ft at 0123" in pretrained.describe("htdemucs_ft")
+    count = len(hub.requests)
+    hub.server.shutdown()
+    assert ask("htdemucs_ft", "http://127.0.0.1:9", tmp_path / "hf") == answer
+    assert len(hub.requests) == count
+
+
+def test_somebody_else_s_repository(tmp_path, cache, hub):
+    assert ask("me/htdemucs", hub.url, tmp_path / "hf")["kind"] == "HTDemucs"
+
+
+@pytest.mark.parametrize("file", ["sig1.safetensors", "htdemucs_ft.yaml"])
+def test_a_wrong_digest_is_refused_and_nothing_is_kept(tmp_path, cache, hub, file):
+    path = f"adefossez/HTDemucs-ft/{file}"
+    right = hub.digests[path]
+    hub.digests[path] = right[:-1] + ("0" if right[-1] != "0" else "1")
+    answer = ask("htdemucs_ft", hub.url, tmp_path / "hf")
+    refused(answer, "ValueError", f"{file} of adefossez/HTDemucs-ft", "must be", right, "try again")
+    assert files(cache) == []
+    hub.digests[path] = right  # and the next attempt is not held back by the first
+    assert ask("htdemucs_ft", hub.url, tmp_path / "hf")["kind"] == "Bag"
+
+
+def test_a_file_without_a_digest_is_refused(tmp_path, cache, hub):
+    hub.digests["me/HTDemucs/sig0.safetensors"] = "v1"
+    refused(ask("me/htdemucs", hub.url, tmp_path / "hf"), "ValueError", "reports no digest for sig0.safetensors")
+
+
+def test_what_the_hub_does_not_have(tmp_path, cache, hub):
+    answer = ask("htdemucs_6s", hub.url, tmp_path / "hf")
+    refused(answer, "FileNotFoundError", "no htdemucs_6s.yaml in adefossez/HTDemucs-6s")
+    del hub.files["me/HTDemucs/sig0.safetensors"]
+    refused(ask("me/htdemucs", hub.url, tmp_path / "hf"), "FileNotFoundError", "no sig0.safetensors in me/HTDemucs")
+    assert not (cache / "hub").exists()
+
+
+def test_offline_is_one_line(tmp_path, cache):
+    line = ("htdemucs.yaml of hub repository adefossez/HTDemucs could not be downloaded", "connect once", str(cache))
+    refused(ask("htdemucs", "http://127.0.0.1:9", tmp_path / "hf"), "ConnectionError", *line)
+    refused(ask("htdemucs", "http://127.0.0.1:9", tmp_path / "hf", HF_HUB_OFFLINE="1"), "ConnectionError", *line)
+    assert files(cache) == []
+
+
+def test_a_bag_on_the_hub_cannot_name_a_path(tmp_path, cache, hub):
+    hub.add("me/HTDemucs/htdemucs.yaml", b"models: ['../../escaped']\n", large=False)
+    refused(ask("me/htdemucs", hub.url, tmp_path / "hf"), "ValueError", "plain name")
+    assert not any("escaped" in request for request in hub.requests)
+
+
+def test_a_commit_that_is_no_commit(tmp_path, cache, hub):
+    hub.commit = "../../escaped"
+    refused(ask("me/htdemucs", hub.url, tmp_path / "hf"), "ValueError", "must name the commit", "escaped")
+    assert files(cache) == []
+
+
+def test_a_download_that_was_interrupted_goes_on(tmp_path, cache, hub):
+    content = hub.files.pop("adefossez/HTDemucs-ft/sig1.safetensors")
+    refused(ask("htdemucs_ft", hub.url, tmp_path / "hf"), "FileNotFoundError", "sig1.safetensors")
+    shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+    hub.files["adefossez/HTDemucs-ft/sig1.safetensors"] = content
+    before = len(hub.requests)
+    assert ask("htdemucs_ft", hub.url, tmp_path / "hf")["kind"] == "Bag"
+    assert not any(r.startswith("GET") and "sig0" in r for r in hub.requests[before:])
