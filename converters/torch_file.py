@@ -68,7 +68,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
             raise ValueError(f"zip entry {short(info.filename)} must be stored, neither compressed nor encrypted")
     if sum(entries.values()) > size:
         raise ValueError(f"the zip claims {sum(entries.values())} bytes of content in a file of {size}")
-    pickles = [name for name in entries if re.fullmatch("[^/]+/data.pkl", name)]
+    pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
         raise ValueError(f"the zip must hold one folder with a data.pkl, got {len(pickles)}")
     if entries[pickles[0]] > _MAX_PICKLE:
