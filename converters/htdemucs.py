@@ -133,7 +133,10 @@ def config(metadata: Mapping[str, str]) -> HTDemucsConfig:
     names = [field.name for field in dataclasses.fields(HTDemucsConfig)]
     if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
         raise ValueError("args and kwargs must give every option of HTDemucs at most once")
-    return HTDemucsConfig.from_dict({**dict(zip(names, args, strict=False)), **kwargs})
+    try:
+        return HTDemucsConfig.from_dict({**dict(zip(names, args, strict=False)), **kwargs})
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {short(str(error))}") from None
 
 
 def _decoded(key: str, text: str) -> Any:

@@ -175,9 +175,13 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
 
 
 def make_model(family: str, config: Mapping[str, Any]) -> nn.Module:
-    """The family's module with fresh weights."""
+    """The family's module with fresh weights. ValueError for a configuration that makes no model."""
     configuration, module = FAMILIES[family]
-    return module(configuration.from_dict(dict(config)))
+    try:
+        return module(configuration.from_dict(dict(config)))
+    except (ArithmeticError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"the configuration makes no model: {type(error).__name__}, {reason}") from None
 
 
 def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -137,6 +137,11 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path):
         ({"config": None}, "must be objects"),
         ({"config": {"sources": ["a"], "cac": False}}, "cac must be True"),
         ({"config": {"sources": ["a"], "colour": 1}}, "no option named colour"),
+        ({"config": CONFIG.to_dict() | {"dconv_comp": 0}}, "makes no model|must be"),
+        ({"config": CONFIG.to_dict() | {"t_hidden_scale": 1e9}}, "makes no model|must be"),
+        ({"config": {"members": [1]}, "family": "htdemucs_bag"}, "makes no model|must be"),
+        ({"config": {"members": 1}, "family": "htdemucs_bag"}, "makes no model|must be"),
+        ({"config": {"members": [CONFIG.to_dict()], "weights": 1}, "family": "htdemucs_bag"}, "makes no model|must be"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path, change, reason):

@@ -281,6 +281,8 @@ def test_tensors_that_do_not_fit(tmp_path, edit, line):
         ({"kwargs": '{"sources": ["a"], "segment": {"_type": "fraction", "numerator": 1}}'}, "two whole numbers"),
         ({"kwargs": '{"sources": ["a"], "segment": {"_type": "pickle"}}'}, "segment must be"),
         ({"kwargs": "[" * 100_000}, "kwargs must be JSON"),
+        ({"kwargs": '{"sources": ["a"], "t_heads": 0}'}, "must make a model|must be"),
+        ({"kwargs": '{"sources": ["a"], "segment": Infinity}'}, "must make a model|must be"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path, metadata, reason):

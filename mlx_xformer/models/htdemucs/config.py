@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,21 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "multi_freqs": ((), "split frequency bands are not implemented"),
     "t_sparse_self_attn": (False, "sparse attention is not implemented"),
     "t_sparse_cross_attn": (False, "sparse attention is not implemented"),
+}
+
+# Far beyond any model, and below what would keep a reader of a hostile file busy.
+_LARGEST = {
+    "audio_channels": 1000,
+    "channels": 10**6,
+    "growth": 1000,
+    "depth": 30,
+    "nfft": 2**24,
+    "samplerate": 10**7,
+    "segment": 10**5,
+    "dconv_depth": 100,
+    "t_layers": 1000,
+    "t_hidden_scale": 1000,
+    "t_max_positions": 10**8,
 }
 
 
@@ -111,6 +127,9 @@ class HTDemucsConfig:
         for name in ("audio_channels", "channels", "depth", "kernel_size", "stride", "time_stride", "samplerate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, limit in _LARGEST.items():
+            if getattr(self, name) > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name):.3g}")
         if self.nfft < 8 or self.nfft % 8:
             raise ValueError(f"nfft must be a multiple of 8, got {self.nfft}")
         if self.kernel_size - 2 * (self.kernel_size // 4) != self.stride:
@@ -171,10 +190,9 @@ class HTDemucsConfig:
             raise ValueError("sources must be given")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(plain.get("segment"), str):
-            try:
-                plain["segment"] = Fraction(plain["segment"])
-            except (ValueError, ZeroDivisionError):
-                raise ValueError(f"segment must be a number of seconds, got {values['segment']!r}") from None
+            if not re.fullmatch(r"[0-9]{1,9}/0*[1-9][0-9]{0,8}|[0-9]{1,9}", plain["segment"]):
+                raise ValueError(f"segment must be a number of seconds, got {values['segment']!r:.80}")
+            plain["segment"] = Fraction(plain["segment"])
         return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,7 +223,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     if fits and annotation == "bool":
         fits = value in (0, 1)
     if not fits:
-        raise ValueError(f"{field.name} must be of type {annotation}, got {value!r}")
+        raise ValueError(f"{field.name} must be of type {annotation}, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
