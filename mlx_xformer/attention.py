@@ -10,6 +10,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from .kernels import unmasked_attention
 from .masks import causal_mask
 
 
@@ -36,8 +37,10 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     if S == 0:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
+    if mask is None and bias is None and not causal:
+        return unmasked_attention(q, k, v, scale)
     if mask is None and bias is None:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if causal else None)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     if causal:
         allowed = causal_mask(L, S)
         mask = allowed if mask is None else mask & allowed

@@ -75,3 +75,81 @@ def test_overlap_add(pieces):
         return out
 
     assert_within_budget(kernels.overlap_add(mx.array(x.astype(np.float32))), loop(x), loop(x.astype(np.float32)))
+
+
+@pytest.fixture(params=["built-in", "rational"])
+def form(request, monkeypatch):
+    """Both forms of the chains, whatever this machine would choose."""
+    monkeypatch.setattr(kernels, "vectorizes", lambda x: request.param == "rational" and x.dtype == mx.float32)
+    return request.param
+
+
+def test_both_forms_of_gelu_and_glu(form):
+    x = np.concatenate([np.linspace(-30, 30, 4001), np.linspace(-1e-3, 1e-3, 100), [0.0, 1e30, -1e30]])
+    single = mx.array(x.astype(np.float32))
+    exact = twin.gelu(single.astype(mx.float32).__array__().astype(np.float64))
+    assert np.abs(np.array(kernels.gelu(single)) - exact).max() <= 6e-7 * np.maximum(np.abs(x), 1).max()
+    inside = np.abs(x) <= 30
+    assert np.abs(np.array(kernels.gelu(single)) - exact)[inside].max() <= 4e-6  # 3.3e-7 of erf, times x / 2
+    pair = mx.stack([mx.ones(single.shape), single], axis=-1)
+    assert np.abs(np.array(kernels.glu(pair))[:, 0] - twin.sigmoid(x)).max() <= 4e-7
+    check_gradient(kernels.gelu, twin.gelu, x[:4001:40])
+    check_gradient(kernels.glu, twin.glu, np.random.default_rng(7).normal(size=(5, 6)) * 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 13, 6), (2, 700, 3, 6)])
+def test_both_forms_of_the_norm_chains(form, shape):
+    rng = np.random.default_rng(8)
+    x, residual = rng.normal(size=shape) * 2 + 0.3, rng.normal(size=(*shape[:-1], 3))
+    weight, bias, scale = rng.uniform(0.7, 1.3, 6), rng.uniform(-0.2, 0.2, 6), rng.uniform(0.3, 0.9, 3)
+
+    def normed(x, weight, bias):
+        mean, var = twin.mean_var(x, (1, x.ndim - 1))
+        return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+    for call, reference, arguments in [
+        (kernels.norm_gelu, lambda *a: twin.gelu(normed(*a)), (x, weight, bias)),
+        (
+            lambda x, w, b, s, r: kernels.norm_glu_add(x, w, b, axes=(1,), eps=1e-5, scale=s, residual=r),
+            lambda x, w, b, s, r: r + s * twin.glu(normed(x, w, b)),
+            (x, weight, bias, scale, residual),
+        ),
+    ]:
+        bound = call if call is not kernels.norm_gelu else lambda *a: kernels.norm_gelu(*a, axes=(1,), eps=1e-5)
+        check_forward(bound, reference, *arguments)
+        if shape[1] < 100:
+            check_gradient(bound, reference, *arguments)
+
+
+@pytest.mark.parametrize("lengths", [(300, 257), (1, 70_000), (70_000, 1)])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_both_forms_of_attention(form, lengths, spread):
+    """Rows that end in the middle of a block, and scores far apart."""
+    rng = np.random.default_rng(9)
+    q, k, v = (rng.normal(size=(1, 2, length, 7)) for length in (lengths[0], lengths[1], lengths[1]))
+    q = q * spread
+
+    def reference(q, k, v):
+        scores = q @ k.swapaxes(-1, -2) * q.dtype.type(7**-0.5)
+        return twin.softmax(scores) @ v
+
+    check_forward(lambda q, k, v: kernels.unmasked_attention(q, k, v, 7**-0.5), reference, q, k, v)
+
+
+def test_row_blocks_and_their_gradient(form, monkeypatch):
+    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "_SCORES", 16)
+    rng = np.random.default_rng(10)
+    q, k, v = rng.normal(size=(2, 3, 37, 5)), rng.normal(size=(2, 3, 11, 5)), rng.normal(size=(2, 3, 11, 4))
+
+    def reference(q, k, v):
+        return twin.softmax(q @ k.swapaxes(-1, -2) * q.dtype.type(0.4)) @ v
+
+    check_forward(lambda q, k, v: kernels.unmasked_attention(q, k, v, 0.4), reference, q, k, v)
+    check_gradient(lambda q, k, v: kernels.unmasked_attention(q, k, v, 0.4), reference, q, k, v)
+
+
+def test_half_precision_keeps_the_built_in_forms():
+    for dtype in (mx.float16, mx.bfloat16):
+        x = mx.random.normal((8,)).astype(dtype)
+        assert not kernels.vectorizes(x) and kernels.gelu(x).dtype == kernels.glu(x).dtype == dtype

@@ -15,7 +15,7 @@ from .config import HTDemucsConfig, Level
 
 
 class DConvBranch(nn.Module):
-    """One residual branch of DConv: dilated convolution, norm, GELU, 1x1 convolution, norm, GLU, LayerScale."""
+    """One residual step of DConv: dilated convolution, norm, GELU, 1x1 convolution, norm, GLU, LayerScale."""
 
     def __init__(self, channels: int, hidden: int, dilation: int, init: float):
         super().__init__()
@@ -26,9 +26,17 @@ class DConvBranch(nn.Module):
         self.layer_scale = LayerScale(channels, init)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = kernels.gelu(self.norm1(self.conv(x), axes=(1,)))
-        y = kernels.glu(self.norm2(self.expand(y), axes=(1,)))
-        return self.layer_scale(y)
+        norm1, norm2 = self.norm1, self.norm2
+        y = kernels.norm_gelu(self.conv(x), norm1.weight, norm1.bias, axes=(1,), eps=norm1.eps)
+        return kernels.norm_glu_add(
+            self.expand(y),
+            norm2.weight,
+            norm2.bias,
+            axes=(1,),
+            eps=norm2.eps,
+            scale=self.layer_scale.scale,
+            residual=x,
+        )
 
 
 class DConv(nn.Module):
@@ -45,7 +53,7 @@ class DConv(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers:
-            x = x + layer(x)
+            x = layer(x)
         return x
 
 
