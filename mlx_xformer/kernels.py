@@ -4,8 +4,8 @@ MLX's CPU backend keeps one float32 accumulator per reduction, so a mean over 10
 sums in stages of 32 instead, as a tree would, and is good to a few 1e-8 on every device.
 
 On Linux its exp, erf and sigmoid are scalar calls, 10 to 30 ns an element. Where a C++ compiler lets mx.compile fuse,
-float32 chains use rational and polynomial forms instead, which vectorise and are good to 4e-7; their gradients are those
-of the plain forms.
+float32 chains use rational and polynomial forms instead, which vectorise and are good to 4e-7; their gradients are
+those of the plain forms.
 """
 
 from __future__ import annotations

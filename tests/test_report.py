@@ -67,6 +67,12 @@ def test_names_are_text(tmp_path):
     assert scripts == ["a0-0", "a1-0", "a2-0", "a3-0", "data", None]
 
 
+def test_a_stem_keeps_its_colour():
+    assert report._hues(["drums", "bass", "other", "vocals", "guitar", "piano"]) == list("012345")
+    assert report._hues(["vocals", "no_vocals"]) == ["3", "0"]
+    assert report._hues(["a", "drums", "b", "piano"]) == ["1", "0", "2", "5"]
+
+
 def test_pictures_are_those_of_numpy():
     mix, _ = tones(1.7)
     measured = Measure(RATE, 2, mix.shape[1])
