@@ -7,7 +7,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_xformer import runtime
+from mlx_xformer import kernels, runtime
 
 
 def run(code, **environment):
@@ -73,3 +73,29 @@ def test_without_a_backend(tmp_path):
     assert answer.stderr.count("\n") == 1 and "install one of mlx-xformer[cpu]" in answer.stderr
     answer = run("from mlx_xformer import separate", PYTHONPATH=str(tmp_path))
     assert answer.stderr.rstrip().splitlines()[-1].startswith("ImportError: MLX has no backend on this machine")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX compiles in memory")
+def test_a_second_call_compiles_nothing(tmp_path):
+    """MLX keeps the chains it compiles as libraries in the temporary folder: another track adds none."""
+    code = """
+import sys, pathlib
+import mlx.core as mx
+from mlx_xformer import HTDemucs, HTDemucsConfig, separate
+config = HTDemucsConfig(sources=("a", "b"), channels=4, dconv_comp=2, dconv_mode=3, nfft=256, depth=2, t_layers=2,
+                        t_heads=2, bottom_channels=8, samplerate=8000, segment=0.128)
+model = HTDemucs(config)
+for samples in (1500, 4000, 3000):
+    separate(model, mx.random.normal((2, samples)), 8000)
+    print(len(list(pathlib.Path(sys.argv[1]).rglob("*.so"))))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert answer.returncode == 0, answer.stderr
+    first, second, third = map(int, answer.stdout.split())
+    assert first > 0 or not kernels._FUSES
+    assert first == second == third
