@@ -9,18 +9,23 @@ PIP := install --quiet --disable-pip-version-check
 TORCH := .venv-torch
 DATA ?= $(MLX_XFORMER_DATA)
 PYTEST = $(BIN)/python -m pytest
+PLAIN := -m "not torch and not real and not browser"
 
-.PHONY: demo test test-torch test-real check format bench bench-peers clean
+.PHONY: demo test test-torch test-browser test-real check format bench bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-xformer separate mlx_xformer/data/demo.flac -n htdemucs_mini
 
 test: $(VENV)/installed
-	$(PYTEST) -m "not torch and not real"
+	$(PYTEST) $(PLAIN)
 
 # PyTorch and the original packages live in an environment of their own and run in a process of their own.
 test-torch: $(VENV)/installed $(TORCH)/installed
 	MLX_XFORMER_TORCH_PYTHON=$(CURDIR)/$(TORCH)/bin/python $(PYTEST) -m torch
+
+# Chromium and its driver open the report page (Debian: chromium chromium-driver).
+test-browser: $(VENV)/installed
+	$(PYTEST) -m browser
 
 # MLX_XFORMER_DATA names the folder of checkpoints and recordings that may not be shipped.
 test-real: $(VENV)/installed-real
@@ -31,7 +36,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check
 	rm -rf build/types && mkdir -p build/types && cp -r mlx_xformer build/types && cp -r converters build/types/mlx_xformer
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p mlx_xformer
-	$(PYTEST) -m "not torch and not real"
+	$(PYTEST) $(PLAIN)
 
 format: $(VENV)/installed
 	$(BIN)/ruff format

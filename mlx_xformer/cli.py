@@ -81,6 +81,7 @@ def _add_separate(parser: argparse.ArgumentParser) -> None:
     add("--segment", type=float, metavar="S", help="seconds per segment; at most, and by default, the model's own")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random shifts")
     add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample; 32 is float")
+    add("--report", action="store_true", help="also write report.html, to hear and see the stems together")
     add("--clip", choices=["rescale", "clamp", "none"], default="rescale", help="what keeps a stem from clipping")
 
 
@@ -102,11 +103,13 @@ def _separate(options: argparse.Namespace) -> int:
         return 1
     model = load(options.name)
     folder = options.out / _model_folder(options.name)
+    done = False
     for file in tracks:
         with _reported(file) as problem:
             _separate_track(model, file, folder / file.stem, options)
+            done = True
         failed |= problem.happened
-    if options.name == DEMO_MODEL:
+    if done and options.name == DEMO_MODEL:
         print(f"Note: {DEMO_NOTE}.")
     return int(failed)
 
@@ -168,6 +171,23 @@ def _separate_track(model: HTDemucs | Bag, file: Path, folder: Path, options: ar
     audio.write_all(files, config.samplerate, bits=options.bits)
     print(f"{folder}{os.sep}: {', '.join(path.name for path in files)}")
     print(f"  {seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.1f} times real time)")
+    if options.report:
+        _write_report(file, folder, config.sources, options)
+
+
+def _write_report(file: Path, folder: Path, stems: Sequence[str], options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    facts = {
+        "Model": options.name,
+        "mlx-xformer": __version__,
+        "Shifts": options.shifts,
+        "Overlap": options.overlap,
+        "Seed": options.seed,
+        "Clip": options.clip,
+    }
+    write_report(folder / "report.html", file, {s: folder / f"{s}.wav" for s in stems}, title=file.name, facts=facts)
+    print(f"  {folder / 'report.html'}")
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import mlx.core as mx
 
@@ -67,12 +68,12 @@ def _with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Ca
         function = mx.custom_function(fast)
 
         @function.vjp
-        def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
+        def gradient(primals, cotangent, _):
             several = isinstance(primals, (tuple, list))
             gradients = mx.vjp(plain, list(primals) if several else [primals], [cotangent])[1]
             return tuple(gradients) if several else gradients[0]
 
-        return function
+        return cast(Callable[..., mx.array], function)
 
     return decorate
 
@@ -106,8 +107,12 @@ def _plain_gate(a: mx.array, b: mx.array) -> mx.array:
     return a * mx.sigmoid(b)
 
 
+def _rational_gate(a: mx.array, b: mx.array) -> mx.array:
+    return a * _rational_sigmoid(b)
+
+
 _compiled_gate = mx.compile(_plain_gate, shapeless=True)
-_fast_gate = _with_gradient_of(_plain_gate)(mx.compile(lambda a, b: a * _rational_sigmoid(b), shapeless=True))
+_fast_gate = _with_gradient_of(_plain_gate)(mx.compile(_rational_gate, shapeless=True))
 
 
 def glu(x: mx.array) -> mx.array:
@@ -240,7 +245,7 @@ def _norm_gelu(activation: Callable[[mx.array], mx.array]) -> Callable[..., mx.a
 
 
 def _norm_gate(sigmoid: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
-    def chain(residual, scale, a, b, center, inverse, weight_a, weight_b, bias_a, bias_b):  # type: ignore[no-untyped-def]
+    def chain(residual, scale, a, b, center, inverse, weight_a, weight_b, bias_a, bias_b):
         value = (a - center) * inverse * weight_a + bias_a
         gate = (b - center) * inverse * weight_b + bias_b
         return residual + value * sigmoid(gate) * scale

@@ -229,3 +229,10 @@ def test_interrupt_leaves_whole_tracks_only(checkpoint, tmp_path):
     assert [p.name for p in (out / "tiny").iterdir()] == ["short"]
     assert sorted(p.name for p in (out / "tiny" / "short").iterdir()) == sorted(f"{s}.wav" for s in STEMS)
     assert soundfile.info(out / "tiny" / "short" / "rest.wav").frames == 3000
+
+
+def test_report(checkpoint, song, tmp_path, capsys):
+    assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out", "--report", "--seed", 5) == 0
+    page = (tmp_path / "out" / "tiny" / "song" / "report.html").read_text()
+    assert "song.wav" in page and "<td>5</td>" in page.replace("<dd>5</dd>", "<td>5</td>")
+    assert "report.html" in capsys.readouterr().out

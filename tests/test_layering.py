@@ -23,7 +23,8 @@ LAYERS = [
     ["converters.FAMILY"],
     ["converters.convert"],
     ["pretrained"],
-    ["generate", "separate"],
+    ["generate", "separate", "measure"],
+    ["report"],
     ["parity"],
     ["cli"],
 ]
