@@ -18,6 +18,7 @@ import soxr
 
 Clip = Literal["rescale", "clamp", "none"]
 Bits = Literal[16, 24, 32]
+_FASTEST = 10_000_000  # Hz
 _WAV_LIMIT = 2**32 - 2**16  # bytes of samples that a WAV header can count; beyond it the file is RF64
 
 
@@ -61,11 +62,11 @@ def check_writable(folder: Path) -> None:
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """(channels, samples) at another sample rate, by libsoxr at very high quality."""
+    for name, rate in (("from_rate", from_rate), ("to_rate", to_rate)):
+        if not isinstance(rate, (int, np.integer)) or not 1 <= rate <= _FASTEST:
+            raise ValueError(f"{name} must be a whole number of Hz from 1 to {_FASTEST}, got {rate!r}")
     if from_rate == to_rate:
         return audio
-    for name, rate in (("from_rate", from_rate), ("to_rate", to_rate)):
-        if rate < 1:
-            raise ValueError(f"{name} must be at least 1 Hz, got {rate}")
     return np.ascontiguousarray(soxr.resample(audio.T, from_rate, to_rate, quality="VHQ").T)
 
 

@@ -70,8 +70,9 @@ def test_resampling_keeps_a_tone():
     assert out.shape == (1, 44100)
     assert np.abs(out[0, 2000:-2000] - np.sin(2 * np.pi * 997 * t44)[2000:-2000]).max() < 1e-4
     assert audio.resample(tone, 48000, 48000) is tone
-    with pytest.raises(ValueError, match="to_rate must be at least 1 Hz, got 0"):
-        audio.resample(tone, 48000, 0)
+    for rate in (0, -1, 10**9, 44100.5, float("nan"), "44100"):
+        with pytest.raises(ValueError, match=r"to_rate must be a whole number of Hz from 1 to 10000000, got "):
+            audio.resample(tone, 48000, rate)
 
 
 def test_reading_what_is_not_audio(tmp_path):

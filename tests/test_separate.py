@@ -253,7 +253,8 @@ def test_transition_weight():
         ({"audio": np.zeros((1, 2, 5))}, r"audio must be \(channels, samples\)"),
         ({"audio": np.array([[0, np.nan]])}, "audio must be finite"),
         ({"audio": np.array([[0, np.inf]])}, "audio must be finite"),
-        ({"sample_rate": 0}, "from_rate must be at least 1 Hz, got 0"),
+        ({"sample_rate": 0}, "from_rate must be a whole number of Hz from 1 to 10000000, got 0"),
+        ({"sample_rate": float("nan")}, "from_rate must be a whole number of Hz .*, got nan"),
     ],
 )
 def test_errors(given, message):
