@@ -1,0 +1,113 @@
+"""Hot parts of HTDemucs at their official sizes: the plain MLX form against the package's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_xformer import kernels, runtime, spectral
+from mlx_xformer.attention import attention
+from mlx_xformer.layers import ConvTranspose1d, DilatedConv1d
+
+# isort: split
+import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS
+
+mx = runtime.mx
+
+PAIRS = {  # part: (the plain form, ours), functions below
+    "gelu": ("plain_gelu", "our_gelu"),
+    "glu": ("plain_glu", "our_glu"),
+    "group-norm": ("plain_group_norm", "our_group_norm"),
+    "attention": ("plain_attention", "our_attention"),
+    "dilated-conv": ("plain_dilated_conv", "our_dilated_conv"),
+    "transposed-conv": ("plain_transposed_conv", "our_transposed_conv"),
+    "stft": ("plain_stft", "our_stft"),
+}
+
+
+def draw(*shape: int) -> Any:
+    """Normal numbers, the same in every process."""
+    x = mx.array(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    mx.eval(x)
+    return x
+
+
+def case(compute: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
+    """What bench/worker.py wants."""
+
+    def run() -> None:
+        mx.eval(compute(*inputs))
+
+    return {
+        "run": run,
+        "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
+        "blas": runtime.blas,
+        "threads": int(os.environ["BENCH_THREADS"]),
+        "peak": mx.get_peak_memory,
+    }
+
+
+def plain_gelu(_: Path) -> dict[str, Any]:
+    return case(nn.gelu, draw(1, 85995, 48))
+
+
+def our_gelu(_: Path) -> dict[str, Any]:
+    return case(kernels.gelu, draw(1, 85995, 48))
+
+
+def plain_glu(_: Path) -> dict[str, Any]:
+    return case(lambda x: nn.glu(x, axis=-1), draw(1, 85995, 96))
+
+
+def our_glu(_: Path) -> dict[str, Any]:
+    return case(kernels.glu, draw(1, 85995, 96))
+
+
+def plain_group_norm(_: Path) -> dict[str, Any]:
+    return case(nn.GroupNorm(1, 96, pytorch_compatible=True), draw(1, 85995, 96))
+
+
+def our_group_norm(_: Path) -> dict[str, Any]:
+    weight, bias = mx.ones(96), mx.zeros(96)
+    return case(lambda x: kernels.normalize(x, weight, bias, axes=(1,), eps=1e-5), draw(1, 85995, 96))
+
+
+def plain_attention(_: Path) -> dict[str, Any]:
+    q = draw(1, 8, 2688, 64)
+    return case(lambda q: mx.fast.scaled_dot_product_attention(q, q, q, scale=0.125), q)
+
+
+def our_attention(_: Path) -> dict[str, Any]:
+    return case(lambda q: attention(q, q, q), draw(1, 8, 2688, 64))
+
+
+def plain_dilated_conv(_: Path) -> dict[str, Any]:
+    return case(nn.Conv1d(48, 6, 3, padding=2, dilation=2), draw(512, 336, 48))
+
+
+def our_dilated_conv(_: Path) -> dict[str, Any]:
+    return case(DilatedConv1d(48, 6, 3, 2), draw(512, 336, 48))
+
+
+def plain_transposed_conv(_: Path) -> dict[str, Any]:
+    return case(nn.ConvTranspose1d(96, 48, 8, stride=4), draw(1, 21499, 96))
+
+
+def our_transposed_conv(_: Path) -> dict[str, Any]:
+    return case(ConvTranspose1d(96, 48, 8, 4), draw(1, 21499, 96))
+
+
+def plain_stft(_: Path) -> dict[str, Any]:
+    """Frames gathered by index instead of strides."""
+    window = spectral.hann_window(4096)
+    index = mx.arange(333)[:, None] * 1024 + mx.arange(4096)[None]
+    return case(lambda x: mx.fft.rfft(mx.take(x, index, axis=-1) * window), draw(2, 344064))
+
+
+def our_stft(_: Path) -> dict[str, Any]:
+    return case(lambda x: spectral.stft(x, n_fft=4096, hop_length=1024, center=False), draw(2, 344064))

@@ -1,0 +1,94 @@
+"""Tables from bench/results/*.jsonl, and the part of bench/README.md that they fill."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results: begin (written by bench/report.py) -->", "<!-- results: end -->"
+TITLES = {"parts": "Parts, at their official sizes", "peers": "One official segment of 7.8 s (htdemucs, float32)"}
+Record = dict[str, Any]
+
+
+def append(path: Path, records: Sequence[Record]) -> None:
+    """Adds one JSON line a record."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+
+
+def latest(path: Path) -> list[Record]:
+    """The records of the last whole run in a file (runs of chosen cases do not count)."""
+    records = [record for line in path.read_text().splitlines() if (record := json.loads(line))["whole"]]
+    return [record for record in records if record["date"] == records[-1]["date"]]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} MiB"
+
+
+def table(records: Sequence[Record]) -> str:
+    """A Markdown table; columns that no record fills are left out."""
+    columns = {
+        "case": lambda r: r["case"],
+        "wall, median": lambda r: _seconds(r["wall_median_s"]),
+        "ratio": lambda r: f"{r['ratio']:.2f}",
+        "fastest": lambda r: _seconds(min(r["wall_s"])),
+        "CPU-seconds": lambda r: _seconds(r["cpu_median_s"]),
+        "cores busy with others": lambda r: "" if None in r["others"] else f"{statistics.median(r['others']):.1f}",
+        "peak RSS": lambda r: _mib(r["rss_mib"]),
+        "peak MLX": lambda r: _mib(r["framework_mib"]),
+        "SNR against PyTorch f32": lambda r: f"{r['snr_db']:.1f} dB" if r.get("snr_db") else "",
+        "against its float64": lambda r: f"{r['snr64_db']:.1f} dB" if r.get("snr64_db") else "",
+    }
+    rows = {name: [cell(record) for record in records] for name, cell in columns.items()}
+    rows = {name: cells for name, cells in rows.items() if any(cells)}
+    lines = ["| " + " | ".join(rows) + " |", "|" + "---|" * len(rows)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*rows.values(), strict=True)]
+    return "\n".join(lines)
+
+
+def section(records: Sequence[Record]) -> str:
+    """A table under its title, with machine, versions, date and commit."""
+    first = records[0]
+    machine = first["machine"]
+    versions = sorted({f"{k} {v}" for record in records for k, v in record["versions"].items()})
+    threads = sorted({str(record["threads"]) for record in records})
+    blas = sorted({record["blas"] for record in records})
+    if len(blas) > 1:
+        blas = [f"{record['blas']} ({record['case']})" for record in records]
+    return "\n".join(
+        [
+            f"### {TITLES[first['suite']]}",
+            "",
+            table(records),
+            "",
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']};"
+            f" {', '.join(threads)} threads; {first['rounds']} rounds; {first['date']};"
+            f" commit {first['commit'] or 'none yet'}. "
+            f"{', '.join(versions)}. BLAS: {'; '.join(blas)}.",
+        ]
+    )
+
+
+def renew(readme: Path, results: Path) -> None:
+    """Writes the latest run of every file in `results` between the marks of `readme`."""
+    runs = [latest(path) for path in sorted(results.glob("*.jsonl"))]
+    sections = [section(records) for records in runs if records]
+    text = readme.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    readme.write_text(head + BEGIN + "\n" + "\n\n".join(sections) + "\n" + END + tail)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    renew(here / "README.md", here / "results")
