@@ -52,7 +52,9 @@ clean:
 	rm -rf $(VENV) $(TORCH) .bench build *.egg-info
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip $(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
 
@@ -61,7 +63,7 @@ $(VENV)/installed-real: $(VENV)/installed tests/requirements-real.txt
 	@touch $@
 
 $(TORCH)/installed: tests/oracle/requirements.txt
-	$(PYTHON) -m venv $(TORCH)
+	$(PYTHON) -m venv --clear $(TORCH)
 	$(TORCH)/bin/pip $(PIP) torch==2.13.0
 	$(TORCH)/bin/pip $(PIP) --no-deps -r tests/oracle/requirements.txt
 	@touch $@

@@ -20,11 +20,10 @@ def main(song: str, name: str = "htdemucs", folder: str = "separated") -> None:
             bar.update(done - bar.n)
 
         stems = separate(model, audio, rate, progress=progress)
-    config = getattr(model, "models", [model])[0].config
     Path(folder).mkdir(parents=True, exist_ok=True)
     for stem, samples in stems.items():
         path = Path(folder) / f"{Path(song).stem}.{stem}.wav"
-        write(path, prevent_clipping(np.array(samples), "rescale"), config.samplerate)
+        write(path, prevent_clipping(np.array(samples), "rescale"), model.config.samplerate)
         print(path)
 
 

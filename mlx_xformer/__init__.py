@@ -29,4 +29,6 @@ if runtime.backend_error is None:
 else:
 
     def __getattr__(name: str) -> Any:
-        raise ImportError(runtime.backend_error)
+        if name in __all__:
+            raise ImportError(runtime.backend_error)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,10 +45,12 @@ def attention(
         allowed = causal_mask(L, S)
         mask = allowed if mask is None else mask & allowed
     if bias is not None:
+        bias = bias.astype(q.dtype)  # in half precision -1e9 becomes -inf, and so does what it blocks
         open_ = bias != -mx.inf
         mask = open_ if mask is None else mask & open_
-        bias = mx.where(open_, bias, 0).astype(q.dtype)
+        bias = mx.where(open_, bias, mx.array(0, q.dtype))
     assert mask is not None  # for the type checker: one of the three was given
+    mask = mask.reshape(1) if mask.ndim == 0 else mask
     some = mx.any(mask, axis=-1, keepdims=True)
     # A row without a key attends to all of them, so that it stays finite, and is then set to 0.
     mask = mask | ~some
@@ -91,7 +93,8 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 class Attention(nn.Module):
     """Multi-head attention: q_proj, k_proj, v_proj, attention(), out_proj.
 
-    Self-attention of x (B, L, E), or cross-attention from x to a source (B, S, kv_dim); both give (B, L, E).
+    Self-attention of x (B, L, E), or cross-attention from x to a source (B, S, kv_dim); both give (B, L, E). Without a
+    batch axis in x and source, the result has none either.
     num_kv_heads = num_heads is multi-head, 1 multi-query, anything between grouped-query attention.
     """
 
@@ -128,6 +131,8 @@ class Attention(nn.Module):
         causal: bool = False,
     ) -> mx.array:
         source = x if source is None else source
+        if x.ndim == 2:
+            return self(x[None], source[None], mask=mask, causal=causal)[0]
         q = _heads(self.q_proj(x), self.num_heads)
         k = _heads(self.k_proj(source), self.num_kv_heads)
         v = _heads(self.v_proj(source), self.num_kv_heads)

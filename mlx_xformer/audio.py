@@ -18,6 +18,10 @@ import soxr
 
 Clip = Literal["rescale", "clamp", "none"]
 Bits = Literal[16, 24, 32]
+_FOREIGN = {".m4a", ".aac", ".mp4", ".mov", ".mkv", ".webm", ".wma"}  # what libsndfile does not read
+_CONVERT = " (convert it first, with ffmpeg -i IN OUT.wav)"
+_UNKNOWN = 2**62  # frames
+_SUBTYPES = {16: "PCM_16", 24: "PCM_24", 32: "FLOAT"}
 _FASTEST = 10_000_000  # Hz
 _WAV_LIMIT = 2**32 - 2**16  # bytes of samples that a WAV header can count; beyond it the file is RF64
 
@@ -30,10 +34,14 @@ def read(path: str | Path) -> tuple[np.ndarray, int]:
     path = Path(path)
     check_readable(path)
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            if file.frames >= _UNKNOWN:  # a FLAC file that was written to a pipe
+                raise ValueError(f"{path} cannot be read as audio: its header does not tell its length{_CONVERT}")
+            samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless formats that only a name tells
         reason = str(error).removeprefix(f"Error opening {str(path)!r}: ")
-        raise ValueError(f"{path} cannot be read as audio: {reason}") from None
+        hint = _CONVERT if path.suffix.lower() in _FOREIGN else ""
+        raise ValueError(f"{path} cannot be read as audio: {reason}{hint}") from None
     if not len(samples):
         raise ValueError(f"{path} holds no samples")
     if not np.isfinite(samples).all():
@@ -119,7 +127,8 @@ def write_all(files: Mapping[Path, np.ndarray], rate: int, *, bits: Bits = 16) -
     """Writes several WAV files: each to a temporary file beside its target, and all renamed once all are written.
 
     Missing folders are made; on failure nothing is left behind. OSError says what went wrong."""
-    subtype = {16: "PCM_16", 24: "PCM_24", 32: "FLOAT"}[bits]
+    if bits not in _SUBTYPES:
+        raise ValueError(f"bits must be 16, 24 or 32, got {bits}")
     written: list[tuple[str, Path]] = []
     made: list[Path] = []
     try:
@@ -128,9 +137,12 @@ def write_all(files: Mapping[Path, np.ndarray], rate: int, *, bits: Bits = 16) -
             handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
             os.close(handle)
             written.append((temporary, path))
+            audio = np.asarray(audio)
+            if audio.ndim != 2 or not 1 <= audio.shape[0] <= 1024:
+                raise ValueError(f"audio must be (channels, samples) with at most 1024 channels, got {audio.shape}")
             samples = quantize(audio, bits).T
             container = "RF64" if samples.size * bits // 8 > _WAV_LIMIT else "WAV"
-            soundfile.write(temporary, samples, rate, subtype=subtype, format=container)
+            soundfile.write(temporary, samples, rate, subtype=_SUBTYPES[bits], format=container)
         mask = os.umask(0)
         os.umask(mask)
         for temporary, path in written:

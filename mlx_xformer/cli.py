@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,17 +25,26 @@ DEMO_NOTE = (
 )
 
 
+# A RuntimeError is MLX's: out of memory on the device, no temporary folder to compile in.
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     if runtime.backend_error:
         return _fail(runtime.backend_error)
     try:
-        return {"separate": _separate, "convert": _convert, "info": _info}[options.command](options)
+        code = {"separate": _separate, "convert": _convert, "info": _info}[options.command](options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("mlx-xformer: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # who read our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _FAILURES as error:
         return _fail(_reason(error))
 
 
@@ -45,8 +55,8 @@ def _fail(message: str) -> int:
 
 def _reason(error: Exception) -> str:
     """One line for the user."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -74,7 +84,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def _add_separate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="audio files: wav, flac, mp3, ogg, ...")
-    add("-n", "--name", default="htdemucs", metavar="NAME|DIR", help="model name or checkpoint folder")
+    add("-n", "--name", default="htdemucs", metavar="NAME|DIR", help="model name, checkpoint folder or file")
     add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="where the stems go")
     add("--shifts", type=int, default=1, metavar="N", help="passes, each moved by a random part of 0.5 s, averaged")
     add("--overlap", type=float, default=0.25, metavar="F", help="part of a segment shared with the next")
@@ -88,30 +98,44 @@ def _add_separate(parser: argparse.ArgumentParser) -> None:
 def _separate(options: argparse.Namespace) -> int:
     from . import audio
     from .pretrained import load
+    from .separate import Options
 
+    how = Options(options.shifts, options.overlap, options.segment, seed=options.seed)
+    audio.check_writable(options.out)
     failed = False
-    tracks = []
-    taken: dict[str, Path] = {}
+    tracks: dict[str, tuple[Path, str]] = {}
     for file in options.files:  # what can be known before the model is loaded, or downloaded, is said before
         with _reported(file) as problem:
             audio.check_readable(file)
-            if (first := taken.setdefault(file.stem, file)) != file:
+            name = _track_name(file)
+            # Some file systems take names that differ in case or in the form of an accent for the same.
+            first = tracks.setdefault(unicodedata.normalize("NFC", name).casefold(), (file, name))[0]
+            if first != file:
                 raise ValueError(f"its stems would overwrite those of {first}")
-            tracks.append(file)
         failed |= problem.happened
     if not tracks:
         return 1
     model = load(options.name)
-    folder = options.out / _model_folder(options.name)
-    done = False
-    for file in tracks:
+    for member in getattr(model, "models", [model]):
+        how.check(member.config)
+    folder, lines = options.out / _model_folder(options.name), []
+    for file, name in tracks.values():
         with _reported(file) as problem:
-            _separate_track(model, file, folder / file.stem, options)
-            done = True
+            lines = _separate_track(model, file, folder / name, options)
         failed |= problem.happened
-    if done and options.name == DEMO_MODEL:
+        if not problem.happened:
+            print("\n".join(lines), flush=True)
+    if lines and options.name == DEMO_MODEL:
         print(f"Note: {DEMO_NOTE}.")
     return int(failed)
+
+
+def _track_name(file: Path) -> str:
+    """The folder of a track's stems: the file's name without what follows the last dot."""
+    name = file.name.rsplit(".", 1)[0]
+    if name in ("", ".", ".."):
+        raise ValueError("the file's name leaves no name for the folder of its stems")
+    return name
 
 
 class _Problem:
@@ -124,19 +148,24 @@ def _reported(file: Path) -> Iterator[_Problem]:
     problem = _Problem()
     try:
         yield problem
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        raise
+    except _FAILURES as error:
         problem.happened = True
         reason = _reason(error)
         _fail(reason if str(file) in reason else f"{file}: {reason}")
 
 
 def _model_folder(name: str) -> str:
-    """The folder that a model's stems go to: its name, "/" in a hub name as "_"."""
+    """The folder that a model's stems go to: the name of its folder or file, or on the hub, "/" as "_"."""
     path = Path(name)
+    if path.is_file():
+        return path.stem
     return path.resolve().name if path.is_dir() else name.replace("/", "_")
 
 
-def _separate_track(model: HTDemucs | Bag, file: Path, folder: Path, options: argparse.Namespace) -> None:
+def _separate_track(model: HTDemucs | Bag, file: Path, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Separates and writes one track; returns what there is to say of it."""
     import numpy as np
     from tqdm import tqdm
 
@@ -167,15 +196,17 @@ def _separate_track(model: HTDemucs | Bag, file: Path, folder: Path, options: ar
             for stem, array in stems.items()
         }
     seconds, took = samples.shape[-1] / rate, time.perf_counter() - start
-    config = getattr(model, "models", [model])[0].config
-    audio.write_all(files, config.samplerate, bits=options.bits)
-    print(f"{folder}{os.sep}: {', '.join(path.name for path in files)}")
-    print(f"  {seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.1f} times real time)")
+    audio.write_all(files, model.config.samplerate, bits=options.bits)
+    lines = [
+        f"{folder}{os.sep}: {', '.join(path.name for path in files)}",
+        f"  {seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.1f} times real time)",
+    ]
     if options.report:
-        _write_report(file, folder, config.sources, options)
+        lines.append(f"  {_write_report(file, folder, model.config.sources, options)}")
+    return lines
 
 
-def _write_report(file: Path, folder: Path, stems: Sequence[str], options: argparse.Namespace) -> None:
+def _write_report(file: Path, folder: Path, stems: Sequence[str], options: argparse.Namespace) -> Path:
     from .report import write_report
 
     facts = {
@@ -186,8 +217,9 @@ def _write_report(file: Path, folder: Path, stems: Sequence[str], options: argpa
         "Seed": options.seed,
         "Clip": options.clip,
     }
-    write_report(folder / "report.html", file, {s: folder / f"{s}.wav" for s in stems}, title=file.name, facts=facts)
-    print(f"  {folder / 'report.html'}")
+    page = folder / "report.html"
+    write_report(page, file, {s: folder / f"{s}.wav" for s in stems}, title=file.name, facts=facts)
+    return page
 
 
 def _convert(options: argparse.Namespace) -> int:

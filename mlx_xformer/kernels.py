@@ -207,7 +207,8 @@ def _sum(x: mx.array, axis: int) -> mx.array:
 
 
 def mean_var(x: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    """Mean and biased variance over `axes`, kept as axes of length 1. The variance is taken about the mean."""
+    """Mean and biased variance (about that mean) over `axes`, kept as axes of length 1, in float32."""
+    x = x.astype(mx.float32)
     center = mean(x, axes)
     return center, mean(mx.square(x - center), axes)
 

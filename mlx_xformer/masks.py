@@ -23,7 +23,10 @@ def causal_mask(L: int, S: int, *, alignment: Alignment = "lower_right") -> mx.a
 
 
 def padding_mask(lengths: Sequence[int] | mx.array, S: int) -> mx.array:
-    """(B, 1, 1, S) mask that keeps the first lengths[b] keys of each row."""
+    """(B, 1, 1, S) mask that keeps the first lengths[b] keys of each row. ValueError for a length outside 0 .. S, where
+    lengths is a sequence (an array is not read back)."""
+    if isinstance(lengths, Sequence) and not all(0 <= length <= S for length in lengths):
+        raise ValueError(f"lengths must be from 0 to S = {S}, got {list(lengths)}")
     return (mx.arange(S)[None] < mx.array(list(lengths) if isinstance(lengths, Sequence) else lengths)[:, None])[
         :, None, None
     ]

@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 
 
-@lru_cache(maxsize=16)
 def sinusoidal_1d(
     length: int, dim: int, *, shift: int = 0, max_period: float = 10000.0, centered: bool = False
 ) -> mx.array:
@@ -23,15 +22,19 @@ def sinusoidal_1d(
     """
     if dim < 4 or dim % 2:
         raise ValueError(f"dim must be even and at least 4, got {dim}")
+    return mx.array(_table_1d(length, dim, shift, float(max_period), centered))
+
+
+@lru_cache(maxsize=16)
+def _table_1d(length: int, dim: int, shift: int, max_period: float, centered: bool) -> np.ndarray:
     positions = shift + np.arange(length, dtype=np.float64)[:, None]
     if centered:
         positions = positions - positions.mean()
     half = dim // 2
     phase = positions / max_period ** (np.arange(half) / (half - 1))
-    return mx.array(np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32))
+    return np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32)
 
 
-@lru_cache(maxsize=16)
 def sinusoidal_2d(height: int, width: int, dim: int, *, max_period: float = 10000.0) -> mx.array:
     """(width, height, dim) table: channels interleave sin and cos, the first half encodes the position along the
     width (time), the second half along the height (frequency).
@@ -40,6 +43,11 @@ def sinusoidal_2d(height: int, width: int, dim: int, *, max_period: float = 1000
     """
     if dim < 4 or dim % 4:
         raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    return mx.array(_table_2d(height, width, dim, float(max_period)))
+
+
+@lru_cache(maxsize=16)
+def _table_2d(height: int, width: int, dim: int, max_period: float) -> np.ndarray:
     half = dim // 2
     rates = np.exp(np.arange(0, half, 2) * (-math.log(max_period) / half))
 
@@ -50,4 +58,4 @@ def sinusoidal_2d(height: int, width: int, dim: int, *, max_period: float = 1000
     table = np.empty((width, height, dim), np.float32)
     table[..., :half] = interleaved(width)[:, None]
     table[..., half:] = interleaved(height)[None]
-    return mx.array(table)
+    return table

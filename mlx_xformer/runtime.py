@@ -66,7 +66,8 @@ class DeviceReport:
 def total_memory() -> int:
     """Bytes of memory the default device can use (unified memory on a Mac, RAM on the CPU)."""
     if mx.default_device() == mx.Device(mx.gpu):
-        return int(mx.device_info().get("memory_size", 0)) or _system_memory()
+        info = mx.device_info()
+        return int(info.get("memory_size") or info.get("total_memory") or _system_memory())
     return _system_memory()
 
 
@@ -88,7 +89,8 @@ def set_cache_limit(limit: int | None = None) -> int:
 
 _cache_limit = 0
 if backend_error is None:
-    set_cache_limit()
+    _before = mx.set_cache_limit(0)
+    set_cache_limit(min(_before, total_memory() // _CACHE_FRACTION))  # a tighter bound of the host program stays
 
 
 def report() -> DeviceReport:

@@ -15,10 +15,11 @@ import numpy as np
 
 from . import kernels
 from .audio import convert_channels, resample
-from .models.htdemucs import Bag, HTDemucs, HTDemucsConfig, InferenceMode
+from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 
 Progress = Callable[[int, int], None]
 _MAX_SHIFT = 0.5  # seconds
+_MOST_CHANNELS = 64  # more are samples in the wrong axis
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,22 @@ class Options:
             raise ValueError(f"shifts must be at least 0, got {self.shifts}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {self.overlap}")
-        if self.transition_power < 1:
+        if not self.transition_power >= 1:
             raise ValueError(f"transition_power must be at least 1, got {self.transition_power}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if isinstance(self.stems, str):
+            raise ValueError(f"stems must be a sequence of names, got {self.stems!r}")
+        object.__setattr__(self, "mode", InferenceMode(self.mode))
 
     def check(self, config: HTDemucsConfig) -> None:
         """ValueError where a model cannot be applied like this."""
         longest = float(config.segment)
         if self.segment is not None and not 0 < self.segment <= longest:
-            raise ValueError(f"segment must be above 0 and at most the model's {longest:g} s, got {self.segment:g}")
+            given = float(self.segment)
+            raise ValueError(f"segment must be above 0 and at most the model's {longest:g} s, got {given:g}")
+        if self.samples(config) < 1:
+            raise ValueError(f"segment must hold a sample or more, got {float(self.segment or longest):g} s")
         if self.stride(config) < 1:
             raise ValueError(f"overlap must leave a stride of a sample or more, got {self.overlap}")
 
@@ -62,7 +69,7 @@ class Options:
 
     def wanted(self, sources: tuple[str, ...]) -> list[int]:
         """The indices of the wanted stems, in the model's order."""
-        unknown = [stem for stem in self.stems or () if stem not in sources]
+        unknown = [str(stem) for stem in self.stems or () if stem not in sources]
         if unknown or (self.stems is not None and not self.stems):
             raise ValueError(f"stems must be among {', '.join(sources)}, got {', '.join(unknown) or 'none'}")
         return [i for i, name in enumerate(sources) if self.stems is None or name in self.stems]
@@ -88,17 +95,20 @@ def separate(
     shifts: passes over the track, each moved by a random part of half a second, averaged; 0 for one unmoved pass.
     overlap: part of a segment shared with the next, in [0, 1). segment: seconds, at most the model's own.
     transition_power: sharpness of the cross-fade between segments, 1 for a linear one. stems: the wanted ones; a bag
-    runs only the members that they need. progress(done, total) counts segments. The track is brought to mean 0 and
-    deviation 1, and back. ValueError names the argument that is out of range, and refuses NaN and infinite samples.
+    runs only the members that they need. seed: of the random draws. batch_size: segments run at once. mode: see
+    InferenceMode. progress(done, total) counts segments. The track is brought to mean 0 and deviation 1, and back.
+    ValueError names the argument that is out of range, and refuses NaN and infinite samples.
     """
+    stems = stems if stems is None or isinstance(stems, str) else tuple(stems)
     options = Options(shifts, overlap, segment, transition_power, seed, batch_size, stems, mode)
-    config = _members(model)[0][0].config
+    config = model.config
     wanted = options.wanted(config.sources)
     mix = _prepare(audio, sample_rate, config)
     center, scale = _track_statistics(mix)
     out = apply_model(model, (mix - center) / scale, options, progress) * scale + center
-    mx.eval(out)
-    return {config.sources[s]: out[i] for i, s in enumerate(wanted)}
+    separated = {config.sources[s]: out[i] for i, s in enumerate(wanted)}
+    mx.eval(separated)  # so that another thread may read them
+    return separated
 
 
 def apply_model(
@@ -112,7 +122,7 @@ def apply_model(
     models, weights = _members(model)
     for member in models:
         options.check(member.config)
-    wanted = options.wanted(models[0].config.sources)
+    wanted = options.wanted(model.config.sources)
     needed = [any(row[s] for s in wanted) for row in weights]
     passes = _draw_passes(models, mix.shape[-1], options)
     total = sum(len(p.offsets) for p in passes if needed[p.member])
@@ -141,13 +151,19 @@ def _members(model: HTDemucs | Bag) -> tuple[list[HTDemucs], tuple[tuple[float, 
     return model.models, model.config.weights or ((1.0,) * len(sources),) * len(model.models)
 
 
-def _prepare(audio: np.ndarray | mx.array, sample_rate: int, config: HTDemucsConfig) -> mx.array:
+def _prepare(audio: np.ndarray | mx.array, sample_rate: int, config: HTDemucsConfig | BagConfig) -> mx.array:
     """(C, N) float32 with the model's channels and sample rate."""
-    samples = np.asarray(audio, dtype=np.float32)
+    samples = np.asarray(audio.astype(mx.float32) if isinstance(audio, mx.array) else audio)
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"audio must be floats with full scale at 1, got {samples.dtype}")
+    samples = samples.astype(np.float32)
     if samples.ndim == 1:
         samples = samples[None]
-    if samples.ndim != 2 or samples.size == 0:
-        raise ValueError(f"audio must be (channels, samples) with at least one sample, got {samples.shape}")
+    if samples.ndim != 2 or samples.size == 0 or samples.shape[0] > _MOST_CHANNELS:
+        raise ValueError(
+            f"audio must be (channels, samples) with at least one sample and at most {_MOST_CHANNELS} channels, "
+            f"got {samples.shape}"
+        )
     if not np.isfinite(samples).all():
         raise ValueError("audio must be finite, got NaN or infinite samples")
     samples = resample(convert_channels(samples, config.audio_channels), sample_rate, config.samplerate)
@@ -211,6 +227,8 @@ def _run_pass(
     total = np.zeros(p.length, np.float32)
     for offset in p.offsets:
         total[offset : offset + segment] += weight[: p.length - offset]
+    if total.min() < 1e-30:
+        raise ValueError(f"transition_power must leave every sample some weight, got {options.transition_power:g}")
     gain, inverse = mx.array(weight), mx.array(1 / total)
     same_size = config.use_train_segment or options.segment is not None
     batch_size = options.batch_size if same_size else 1

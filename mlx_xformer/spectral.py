@@ -15,12 +15,12 @@ import numpy as np
 from .kernels import overlap_add
 
 
-@lru_cache(maxsize=8)
 def hann_window(length: int) -> mx.array:
     """(length,) periodic Hann window, float32."""
     return mx.array(_hann(length).astype(np.float32))
 
 
+@lru_cache(maxsize=8)
 def _hann(length: int) -> np.ndarray:
     return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
 
@@ -80,11 +80,11 @@ def istft(
     framed = mx.fft.irfft(z, n=n_fft, axis=-1) * (window * n_fft**0.5 if normalized else window)
     pieces = mx.unflatten(framed, -1, (n_fft // hop_length, hop_length)).swapaxes(-3, -2)
     x = mx.flatten(overlap_add(pieces), -2, -1)[..., start : start + length]
-    return x * _inverse_envelope(n_fft, hop_length, frames, start, length)
+    return x * mx.array(_inverse_envelope(n_fft, hop_length, frames, start, length))
 
 
 @lru_cache(maxsize=8)
-def _inverse_envelope(n_fft: int, hop_length: int, frames: int, start: int, length: int) -> mx.array:
+def _inverse_envelope(n_fft: int, hop_length: int, frames: int, start: int, length: int) -> np.ndarray:
     envelope = np.zeros((frames - 1) * hop_length + n_fft)
     squared = _hann(n_fft) ** 2
     for t in range(frames):
@@ -92,4 +92,4 @@ def _inverse_envelope(n_fft: int, hop_length: int, frames: int, start: int, leng
     envelope = envelope[start : start + length]
     if length and envelope.min() < 1e-11:
         raise ValueError(f"the windows of {frames} frames must cover all {length} samples; some have weight 0")
-    return mx.array((1 / envelope).astype(np.float32))
+    return (1 / envelope).astype(np.float32)

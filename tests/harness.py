@@ -99,11 +99,12 @@ def check_gradient(call: Callable, twin: Callable, *args: np.ndarray, seed: int 
     for i, (arg, g) in enumerate(zip(args, gradients, strict=True)):
         assert np.isfinite(g).all(), f"argument {i}: the gradient is not finite"
         for _ in range(directions):
-            t, step = rng.normal(size=arg.shape), 1e-6
+            t, step = rng.normal(size=arg.shape), 1e-6 * max(arg.size, 1) ** 0.5
+            t /= max(np.linalg.norm(t), 1e-300)
             plus = twin(*[a + step * t if j == i else a for j, a in enumerate(args)])
             minus = twin(*[a - step * t if j == i else a for j, a in enumerate(args)])
             expected = ((plus - minus) * cotangent).sum() / (2 * step)
-            tolerance = (2e-5 * np.linalg.norm(g) + 2e-6 * largest) * np.linalg.norm(t)
+            tolerance = 2e-5 * np.linalg.norm(g) / arg.size**0.5 + 2e-6 * largest
             difference = abs((g * t).sum() - expected)
             assert difference <= tolerance, f"argument {i}: {difference:.3g} over {tolerance:.3g}"
 

@@ -92,6 +92,25 @@ def test_rows_without_keys_give_zero(case, dtype):
         assert (np.abs(out[~empty]).max(-1) > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_finite_minus_infinity_blocks_too(dtype):
+    """-1e9 in every column of a row: in float16 it is -inf and the row gives 0; elsewhere the row is a mean."""
+    q, k, v = (mx.array(a.astype(np.float32)).astype(dtype) for a in tensors())
+    bias = np.zeros((L, S), np.float32)
+    bias[2], bias[3, 1:] = -1e9, -1e9
+    out = np.array(attention(q, k, v, bias=mx.array(bias)).astype(mx.float32))
+    assert np.isfinite(out).all()
+    assert (out[:, :, 2] == 0).all() == (dtype == mx.float16)
+    first = np.repeat(np.array(v.astype(mx.float32))[:, :, 0], H // G, axis=1)
+    assert np.abs(out[:, :, 3] - first).max() <= 2e-2
+
+
+def test_one_mask_for_all():
+    q, k, v = (mx.array(a.astype(np.float32)) for a in tensors())
+    assert mx.allclose(attention(q, k, v, mask=mx.array(True)), attention(q, k, v), atol=1e-6)
+    assert (attention(q, k, v, mask=mx.array(False)) == 0).all()
+
+
 def test_half_precision():
     q, k, v = tensors(3)
     for dtype, eps in ((mx.float16, 2**-10), (mx.bfloat16, 2**-7)):
@@ -156,6 +175,12 @@ def test_self_attention(kv_heads, bias):
     module = Attention(18, 6, num_kv_heads=kv_heads, bias=bias)
     x = np.random.default_rng(1).normal(size=(2, 5, 18))
     check_module(module, lambda p, x: twin_layer(p, x, num_heads=6, num_kv_heads=kv_heads), x)
+
+
+def test_without_a_batch_axis():
+    module = Attention(18, 6)
+    x = mx.random.normal((5, 18))
+    assert mx.allclose(module(x), module(x[None])[0]) and module(x, x[:3]).shape == (5, 18)
 
 
 def test_cross_attention():

@@ -4,6 +4,7 @@ import os
 import stat
 import wave
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
@@ -96,6 +97,35 @@ def test_reading_what_is_not_audio(tmp_path):
         audio.read(tmp_path / "gone.wav")
     with pytest.raises(IsADirectoryError, match="is a directory, not an audio file"):
         audio.read(tmp_path)
+
+
+def test_length_that_the_header_does_not_tell(tmp_path):
+    """As a FLAC file written to a pipe: the 36 bits of the total are 0."""
+    x = noise(samples=5000)
+    soundfile.write(tmp_path / "x.flac", x.T, 44100)
+    raw = bytearray((tmp_path / "x.flac").read_bytes())
+    raw[21] &= 0xF0
+    raw[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"header does not tell its length \(convert it first, with ffmpeg"):
+        audio.read(tmp_path / "piped.flac")
+
+
+def test_a_format_that_is_not_read_says_how_to_convert(tmp_path):
+    (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    with pytest.raises(ValueError, match=r"convert it first, with ffmpeg -i IN OUT\.wav"):
+        audio.read(tmp_path / "x.m4a")
+
+
+def test_write_refuses(tmp_path):
+    for bits in (8, 17):
+        with pytest.raises(ValueError, match=f"bits must be 16, 24 or 32, got {bits}"):
+            audio.write(tmp_path / "x.wav", noise(), 44100, bits=bits)
+    with pytest.raises(ValueError, match=r"audio must be \(channels, samples\) .*, got \(2000, 2\)"):
+        audio.write(tmp_path / "x.wav", noise(samples=2000).T, 44100)
+    assert list(tmp_path.iterdir()) == []
+    audio.write(tmp_path / "x.wav", mx.array(noise()), 44100, bits=32)
+    assert (audio.read(tmp_path / "x.wav")[0] == noise()).all()
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):

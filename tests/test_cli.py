@@ -231,6 +231,50 @@ def test_interrupt_leaves_whole_tracks_only(checkpoint, tmp_path):
     assert soundfile.info(out / "tiny" / "short" / "rest.wav").frames == 3000
 
 
+def test_track_names(checkpoint, tmp_path, capsys):
+    """What follows the last dot goes; a name that would lead elsewhere, or fall together with another's, is refused."""
+    for name in ("a.b.wav", "Song.wav", "song.flac", "...wav", "..wav"):
+        write(tmp_path / name)
+    names = [tmp_path / n for n in ("a.b.wav", "Song.wav", "song.flac", "...wav", "..wav")]
+    assert run("separate", *names, "-n", checkpoint, "-o", tmp_path / "out") == 1
+    assert sorted(p.name for p in (tmp_path / "out" / "tiny").iterdir()) == ["Song", "a.b"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 3 and "song.flac: its stems would overwrite those of" in err
+    assert err.count("leaves no name for the folder") == 2
+
+
+def test_failures_of_mlx_give_one_line(checkpoint, song, tmp_path, capsys, monkeypatch):
+    from mlx_xformer import pretrained
+
+    class Failing:
+        def __getattr__(self, name):
+            raise RuntimeError("[metal::malloc] Unable to allocate\n  9 bytes")
+
+    monkeypatch.setattr(pretrained, "load", lambda name: Failing())
+    assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Unable to allocate 9 bytes" in captured.err
+
+
+def test_nothing_is_loaded_for_options_that_cannot_be(song, tmp_path, capsys):
+    for given in (["--overlap", "2"], ["--shifts", "-1"]):
+        assert run("separate", song, song, "-n", "someone/no_such_model", "-o", tmp_path / "out", *given) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and given[0][2:] in err
+
+
+def test_closed_output(checkpoint, song, tmp_path):
+    """`mlx-xformer separate ... | head -0`: the stems are written, and nothing is said to be wrong with the track."""
+    code = "import sys; from mlx_xformer.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "separate", song, "-n", checkpoint, "-o", tmp_path / "out"]
+    read, write_end = os.pipe()
+    os.close(read)
+    answer = subprocess.run([str(c) for c in command], stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert answer.returncode == 1 and "song.wav" not in answer.stderr and "Traceback" not in answer.stderr
+    assert (tmp_path / "out" / "tiny" / "song" / "rest.wav").exists()
+
+
 def test_report(checkpoint, song, tmp_path, capsys):
     assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out", "--report", "--seed", 5) == 0
     page = (tmp_path / "out" / "tiny" / "song" / "report.html").read_text()

@@ -207,6 +207,31 @@ def test_gradient_of_the_whole_model():
     check_gradient(call, reference, signal(1, 2, c.segment_samples), *[params[n] for n in chosen], directions=1)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_input_is_computed_in_float32(dtype):
+    c = config()
+    model = HTDemucs(c)
+    draw(model, 9)
+    mix = (mx.array(as32(signal(1, 2, c.segment_samples))) * 30).astype(dtype)
+    assert (model(mix) == model(mix.astype(mx.float32))).all()
+
+
+def test_forward_arguments_are_checked():
+    c = config(t_sin_random_shift=9)
+    model = HTDemucs(c)
+    draw(model, 6)
+    mix = mx.array(as32(signal(2, 2, c.segment_samples)))
+    assert (model(mix, position_shift=np.int64(3)) == model(mix, position_shift=(3, 3))).all()
+    with pytest.raises(ValueError, match="position_shift must be one or 2 numbers, got 3"):
+        model(mix, position_shift=(1, 2, 3))
+    with pytest.raises(ValueError, match="'fast' is not a valid InferenceMode"):
+        model(mix, mode="fast")
+    assert (model(mix, mode="time_only") == model(mix, mode=InferenceMode.TIME_ONLY)).all()
+    free = HTDemucs(config("t_emb scaled", use_train_segment=False))
+    with pytest.raises(ValueError, match="mix must need at most t_max_positions = 60 tokens, got 79"):
+        free(mx.zeros((1, 2, 20_000)))
+
+
 def test_config_round_trip():
     for name in OPTIONS:
         c = config(name)
@@ -236,16 +261,32 @@ def test_config_round_trip():
         ({"sources": [1]}, "sources must be of type tuple"),
         ({"channels": "48"}, "channels must be of type int, got '48'"),
         ({"t_norm_out": 2}, "t_norm_out must be of type bool, got 2"),
-        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"channels": 0}, "channels must be above 0, got 0"),
         ({"nfft": 1002}, "nfft must be a multiple of 8, got 1002"),
         ({"kernel_size": 5}, "kernel_size less twice its quarter must be the stride, 4, got 5"),
         ({"nfft": 4080}, "stride must divide the 510 frequencies of level 1, got 4"),
         ({"segment": "x"}, "segment must be a number of seconds, got 'x'"),
         ({"segment": "1/0"}, "segment must be a number of seconds"),
-        ({"segment": 0}, "segment must hold at least one sample"),
+        ({"segment": 0}, "segment must be above 0, got 0"),
+        ({"segment": 1e-9}, "segment must hold at least one sample"),
         ({"segment": "1e999999999"}, "segment must be a number of seconds, got '1e999999999'"),
-        ({"segment": 1e9}, r"segment must be at most 100000, got 1e\+09"),
-        ({"t_layers": 10**9}, r"t_layers must be at most 1000, got 1e\+09"),
+        ({"segment": 1e9}, "segment must be at most 100000, got 1000000000.0"),
+        ({"t_layers": 10**9}, "t_layers must be at most 1000, got 1000000000"),
+        ({"channels": 10**400}, "channels must be at most 1000000, got 10{19}$"),
+        ({"segment": "999999999/1"}, "segment must be at most 100000, got 999999999"),
+        ({"dconv_comp": 0}, "dconv_comp must be above 0, got 0"),
+        ({"t_heads": 0}, "t_heads must be above 0, got 0"),
+        ({"growth": float("nan")}, "growth must be finite, got nan"),
+        ({"emb_scale": float("nan")}, "emb_scale must be finite, got nan"),
+        ({"context": -1}, "context must be at least 0, got -1"),
+        ({"t_emb": "scaled", "t_max_positions": 5}, "t_max_positions must be at least 39, got 5"),
+        ({"nfft": 512}, "must give the branches equal frames where they merge, got 78 and 39"),
+        ({"sources": ["../x"]}, "sources must be names that a file can have, got '../x'"),
+        ({"sources": ["/tmp/x", "a"]}, "sources must be names that a file can have, got '/tmp/x'"),
+        ({"sources": [".."]}, r"sources must be names that a file can have, got '\.\.'"),
+        ({"sources": [""]}, "sources must be names that a file can have, got ''"),
+        ({"sources": ["a\\b"]}, "sources must be names that a file can have"),
+        ({"sources": ["a\x00b"]}, "sources must be names that a file can have"),
         ({"channels": "4" * 5000}, r"channels must be of type int, got '4{79}$"),
         ({"dconv_mode": 4}, "dconv_mode must be 0, 1, 2 or 3, got 4"),
         ({"dconv_comp": 8}, "dconv_comp must leave at least one of 4 channels, got 8"),

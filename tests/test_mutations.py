@@ -22,11 +22,11 @@ MUTANTS = {
     "tanh GELU": (TRANSFORMER, '"gelu" if config.t_gelu', '"gelu_tanh" if config.t_gelu', LEVELS),
     "tanh GELU in the convolutions": (
         "kernels.py",
-        "x * 0.5 * (1 + mx.erf(x * math.sqrt(0.5)))",
-        "gelu_tanh(x)",
+        "return _fast_gelu(x) if vectorizes(x) else _compiled_gelu(x)",
+        "return gelu_tanh(x)",
         LEVELS,
     ),
-    "biased std of the model": (MODEL, "var * (count / (count - 1))", "var", LEVELS),
+    "biased std of the model": (MODEL, "var * (count / max(count - 1, 1))", "var", LEVELS),
     "swapped query and key norms": (
         TRANSFORMER,
         "self.norm2(other) if self.cross else None\n        x = x + self._scale_1(self._attend(self.norm1(x), source))",
@@ -98,9 +98,25 @@ MUTANTS = {
         "np.concatenate([np.sin(phase), np.cos(phase)]",
         LEVELS,
     ),
-    "swapped halves of the GLU": ("kernels.py", "return a * mx.sigmoid(b)", "return b * mx.sigmoid(a)", LEVELS),
+    "swapped halves of the GLU": (
+        "kernels.py",
+        "halves = mx.split(x, 2, axis=-1)",
+        "halves = mx.split(x, 2, axis=-1)[::-1]",
+        LEVELS,
+    ),
+    "swapped halves of the GLU of DConv": (
+        "kernels.py",
+        "form(residual, scale, *mx.split(x, 2, axis=-1),",
+        "form(residual, scale, *mx.split(x, 2, axis=-1)[::-1],",
+        LEVELS,
+    ),
     "unscaled attention": ("attention.py", "self.scale = 1 / math.sqrt(self.head_dim)", "self.scale = 1.0", LEVELS),
-    "DConv norm over all rows": (LAYERS, "self.norm1(self.conv(x), axes=(1,))", "self.norm1(self.conv(x))", LEVELS),
+    "DConv norm over all rows": (
+        LAYERS,
+        "axes=(1,), eps=norm1.eps",
+        "axes=tuple(range(1, x.ndim - 1)), eps=norm1.eps",
+        LEVELS,
+    ),
     "frequency embedding after the skip": (
         MODEL,
         "            skips.append(x)\n",

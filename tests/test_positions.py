@@ -49,6 +49,28 @@ def test_sinusoidal_2d(height, width, dim):
     assert table[4, 2, dim // 2] == pytest.approx(np.sin(2)) and table[4, 2, dim // 2 + 1] == pytest.approx(np.cos(2))
 
 
+def test_tables_are_the_caller_s_own():
+    """MLX's in-place operators write into the array they are given."""
+    from mlx_xformer.spectral import hann_window
+
+    for make in (
+        lambda: positions.sinusoidal_1d(5, 8),
+        lambda: positions.sinusoidal_2d(3, 5, 8),
+        lambda: hann_window(8),
+    ):
+        before = np.array(make())
+        table = make()
+        table += 1
+        assert (np.array(make()) == before).all() and (np.array(table) != before).all()
+
+
+def test_padding_mask_refuses_lengths_outside():
+    with pytest.raises(ValueError, match=r"lengths must be from 0 to S = 5, got \[2, 6\]"):
+        masks.padding_mask([2, 6], 5)
+    with pytest.raises(ValueError, match="lengths must be from 0 to S = 5"):
+        masks.padding_mask([-1], 5)
+
+
 @pytest.mark.parametrize("dim", [0, 2, 7])
 def test_sinusoidal_1d_refuses(dim):
     with pytest.raises(ValueError, match=f"dim must be even and at least 4, got {dim}"):

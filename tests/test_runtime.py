@@ -36,11 +36,23 @@ def test_choice_of_blas(before, environment, expected):
 def test_results_do_not_depend_on_the_blas():
     code = """
 import mlx_xformer, mlx.core as mx
+print(mlx_xformer.runtime.blas)
 x = mx.random.normal((40, 40), key=mx.random.key(1))
 print((x @ x).sum().item())
 """
-    outputs = [float(run(code, MLX_XFORMER_BLAS=value).stdout) for value in ("0", "1")]
-    assert outputs[0] == pytest.approx(outputs[1], rel=1e-4)
+    (plain, a), (loaded, b) = (run(code, MLX_XFORMER_BLAS=value).stdout.splitlines() for value in ("0", "1"))
+    assert plain != loaded
+    assert float(a) == pytest.approx(float(b), rel=1e-4)
+
+
+def test_a_tighter_bound_of_the_host_program_stays():
+    code = """
+import mlx.core as mx
+mx.set_cache_limit(12345)
+import mlx_xformer
+print(mlx_xformer.runtime.report().cache_limit, mx.set_cache_limit(0))
+"""
+    assert run(code).stdout.split() == ["12345", "12345"]
 
 
 def test_cache_is_bounded():
@@ -73,6 +85,7 @@ def test_without_a_backend(tmp_path):
     assert answer.stderr.count("\n") == 1 and "install one of mlx-xformer[cpu]" in answer.stderr
     answer = run("from mlx_xformer import separate", PYTHONPATH=str(tmp_path))
     assert answer.stderr.rstrip().splitlines()[-1].startswith("ImportError: MLX has no backend on this machine")
+    assert run("import mlx_xformer; assert not hasattr(mlx_xformer, 'x')", PYTHONPATH=str(tmp_path)).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX compiles in memory")

@@ -1,6 +1,7 @@
 """separate() against the NumPy twin's apply and bag: lengths, overlaps, shifts, seeds, bags, levels."""
 
 import random
+import threading
 from fractions import Fraction
 
 import mlx.core as mx
@@ -248,8 +249,16 @@ def test_transition_weight():
         ({"transition_power": 0.5}, "transition_power must be at least 1, got 0.5"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"stems": ["voice", "flute"]}, "stems must be among drums, voice, rest, got flute"),
+        ({"stems": "voice"}, "stems must be a sequence of names, got 'voice'"),
+        ({"transition_power": float("nan")}, "transition_power must be at least 1, got nan"),
+        ({"transition_power": 20.0}, "transition_power must leave every sample some weight, got 20"),
+        ({"segment": 1e-9}, "segment must hold a sample or more, got 1e-09 s"),
+        ({"segment": Fraction(9)}, "segment must be above 0 and at most the model's 0.128 s, got 9"),
+        ({"audio": np.zeros((500, 2), np.float32)}, r"audio must be \(channels, samples\) .*, got \(500, 2\)"),
+        ({"audio": np.zeros((2, 500), np.int16)}, "audio must be floats with full scale at 1, got int16"),
+        ({"mode": "slow"}, "'slow' is not a valid InferenceMode"),
         ({"stems": []}, "stems must be among drums, voice, rest, got none"),
-        ({"audio": np.zeros((2, 0))}, r"audio must be .* at least one sample, got \(2, 0\)"),
+        ({"audio": np.zeros((2, 0))}, r"audio must be .* at least one sample .*, got \(2, 0\)"),
         ({"audio": np.zeros((1, 2, 5))}, r"audio must be \(channels, samples\)"),
         ({"audio": np.array([[0, np.nan]])}, "audio must be finite"),
         ({"audio": np.array([[0, np.inf]])}, "audio must be finite"),
@@ -261,6 +270,24 @@ def test_errors(given, message):
     model, _ = model_and_twin()
     with pytest.raises(ValueError, match=message):
         separate(**({"model": model, "audio": track(100), "sample_rate": 8000} | given))
+
+
+def test_stems_may_be_read_in_another_thread():
+    model, _ = model_and_twin()
+    stems = {}
+    thread = threading.Thread(target=lambda: stems.update(separate(model, track(1500), 8000)))
+    thread.start()
+    thread.join()
+    assert (stacked(stems) == stacked(separate(model, track(1500), 8000))).all()
+
+
+def test_what_may_be_given():
+    """Stems as any iterable, the mode by its value, audio as MLX's half precision."""
+    model, _ = model_and_twin()
+    mix = mx.array(track(1500)).astype(mx.bfloat16)
+    a = separate(model, mix, 8000, stems=(s for s in ["rest"]), mode="full")
+    b = separate(model, mix.astype(mx.float32), 8000, stems=["rest"])
+    assert list(a) == ["rest"] and (a["rest"] == b["rest"]).all()
 
 
 def test_segment_may_be_a_fraction():

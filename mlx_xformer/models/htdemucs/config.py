@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,23 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "t_sparse_cross_attn": (False, "sparse attention is not implemented"),
 }
 
+_POSITIVE = (
+    "audio_channels",
+    "channels",
+    "growth",
+    "depth",
+    "kernel_size",
+    "stride",
+    "time_stride",
+    "samplerate",
+    "segment",
+    "norm_groups",
+    "dconv_comp",
+    "t_heads",
+    "t_hidden_scale",
+    "t_max_positions",
+    "t_max_period",
+)
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
 _LARGEST = {
     "audio_channels": 1000,
@@ -120,16 +138,28 @@ class HTDemucsConfig:
         self._check_values()
         levels(self)
         self._check_transformer()
+        if self.use_train_segment:
+            self._check_lengths()
 
     def _check_values(self) -> None:
         if not self.sources or len(set(self.sources)) != len(self.sources):
-            raise ValueError(f"sources must be one or more distinct names, got {self.sources}")
-        for name in ("audio_channels", "channels", "depth", "kernel_size", "stride", "time_stride", "samplerate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            raise ValueError(f"sources must be one or more distinct names, got {self.sources!r:.80}")
+        for source in self.sources:  # stems are files of these names
+            if not re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,64}", source) or source in (".", ".."):
+                raise ValueError(f"sources must be names that a file can have, got {source!r:.80}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("context", "context_enc", "bottom_channels", "t_layers", "t_sin_random_shift", "norm_starts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, limit in _LARGEST.items():
             if getattr(self, name) > limit:
-                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name):.3g}")
+                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)!s:.20}")
         if self.nfft < 8 or self.nfft % 8:
             raise ValueError(f"nfft must be a multiple of 8, got {self.nfft}")
         if self.kernel_size - 2 * (self.kernel_size // 4) != self.stride:
@@ -147,8 +177,6 @@ class HTDemucsConfig:
     def _check_transformer(self) -> None:
         if self.t_emb not in ("sin", "cape", "scaled"):
             raise ValueError(f't_emb must be "sin", "cape" or "scaled", got {self.t_emb!r}')
-        if self.t_layers < 0:
-            raise ValueError(f"t_layers must be at least 0, got {self.t_layers}")
         exact = self.channels * self.growth ** (self.depth - 1)
         if (self.t_layers or self.bottom_channels) and exact != self.bottleneck_channels:
             raise ValueError(f"growth must give the innermost level a whole number of channels, got {exact}")
@@ -163,6 +191,20 @@ class HTDemucsConfig:
         for name, width in (("channels", inner.freq_channels[1]), ("channels_time", inner.time_channels[1])):
             if width != self.bottleneck_channels:
                 raise ValueError(f"{name} must give the transformer {self.bottleneck_channels} channels, got {width}")
+
+    def _check_lengths(self) -> None:
+        """What the two branches make of a segment must fit together."""
+        frames, tokens = math.ceil(self.segment_samples / (self.nfft // 4)), self.segment_samples
+        for level in levels(self):
+            if not level.freq:
+                break
+            tokens = math.ceil(tokens / self.stride)
+            if level.merging and tokens != frames:
+                raise ValueError(
+                    f"nfft and stride must give the branches equal frames where they merge, got {frames} and {tokens}"
+                )
+        if self.t_layers and self.t_emb == "scaled" and self.t_max_positions < tokens:
+            raise ValueError(f"t_max_positions must be at least {tokens}, got {self.t_max_positions}")
 
     @property
     def segment_samples(self) -> int:

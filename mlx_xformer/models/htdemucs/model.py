@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
-from typing import Any
+from typing import Any, SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -64,12 +64,13 @@ class HTDemucs(nn.Module):
         self,
         mix: mx.array,
         *,
-        position_shift: int | Sequence[int] = 0,
+        position_shift: SupportsIndex | Sequence[int] = 0,
         mode: InferenceMode = InferenceMode.FULL,
     ) -> mx.array:
         """mix (B, C, N) at config.samplerate -> (B, S, C, N). `position_shift`: see CrossTransformer."""
-        length = self._check(mix)
-        padded = mix
+        length = self._check(mix, position_shift)
+        mode = InferenceMode(mode)
+        padded = mix = mix.astype(mx.float32)
         if self.config.use_train_segment:
             padded = mx.pad(mix, [(0, 0), (0, 0), (0, self.config.segment_samples - length)])
         xt, mean_t, std_t = _standardized(padded.swapaxes(1, 2), (1, 2))  # (B, N, C)
@@ -82,16 +83,20 @@ class HTDemucs(nn.Module):
             out = xt * std_t + mean_t + waves
         return mx.unflatten(out.swapaxes(1, 2), 1, (len(self.config.sources), mix.shape[1]))[..., :length]
 
-    def _check(self, mix: mx.array) -> int:
+    def _check(self, mix: mx.array, position_shift: SupportsIndex | Sequence[int]) -> int:
         if mix.ndim != 3 or mix.shape[1] != self.config.audio_channels:
             raise ValueError(f"mix must be (batch, {self.config.audio_channels}, samples), got {mix.shape}")
         length = mix.shape[-1]
         longest = self.config.segment_samples if self.config.use_train_segment else math.inf
+        if not isinstance(position_shift, SupportsIndex) and len(position_shift) != mix.shape[0]:
+            raise ValueError(f"position_shift must be one or {mix.shape[0]} numbers, got {len(position_shift)}")
         if not 1 <= length <= longest:
             raise ValueError(f"mix must have 1 to {longest} samples, got {length}")
         return length
 
-    def _run(self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int]) -> tuple[mx.array, mx.array]:
+    def _run(
+        self, x: mx.array, xt: mx.array, position_shift: SupportsIndex | Sequence[int]
+    ) -> tuple[mx.array, mx.array]:
         """Both branches through encoders, transformer and decoders: x (B, T, F, 2C), xt (B, N, C) ->
         (B, T, F, S * 2C), (B, N, S * C)."""
         skips, skips_t, lengths, lengths_t = [], [], [], []
@@ -123,7 +128,9 @@ class HTDemucs(nn.Module):
                     xt, _ = decode_t(xt, skips_t.pop(), lengths_t.pop())
         return x, xt
 
-    def _transform(self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int]) -> tuple[mx.array, mx.array]:
+    def _transform(
+        self, x: mx.array, xt: mx.array, position_shift: SupportsIndex | Sequence[int]
+    ) -> tuple[mx.array, mx.array]:
         if self.config.bottom_channels:
             x = self.channel_upsampler(x)
             xt = self.channel_upsampler_t(xt)
@@ -171,7 +178,7 @@ def _standardized(x: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.arra
     """(x - mean) / (eps + std), mean and std over `axes`; the deviation is the unbiased one."""
     count = math.prod(x.shape[axis] for axis in axes)
     mean, var = kernels.mean_var(x, axes)
-    std = mx.sqrt(var * (count / (count - 1)))
+    std = mx.sqrt(var * (count / max(count - 1, 1)))
     return (x - mean) / (_EPS + std), mean, std
 
 
@@ -203,6 +210,21 @@ class BagConfig:
             if sum(column) == 0:
                 raise ValueError(f"weights must not sum to 0 for any source, got {column} for {name}")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The stems, the same in every member."""
+        return self.members[0].sources
+
+    @property
+    def samplerate(self) -> int:
+        """Hz, the same in every member."""
+        return self.members[0].samplerate
+
+    @property
+    def audio_channels(self) -> int:
+        """Channels, the same in every member."""
+        return self.members[0].audio_channels
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BagConfig:
         """The configuration from plain values, as `to_dict` makes them."""
@@ -225,7 +247,8 @@ class BagConfig:
 
 
 class Bag(nn.Module):
-    """The members of a bag, as `models`; `separate` runs and weighs them."""
+    """The members of a bag, as `models`; not callable itself, since each takes segments of its own: `separate` runs and
+    weighs them."""
 
     def __init__(self, config: BagConfig):
         super().__init__()

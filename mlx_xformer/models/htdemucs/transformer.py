@@ -6,6 +6,7 @@ Source: demucs/transformer.py. Tokens are (B, L, E); a spectrogram's are ordered
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -91,7 +92,9 @@ class CrossTransformer(nn.Module):
         self.layers = [CrossTransformerLayer(config, cross=cross) for cross in crossing]
         self.layers_t = [CrossTransformerLayer(config, cross=cross) for cross in crossing]
 
-    def __call__(self, x: mx.array, xt: mx.array, position_shift: int | Sequence[int] = 0) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, x: mx.array, xt: mx.array, position_shift: SupportsIndex | Sequence[int] = 0
+    ) -> tuple[mx.array, mx.array]:
         """x (B, T, F, E) and xt (B, T2, E) -> the same shapes. `position_shift` moves the waveform's positions
         (t_sin_random_shift), one value or one per batch row."""
         B, T, F, E = x.shape
@@ -108,12 +111,15 @@ class CrossTransformer(nn.Module):
                 x, xt = layer(x), layer_t(xt)
         return mx.unflatten(x, 1, (T, F)), xt
 
-    def _positions_t(self, length: int, dims: int, shift: int | Sequence[int]) -> mx.array:
+    def _positions_t(self, length: int, dims: int, shift: SupportsIndex | Sequence[int]) -> mx.array:
         """(length, E), or (B, length, E) with a shift per batch row."""
         if self.emb == "scaled":
+            if length > self.position_embeddings.weight.shape[0]:
+                known = self.position_embeddings.weight.shape[0]
+                raise ValueError(f"mix must need at most t_max_positions = {known} tokens, got {length}")
             return self.position_embeddings.weight[:length] * _SCALED_BOOST
         if self.emb == "cape":
             return sinusoidal_1d(length, dims, max_period=self.max_period, centered=self.centered)
-        if isinstance(shift, int):
-            return sinusoidal_1d(length, dims, shift=shift, max_period=self.max_period)
+        if isinstance(shift, SupportsIndex):
+            return sinusoidal_1d(length, dims, shift=int(shift), max_period=self.max_period)
         return mx.stack([sinusoidal_1d(length, dims, shift=s, max_period=self.max_period) for s in shift])
