@@ -127,18 +127,19 @@ ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 # exp(x) = 2^n exp(r), r = x - n log 2, for x <= 0: the exponent's bits in one pass, the polynomial in the next.
 _LOG2 = (0.693359375, -2.12194440e-4)  # in two parts, the first with zeros at its end
 _EXP = (0.5, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040)
+_LOWEST = -60.0  # lower weights count as this one, 9e-27: denormal products would make the CPU a hundred times slower
 _ROUND = 12582912.0  # 1.5 * 2^23: adding and taking it off rounds to a whole number
 
 
 @partial(mx.compile, shapeless=True)
 def _exponent_bits(scores: mx.array, top: mx.array) -> mx.array:
-    x = mx.maximum(scores - top, -87.0)
+    x = mx.maximum(scores - top, _LOWEST)
     return ((x * (1 / math.log(2)) + _ROUND) - _ROUND + 127.0).astype(mx.int32) * 2**23
 
 
 @partial(mx.compile, shapeless=True)
 def _times_remainder(scores: mx.array, top: mx.array, power: mx.array) -> mx.array:
-    x = mx.maximum(scores - top, -87.0)
+    x = mx.maximum(scores - top, _LOWEST)
     n = (x * (1 / math.log(2)) + _ROUND) - _ROUND
     r = x - n * _LOG2[0] - n * _LOG2[1]
     p = r * _EXP[-1] + _EXP[-2]
