@@ -165,6 +165,15 @@ def tap(model) -> dict[str, mx.array]:
     return taps
 
 
+def pytorch_layout(name: str, value) -> np.ndarray:
+    """A tapped activation in PyTorch's layout: spectrogram (B, C, F, T), waveform (B, C, T), tokens as they are."""
+    value = np.array(value)
+    if "layers" in name:
+        return value
+    value = value.transpose(0, 3, 2, 1) if value.ndim == 4 else value.transpose(0, 2, 1)
+    return value.reshape(*value.shape[:2], -1) if name in ("channel_upsampler", "channel_downsampler") else value
+
+
 def snr_db(expected: np.ndarray, actual: np.ndarray) -> float:
     """10 log10 of the energy of `expected` over that of the difference, in dB."""
     expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)

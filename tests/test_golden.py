@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import snr_db, stem_snr_db, tap
+from harness import pytorch_layout, snr_db, stem_snr_db, tap
 from mlx.utils import tree_flatten
 from mlx_xformer.converters.htdemucs import config as read_config
 from mlx_xformer.converters.htdemucs import rules
@@ -50,15 +50,6 @@ def golden_model(name):
     return model
 
 
-def as_theirs(name, value):
-    """One of our activations in PyTorch's layout."""
-    value = np.array(value)
-    if "layers" in name:
-        return value
-    value = value.transpose(0, 3, 2, 1) if value.ndim == 4 else value.transpose(0, 2, 1)
-    return value.reshape(*value.shape[:2], -1) if name in ("channel_upsampler", "channel_downsampler") else value
-
-
 @pytest.mark.parametrize("name", FACTS["models"])
 def test_model(name):
     """Every level and every source, 90 dB or more below PyTorch in double precision."""
@@ -71,7 +62,7 @@ def test_model(name):
     recorded = {k.removeprefix(start): v for k, v in ARRAYS.items() if k.startswith(start)}
     assert set(recorded) - {"normalised.freq", "normalised.time", "embedded"} == set(taps)
     for level in taps:
-        assert snr_db(recorded[level], thin(as_theirs(level, taps[level]))) >= 90, level
+        assert snr_db(recorded[level], thin(pytorch_layout(level, taps[level]))) >= 90, level
     for row, expected in zip(out, ARRAYS[f"{name}/output"], strict=True):
         assert min(stem_snr_db(expected, thinned(row))) >= 90
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import snr_db, stem_snr_db, tap
+from harness import pytorch_layout, snr_db, stem_snr_db, tap
 from htdemucs_options import OPTIONS, options
 from mlx.utils import tree_flatten
 from mlx_xformer.converters.htdemucs import rules
@@ -83,15 +83,6 @@ def test_official_configurations(oracle, plain, seed, record_property):
     assert ratio.max() <= 6
 
 
-def ours_as_theirs(name, value):
-    """One of our activations in PyTorch's layout: spectrogram (B, C, F, T), waveform (B, C, T), tokens as they are."""
-    value = np.array(value)
-    if "layers" in name:
-        return value
-    value = value.transpose(0, 3, 2, 1) if value.ndim == 4 else value.transpose(0, 2, 1)
-    return value.reshape(*value.shape[:2], -1) if name in ("channel_upsampler", "channel_downsampler") else value
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option(oracle, name):
     """Each option on its own: every level and every source at 90 dB or more."""
@@ -105,7 +96,7 @@ def test_option(oracle, name):
     starts = {"normalised.freq", "normalised.time", "embedded"}  # inputs of layers, seen through their outputs
     assert set(answer.taps) - starts == set(taps)
     for level in taps:
-        assert snr_db(answer.taps[level], ours_as_theirs(level, taps[level])) >= 90, level
+        assert snr_db(answer.taps[level], pytorch_layout(level, taps[level])) >= 90, level
     assert min(stem_snr_db(answer["output"][0], out[0])) >= 90
 
 
