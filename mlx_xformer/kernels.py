@@ -127,7 +127,7 @@ ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 # exp(x) = 2^n exp(r), r = x - n log 2, for x <= 0: the exponent's bits in one pass, the polynomial in the next.
 _LOG2 = (0.693359375, -2.12194440e-4)  # in two parts, the first with zeros at its end
 _EXP = (0.5, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040)
-_LOWEST = -60.0  # lower weights count as this one, 9e-27: denormal products would make the CPU a hundred times slower
+_LOWEST = -87.0  # its exp is still a normal number, so that the exponent's bits are one
 _ROUND = 12582912.0  # 1.5 * 2^23: adding and taking it off rounds to a whole number
 
 
