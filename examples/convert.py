@@ -2,11 +2,12 @@
 
 import sys
 
+from mlx_xformer import convert, load  # isort: skip (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_xformer import convert, load
 from mlx_xformer.reference.models.htdemucs.model import htdemucs
 
 
