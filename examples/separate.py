@@ -1,29 +1,23 @@
 """Separates a recording into its stems: python examples/separate.py SONG [MODEL [FOLDER]]"""
 
 import sys
-from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from mlx_xformer import load, separate
-from mlx_xformer.audio import prevent_clipping, read, write
+from mlx_xformer import Separator
+from mlx_xformer.separate import Progress
 
 
 def main(song: str, name: str = "htdemucs", folder: str = "separated") -> None:
-    model = load(name)
-    audio, rate = read(song)
+    separator = Separator(name)
     with tqdm(unit="segment") as bar:
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def progress(now: Progress) -> None:
+            bar.total = now.total
+            bar.update(now.done - bar.n)
 
-        stems = separate(model, audio, rate, progress=progress)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for stem, samples in stems.items():
-        path = Path(folder) / f"{Path(song).stem}.{stem}.wav"
-        write(path, prevent_clipping(np.array(samples), "rescale"), model.config.samplerate)
+        made = separator.separate_file(song, folder, progress=progress)
+    for path in made.files.values():
         print(path)
 
 

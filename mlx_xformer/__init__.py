@@ -12,6 +12,7 @@ __all__ = [
     "HTDemucs",
     "HTDemucsConfig",
     "InferenceMode",
+    "Separator",
     "__version__",
     "attention",
     "convert",
@@ -25,7 +26,7 @@ if runtime.backend_error is None:
     from .converters.convert import convert
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
     from .pretrained import load
-    from .separate import separate
+    from .separate import Separator, separate
 else:
 
     def __getattr__(name: str) -> Any:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import math
 import os
 import sys
-import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import runtime
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .models.htdemucs import Bag, HTDemucs
+    from .separate import Progress, Separated, Separator
+    from .stems import Output
 
 DEMO_MODEL = "htdemucs_mini"
 DEMO_NOTE = (
@@ -83,76 +86,134 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def _add_separate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", type=Path, metavar="FILE", help="audio files: wav, flac, mp3, ogg, ...")
+    add(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="recordings, or folders of them: wav, flac, mp3, m4a, mp4 ...",
+    )
     add("-n", "--name", default="htdemucs", metavar="NAME|DIR", help="model name, checkpoint folder or file")
+    add("--list-models", action=_ListModels, help="list the models that have a name, and exit")
     add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="where the stems go")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stems", type=_names, metavar="A,B", help="only these stems; a bag runs only what they need")
+    what.add_argument("--two-stems", metavar="STEM", help="only this stem and the rest, see --other-method")
+    add("--other-method", choices=["add", "minus", "none"], default="add", help=_REST)
     add("--shifts", type=int, default=1, metavar="N", help="passes, each moved by a random part of 0.5 s, averaged")
     add("--overlap", type=float, default=0.25, metavar="F", help="part of a segment shared with the next")
     add("--segment", type=float, metavar="S", help="seconds per segment; at most, and by default, the model's own")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random shifts")
-    add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample; 32 is float")
-    add("--report", action="store_true", help="also write report.html, to hear and see the stems together")
-    add("--clip", choices=["rescale", "clamp", "none"], default="rescale", help="what keeps a stem from clipping")
+    add("--batch-size", type=int, metavar="N", help="segments at once; by default what device and memory suit")
+    add("--device", choices=["cpu", "gpu"], help="what computes; by default the GPU where there is one")
+    add("--format", choices=["wav", "flac", "mp3"], default="wav", help="format of the stems' files")
+    add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample of wav and flac; 32 is float wav")
+    add("--mp3-bitrate", type=int, metavar="KBPS", help="kbit/s of mp3; by default the most there is, 320")
+    add("--clip", choices=["rescale", "joint", "clamp", "none"], default="rescale", help=_CLIP)
+    add("--rate", choices=["model", "keep"], default="model", help="sample rate: the model's, or keep the recording's")
+    add("--filename", default="{track}/{stem}.{ext}", metavar="PATTERN", help="of {track}, {trackext}, {stem}, {ext}")
+    add("--report", action="store_true", help="also write a page to hear and see the stems together")
+    add("--json", action="store_true", help="print a line of JSON for each recording")
+
+
+_REST = "what the rest is: the other stems added up, the mix minus the stem, or not written"
+_CLIP = "what keeps stems from clipping: a gain for each, one gain for all (they still add up), cutting, or nothing"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+class _ListModels(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .pretrained import available
+
+        for name, where in available().items():
+            print(f"{name:15} {where}")
+        parser.exit()
+
+
+_SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two_stems", "other_method")
 
 
 def _separate(options: argparse.Namespace) -> int:
-    from . import audio
-    from .pretrained import load
-    from .separate import Options
+    from .segments import Options
+    from .separate import Separator
+    from .stems import Output, check_writable
 
-    how = Options(options.shifts, options.overlap, options.segment, seed=options.seed)
-    audio.check_writable(options.out)
-    failed = False
-    tracks: dict[str, tuple[Path, str]] = {}
-    for file in options.files:  # what can be known before the model is loaded, or downloaded, is said before
-        with _reported(file) as problem:
+    # What can be known before the model is loaded, or downloaded, is said before.
+    settings = {name: getattr(options, name) for name in _SETTINGS}
+    Options(**settings)
+    output = Output(options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
+    check_writable(options.out)
+    if options.device:
+        runtime.use_device(options.device)
+    group = runtime.process_group()
+    rank, size = (group.rank(), group.size()) if group else (0, 1)
+    failed: list[Path] = []
+    folder = options.out / _model_folder(options.name)
+    files = _plan(options, folder, output, failed, quiet=rank > 0)
+    done = 0
+    if files:
+        separator = Separator(options.name, **settings)
+        for file in _share(files, rank, size):
+            with _reported(file, options, failed):
+                print(_separate_file(separator, file, folder, output, options), flush=True)
+                done += 1
+    if done and rank == 0 and options.name == DEMO_MODEL and not options.json:
+        print(f"Note: {DEMO_NOTE}.")
+    return int(bool(runtime.total(len(failed), group)))
+
+
+def _plan(options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool) -> list[Path]:
+    """The recordings to separate. What is given in vain joins `failed`."""
+    from . import audio
+
+    files: list[Path] = []
+    for given in options.files:
+        with _reported(given, options, failed, quiet=quiet):
+            files += audio.recordings_in(given) if given.is_dir() else [given]
+    tracks: dict[str, Path] = {}
+    for file in files:
+        with _reported(file, options, failed, quiet=quiet):
             audio.check_readable(file)
-            name = _track_name(file)
+            target = str(output.path(folder, file, "stem"))
             # Some file systems take names that differ in case or in the form of an accent for the same.
-            first = tracks.setdefault(unicodedata.normalize("NFC", name).casefold(), (file, name))[0]
+            first = tracks.setdefault(unicodedata.normalize("NFC", target).casefold(), file)
             if first != file:
                 raise ValueError(f"its stems would overwrite those of {first}")
-        failed |= problem.happened
-    if not tracks:
-        return 1
-    model = load(options.name)
-    for member in getattr(model, "models", [model]):
-        how.check(member.config)
-    folder, lines = options.out / _model_folder(options.name), []
-    for file, name in tracks.values():
-        with _reported(file) as problem:
-            lines = _separate_track(model, file, folder / name, options)
-        failed |= problem.happened
-        if not problem.happened:
-            print("\n".join(lines), flush=True)
-    if lines and options.name == DEMO_MODEL:
-        print(f"Note: {DEMO_NOTE}.")
-    return int(failed)
+    return list(tracks.values())
 
 
-def _track_name(file: Path) -> str:
-    """The folder of a track's stems: the file's name without what follows the last dot."""
-    name = file.name.rsplit(".", 1)[0]
-    if name in ("", ".", ".."):
-        raise ValueError("the file's name leaves no name for the folder of its stems")
-    return name
-
-
-class _Problem:
-    happened = False
+def _share(files: list[Path], rank: int, size: int) -> list[Path]:
+    """What one of several processes separates: the largest files go first, each to who has the least to do."""
+    if size == 1:
+        return files
+    loads, mine = [0] * size, []
+    for file in sorted(files, key=lambda f: (-f.stat().st_size, f)):
+        least = loads.index(min(loads))
+        loads[least] += file.stat().st_size
+        mine += [file] if least == rank else []
+    return mine
 
 
 @contextmanager
-def _reported(file: Path) -> Iterator[_Problem]:
+def _reported(file: Path, options: argparse.Namespace, failed: list[Path], *, quiet: bool = False) -> Iterator[None]:
     """Turns what goes wrong with one file into a line, so that the other files go on."""
-    problem = _Problem()
     try:
-        yield problem
+        yield
     except BrokenPipeError:
         raise
     except _FAILURES as error:
-        problem.happened = True
+        failed.append(file)
         reason = _reason(error)
+        if quiet:
+            return
+        if options.json:
+            print(json.dumps({"file": str(file), "error": reason}), flush=True)
         _fail(reason if str(file) in reason else f"{file}: {reason}")
 
 
@@ -164,49 +225,35 @@ def _model_folder(name: str) -> str:
     return path.resolve().name if path.is_dir() else name.replace("/", "_")
 
 
-def _separate_track(model: HTDemucs | Bag, file: Path, folder: Path, options: argparse.Namespace) -> list[str]:
-    """Separates and writes one track; returns what there is to say of it."""
-    import numpy as np
+def _separate_file(separator: Separator, file: Path, folder: Path, output: Output, options: argparse.Namespace) -> str:
+    """Separates one recording; returns what there is to say of it."""
     from tqdm import tqdm
 
-    from . import audio
-    from .separate import separate
-
-    samples, rate = audio.read(file)
-    audio.check_writable(folder)
-    start = time.perf_counter()
     with tqdm(desc=file.name, unit="segment", leave=False, disable=None) as bar:
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def progress(now: Progress) -> None:
+            bar.total = now.total
+            bar.update(now.done - bar.n)
 
-        stems = separate(
-            model,
-            samples,
-            rate,
-            shifts=options.shifts,
-            overlap=options.overlap,
-            segment=options.segment,
-            seed=options.seed,
-            progress=progress,
-        )
-        files = {
-            folder / f"{stem}.wav": audio.prevent_clipping(np.array(array), options.clip)
-            for stem, array in stems.items()
-        }
-    seconds, took = samples.shape[-1] / rate, time.perf_counter() - start
-    audio.write_all(files, model.config.samplerate, bits=options.bits)
+        made = separator.separate_file(file, folder, output, progress=progress)
+    page = _write_report(file, folder, made, output, options) if options.report else None
+    if options.json:
+        paths = {stem: str(path) for stem, path in made.files.items()}
+        result = {"file": str(file), "model": options.name, **dataclasses.asdict(made), "files": paths}
+        return json.dumps(result | {"report": page and str(page)})
+    names = sorted({str(path.parent) for path in made.files.values()})
     lines = [
-        f"{folder}{os.sep}: {', '.join(path.name for path in files)}",
-        f"  {seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.1f} times real time)",
+        f"{', '.join(names)}{os.sep}: {', '.join(path.name for path in made.files.values())}",
+        f"  {made.seconds:.1f} s of audio in {made.took:.1f} s ({made.seconds / made.took:.1f} times real time)",
     ]
-    if options.report:
-        lines.append(f"  {_write_report(file, folder, model.config.sources, options)}")
-    return lines
+    quieter = {stem: gain for stem, gain in made.gains.items() if gain < 1}
+    if quieter:
+        levels = ", ".join(f"{stem} {20 * math.log10(gain):.1f} dB" for stem, gain in quieter.items())
+        lines.append(f"  turned down so as not to clip: {levels}")
+    return "\n".join([*lines, f"  {page}"] if page else lines)
 
 
-def _write_report(file: Path, folder: Path, stems: Sequence[str], options: argparse.Namespace) -> Path:
+def _write_report(file: Path, folder: Path, made: Separated, output: Output, options: argparse.Namespace) -> Path:
     from .report import write_report
 
     facts = {
@@ -217,8 +264,8 @@ def _write_report(file: Path, folder: Path, stems: Sequence[str], options: argpa
         "Seed": options.seed,
         "Clip": options.clip,
     }
-    page = folder / "report.html"
-    write_report(page, file, {s: folder / f"{s}.wav" for s in stems}, title=file.name, facts=facts)
+    page = output.path(folder, file, "report", "html")
+    write_report(page, file, made.files, title=file.name, facts=facts)
     return page
 
 

@@ -7,52 +7,17 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
 
 import numpy as np
-import soundfile
-import soxr
 
-from .audio import convert_channels
+from .audio import BLOCK, Recording, rechunked
 
 STRETCH = 10  # seconds that are read at a time
 MARGIN = 0.1  # seconds of its neighbours that a window holds, so that a codec's edges are never heard
 COLUMNS, BANDS, WINDOW = 1200, 112, 4096
 LOWEST, HIGHEST, FLOOR, CEILING = 40.0, 20000.0, -88.0, -20.0  # Hz, Hz; dB, a full-scale sine being 0
-_BLOCK = 2**16
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Audio read in stretches, as often as asked: every blocks() yields float32 (channels, n) from the start."""
-
-    sample_rate: int
-    channels: int
-    samples: int
-    blocks: Callable[[], Iterator[np.ndarray]]
-
-    @staticmethod
-    def of(source: str | Path | Recording) -> Recording:
-        """A file that libsndfile reads as a Recording. FileNotFoundError; ValueError if it is not audio."""
-        if isinstance(source, Recording):
-            return source
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{source} does not exist")
-
-        def blocks() -> Iterator[np.ndarray]:
-            try:
-                for block in soundfile.blocks(source, blocksize=_BLOCK, dtype="float32", always_2d=True):
-                    yield block.T
-            except soundfile.LibsndfileError as error:
-                raise ValueError(f"{source} cannot be read as audio: {error.error_string}") from None
-
-        try:
-            info = soundfile.info(source)
-        except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless formats that only a name tells
-            raise ValueError(f"{source} cannot be read as audio: {error}") from None
-        return Recording(info.samplerate, info.channels, info.frames, blocks)
 
 
 class Tracks:
@@ -100,25 +65,14 @@ class Tracks:
 
     def _stretches(self, recording: Recording) -> Iterator[np.ndarray]:
         """(C, n) in turn; a recording that ends early goes on in silence, one that is longer is cut."""
-        blocks, done = self._matched(recording), 0
-        held = np.zeros((self.channels, 0), np.float32)
-        while done < self.samples:
-            n = min(STRETCH * self.rate, self.samples - done)
-            while held.shape[1] < n and (block := next(blocks, None)) is not None:
-                held = np.concatenate([held, block], axis=1)
-            part, held = held[:, :n], held[:, n:]
-            yield np.pad(part, ((0, 0), (0, n - part.shape[1])))
-            done += n
-
-    def _matched(self, recording: Recording) -> Iterator[np.ndarray]:
-        """The blocks of a recording in the stems' channels and rate."""
-        if recording.sample_rate == self.rate:
-            yield from (convert_channels(block, self.channels) for block in recording.blocks())
-            return
-        stream = soxr.ResampleStream(recording.sample_rate, self.rate, self.channels, dtype="float32", quality="VHQ")
-        for block in recording.blocks():
-            yield stream.resample_chunk(np.ascontiguousarray(convert_channels(block, self.channels).T)).T
-        yield stream.resample_chunk(np.zeros((0, self.channels), np.float32), last=True).T
+        silence = np.zeros((self.channels, BLOCK), np.float32)
+        endless = chain(recording.converted(self.channels, self.rate), repeat(silence))
+        left = self.samples
+        for block in rechunked(endless, STRETCH * self.rate):
+            yield block[:, :left]
+            left -= STRETCH * self.rate
+            if left <= 0:
+                return
 
 
 class Measure:

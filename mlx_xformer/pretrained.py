@@ -83,6 +83,16 @@ def describe(path_or_name: str | Path) -> str:
     return "\n".join(lines)
 
 
+def available() -> dict[str, str]:
+    """The models that have a name, and where each is: embedded, kept from a download, or on the hub."""
+    where = {}
+    for name in NAMES:
+        kept = _kept(repository(NAMESPACE, name), name)
+        embedded = f"in this package, {EMBEDDED[name]}" if name in EMBEDDED else None
+        where[name] = embedded or (str(kept) if kept else "on the hub, downloaded on first use")
+    return where
+
+
 def cache_folder() -> Path:
     """Where conversions and downloads are kept."""
     return Path(os.environ.get("MLX_XFORMER_CACHE") or Path.home() / ".cache" / "mlx-xformer")
@@ -117,10 +127,8 @@ def _hash(path: Path, algorithm: Callable[[], Any], head: bytes = b"") -> str:
 def _from_hub(namespace: str, name: str) -> Path:
     """The conversion of a hub model: the one kept from before, or else downloaded, checked and converted."""
     repo = repository(namespace, name)
-    kept = cache_folder() / "hub" / repo.replace("/", "--") / name
-    known = sorted((p for p in kept.glob("*") if is_checkpoint(p)), key=lambda p: p.stat().st_mtime)
-    if known:
-        return known[-1]
+    if kept := _kept(repo, name):
+        return kept
     bag_file = f"{name}.yaml"
     revision = _asked(repo, bag_file, lambda: _metadata(repo, bag_file, None)).commit_hash
     if not revision or not re.fullmatch("[0-9a-f]{40}", revision):
@@ -129,9 +137,20 @@ def _from_hub(namespace: str, name: str) -> Path:
     bag = _fetch(repo, bag_file, revision, staging)
     for signature in dict.fromkeys(read_bag(bag).signatures):
         _fetch(repo, f"{plain_name(signature)}.safetensors", revision, staging)
-    convert(bag, kept / revision, origin={"repository": repo, "revision": revision})
+    folder = _hub_folder(repo, name) / revision
+    convert(bag, folder, origin={"repository": repo, "revision": revision})
     shutil.rmtree(staging, ignore_errors=True)
-    return kept / revision
+    return folder
+
+
+def _hub_folder(repo: str, name: str) -> Path:
+    return cache_folder() / "hub" / repo.replace("/", "--") / name
+
+
+def _kept(repo: str, name: str) -> Path | None:
+    """The latest conversion of a hub model."""
+    known = [p for p in _hub_folder(repo, name).glob("*") if is_checkpoint(p)]
+    return max(known, key=lambda p: p.stat().st_mtime, default=None)
 
 
 def _fetch(repo: str, file: str, revision: str, staging: Path) -> Path:

@@ -27,8 +27,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from .audio import convert_channels
-from .measure import BANDS, HIGHEST, LOWEST, MARGIN, STRETCH, Measure, Recording, Tracks
+from .audio import Recording, convert_channels
+from .measure import BANDS, HIGHEST, LOWEST, MARGIN, STRETCH, Measure, Tracks
 
 _LONG = 15 * 60  # seconds
 _PARTS = ("page.html", "style.css", "script.js")
@@ -70,9 +70,9 @@ def write_report(
 ) -> None:
     """Writes the page of one separated track, whole or not at all.
 
-    mix, stems: files, or Recordings where libsndfile cannot read them; the stems share rate and channels, and the mix
-    is brought to theirs. Missing folders are made. facts: what made the stems (model, version, options), shown as they
-    stand. ValueError for stems that differ, are empty or not finite; OSError where the page cannot be written.
+    mix, stems: files or Recordings; the stems share rate and channels, and the mix is brought to theirs. Missing
+    folders are made. facts: what made the stems (model, version, options), shown as they stand. ValueError for stems
+    that differ, are empty or not finite; OSError where the page cannot be written.
     """
     path = Path(path)
     tracks = Tracks(Recording.of(mix), {name: Recording.of(stem) for name, stem in stems.items()})

@@ -11,8 +11,10 @@ import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import cast
 
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
+_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # variables that a launcher sets
 _CACHE_FRACTION = 8  # MLX may keep an eighth of the memory in freed buffers
 
 
@@ -91,6 +93,39 @@ _cache_limit = 0
 if backend_error is None:
     _before = mx.set_cache_limit(0)
     set_cache_limit(min(_before, total_memory() // _CACHE_FRACTION))  # a tighter bound of the host program stays
+
+
+def batch_size(size: int) -> int:
+    """How many pieces of work of `size` bytes to do at once: one on the CPU, whose caches gain nothing from more; on a
+    GPU up to eight, within a sixth of its memory."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return 1
+    return max(1, min(8, total_memory() // 6 // size))
+
+
+def use_device(kind: str) -> None:
+    """Makes "cpu" or "gpu" MLX's default device. ValueError where there is none."""
+    if kind not in ("cpu", "gpu"):
+        raise ValueError(f'device must be "cpu" or "gpu", got {kind!r}')
+    device = mx.Device(getattr(mx, kind))
+    if not mx.is_available(device):
+        raise ValueError(f"device must be available, got {kind!r}: MLX has no {kind.upper()} here")
+    mx.set_default_device(device)
+
+
+def process_group() -> mx.distributed.Group | None:
+    """The processes that mlx.launch, or MPI, started together; None for a process on its own."""
+    if not any(name in os.environ for name in _LAUNCHED):
+        return None
+    group = mx.distributed.init()
+    return group if group.size() > 1 else None
+
+
+def total(count: int, group: mx.distributed.Group | None) -> int:
+    """The sum of a count over the processes of a group; each waits for all."""
+    if group is None:
+        return count
+    return cast(int, mx.distributed.all_sum(mx.array(count), group=group, stream=mx.cpu).item())
 
 
 def report() -> DeviceReport:

@@ -1,285 +1,219 @@
-"""separate(): a recording of any length into its stems, by overlapping segments.
+"""Separator and separate(): recordings and files of any length into their stems.
 
-The arithmetic and the order of random draws are those of demucs 4.1.0 (demucs/api.py, demucs/apply.py), so equal
-seeds give equal stems. Axes: S sources, C channels, N samples.
+Source: demucs 4.1.0 (demucs/api.py, demucs/separate.py). Axes: S stems, C channels, n samples of a stretch.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 
-from . import kernels
-from .audio import convert_channels, resample
-from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
-
-Progress = Callable[[int, int], None]
-_MAX_SHIFT = 0.5  # seconds
-_MOST_CHANNELS = 64  # more are samples in the wrong axis
+from .audio import Recording, resampled
+from .models.htdemucs import Bag, HTDemucs
+from .pretrained import load
+from .segments import Options, Track, members, stretches
+from .stems import Output, StemFiles
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a model is applied to a track; `separate` explains the fields. ValueError names one out of range."""
+class Progress:
+    """How far one track is: segments done of all, and seconds passed."""
 
-    shifts: int = 1
-    overlap: float = 0.25
-    segment: float | None = None
-    transition_power: float = 1.0
-    seed: int = 0
-    batch_size: int = 1
-    stems: Sequence[str] | None = None
-    mode: InferenceMode = InferenceMode.FULL
+    done: int
+    total: int
+    elapsed: float
 
-    def __post_init__(self) -> None:
-        if self.shifts < 0:
-            raise ValueError(f"shifts must be at least 0, got {self.shifts}")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap must be at least 0 and below 1, got {self.overlap}")
-        if not self.transition_power >= 1:
-            raise ValueError(f"transition_power must be at least 1, got {self.transition_power}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if isinstance(self.stems, str):
-            raise ValueError(f"stems must be a sequence of names, got {self.stems!r}")
-        object.__setattr__(self, "mode", InferenceMode(self.mode))
+    @property
+    def remaining(self) -> float:
+        """Seconds left, if the rest takes as long as what is done."""
+        return self.elapsed * (self.total - self.done) / self.done
 
-    def check(self, config: HTDemucsConfig) -> None:
-        """ValueError where a model cannot be applied like this."""
-        longest = float(config.segment)
-        if self.segment is not None and not 0 < self.segment <= longest:
-            given = float(self.segment)
-            raise ValueError(f"segment must be above 0 and at most the model's {longest:g} s, got {given:g}")
-        if self.samples(config) < 1:
-            raise ValueError(f"segment must hold a sample or more, got {float(self.segment or longest):g} s")
-        if self.stride(config) < 1:
-            raise ValueError(f"overlap must leave a stride of a sample or more, got {self.overlap}")
 
-    def samples(self, config: HTDemucsConfig) -> int:
-        """Samples of one segment."""
-        return int(config.samplerate * (config.segment if self.segment is None else self.segment))
+Watch = Callable[[Progress], None]
+Audio = TypeVar("Audio", np.ndarray, mx.array)
 
-    def stride(self, config: HTDemucsConfig) -> int:
-        """Samples from one segment to the next."""
-        return int((1 - self.overlap) * self.samples(config))
 
-    def wanted(self, sources: tuple[str, ...]) -> list[int]:
-        """The indices of the wanted stems, in the model's order."""
-        unknown = [str(stem) for stem in self.stems or () if stem not in sources]
-        if unknown or (self.stems is not None and not self.stems):
-            raise ValueError(f"stems must be among {', '.join(sources)}, got {', '.join(unknown) or 'none'}")
-        return [i for i, name in enumerate(sources) if self.stems is None or name in self.stems]
+class Cancelled(Exception):
+    """A separation was called off; nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Separated:
+    """What became of a file: the stems' files, the audio's length and the time it took in seconds, the files' sample
+    rate, channels and samples, and the gain of each stem that keeps it from clipping."""
+
+    files: dict[str, Path]
+    seconds: float
+    took: float
+    sample_rate: int
+    channels: int
+    samples: int
+    gains: dict[str, float]
+
+
+class Separator:
+    """A model, loaded once, and how it is applied; separates as many recordings and files as asked.
+
+    model: what `load` takes, or a model. The options are those of `separate`. stems: what comes out.
+    """
+
+    def __init__(self, model: str | Path | HTDemucs | Bag = "htdemucs", **options: Any):
+        self.options = Options(**options)
+        self.model = model if isinstance(model, (HTDemucs, Bag)) else load(model)
+        for member in members(self.model)[0]:
+            self.options.check(member.config)
+        self.stems = self.options.names(self.model.config.sources)
+
+    def separate(
+        self, audio: Audio, sample_rate: int, *, progress: Watch | None = None, cancel: Event | None = None
+    ) -> dict[str, Audio]:
+        """Audio (channels, samples), or mono (samples,), into {stem: (channels, samples)} at the model's rate.
+
+        MLX arrays make MLX arrays, NumPy arrays NumPy arrays. Setting `cancel` raises Cancelled soon after.
+        """
+        host = np.asarray(audio.astype(mx.float32)) if isinstance(audio, mx.array) else audio
+        separation = _Separation(self, Recording.of_array(host, sample_rate), progress, cancel)
+        whole = mx.concatenate(list(separation.stretches()), axis=-1)
+        mx.eval(whole)  # so that another thread may read it
+        stems = whole if isinstance(audio, mx.array) else np.array(whole)
+        return cast("dict[str, Audio]", dict(zip(self.stems, stems, strict=True)))
+
+    def separate_file(
+        self,
+        file: str | Path,
+        folder: str | Path,
+        output: Output | None = None,
+        *,
+        progress: Watch | None = None,
+        cancel: Event | None = None,
+    ) -> Separated:
+        """Separates a file into files below `folder`; memory does not grow with its length.
+
+        All stems are put in place at the end, at once; on failure, or if cancelled, nothing is left behind.
+        """
+        file, output, start = Path(file), output or Output(), time.perf_counter()
+        recording = Recording.of(file)
+        separation = _Separation(self, recording, progress, cancel)
+        paths = {stem: output.path(Path(folder), file, stem) for stem in self.stems}
+        config = self.model.config
+        rate, channels = config.samplerate, config.audio_channels
+        keep = output.rate == "keep" and rate != recording.sample_rate
+        rate, samples = (recording.sample_rate, separation.recorded) if keep else (rate, separation.samples)
+        with StemFiles(paths, rate, channels, samples, output) as files:
+            blocks = (np.array(stretch) for stretch in separation.stretches())
+            for stretch in _at_rate(blocks, (len(paths), channels), config.samplerate, rate, samples):
+                files.write(dict(zip(paths, stretch, strict=True)))
+            gains = files.commit()
+        seconds = separation.recorded / recording.sample_rate
+        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains)
 
 
 def separate(
     model: HTDemucs | Bag,
-    audio: np.ndarray | mx.array,
+    audio: Audio,
     sample_rate: int,
     *,
-    shifts: int = 1,
-    overlap: float = 0.25,
-    segment: float | None = None,
-    transition_power: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 1,
-    stems: Sequence[str] | None = None,
-    mode: InferenceMode = InferenceMode.FULL,
-    progress: Progress | None = None,
-) -> dict[str, mx.array]:
+    progress: Watch | None = None,
+    cancel: Event | None = None,
+    **options: Any,
+) -> dict[str, Audio]:
     """Separates audio (C, N), or mono (N,), into {stem: (channels, samples)} at the model's sample rate.
 
-    shifts: passes over the track, each moved by a random part of half a second, averaged; 0 for one unmoved pass.
-    overlap: part of a segment shared with the next, in [0, 1). segment: seconds, at most the model's own.
-    transition_power: sharpness of the cross-fade between segments, 1 for a linear one. stems: the wanted ones; a bag
-    runs only the members that they need. seed: of the random draws. batch_size: segments run at once. mode: see
-    InferenceMode. progress(done, total) counts segments. The track is brought to mean 0 and deviation 1, and back.
-    ValueError names the argument that is out of range, and refuses NaN and infinite samples.
+    shifts (1): passes over the track, each moved by a random part of half a second, averaged; 0 for one unmoved pass.
+    overlap (0.25): part of a segment shared with the next, in [0, 1). segment: seconds, at most the model's own.
+    transition_power (1): sharpness of the cross-fade between segments, 1 for a linear one. seed (0): of the random
+    draws. batch_size: segments run at once, by default what suits the device. stems: the wanted ones; a bag runs only
+    the members that they need. two_stems: one stem and, by other_method, the sum of all others ("add"), the mix minus
+    it ("minus"), or nothing ("none"). mode: see InferenceMode. progress and cancel: see Separator.separate.
+    The track is brought to mean 0 and deviation 1, and back. ValueError names the argument that is out of range, and
+    refuses NaN and infinite samples.
     """
-    stems = stems if stems is None or isinstance(stems, str) else tuple(stems)
-    options = Options(shifts, overlap, segment, transition_power, seed, batch_size, stems, mode)
-    config = model.config
-    wanted = options.wanted(config.sources)
-    mix = _prepare(audio, sample_rate, config)
-    center, scale = _track_statistics(mix)
-    out = apply_model(model, (mix - center) / scale, options, progress) * scale + center
-    separated = {config.sources[s]: out[i] for i, s in enumerate(wanted)}
-    mx.eval(separated)  # so that another thread may read them
-    return separated
+    return Separator(model, **options).separate(audio, sample_rate, progress=progress, cancel=cancel)
 
 
-def apply_model(
-    model: HTDemucs | Bag, mix: mx.array, options: Options | None = None, progress: Progress | None = None
-) -> mx.array:
-    """The model over a whole track as it stands: mix (C, N) at its sample rate -> (S, C, N), the wanted stems.
+class _Separation:
+    """One recording on its way through a separator: a first pass to measure it, a second that makes the stems.
 
-    What `separate` does between levelling the track and undoing it. Source: demucs/apply.py, apply_model.
-    """
-    options = options or Options()
-    models, weights = _members(model)
-    for member in models:
-        options.check(member.config)
-    wanted = options.wanted(model.config.sources)
-    needed = [any(row[s] for s in wanted) for row in weights]
-    passes = _draw_passes(models, mix.shape[-1], options)
-    total = sum(len(p.offsets) for p in passes if needed[p.member])
-    done = 0
-    estimates: list[mx.array | None] = [None] * len(models)
-    for p in passes:
-        if not needed[p.member]:
-            continue
-        pieces = []
-        for piece, count in _run_pass(models[p.member], mix, p, options, wanted):
-            pieces.append(piece)
-            done += count
-            if progress is not None:
-                progress(done, total)
-        whole = mx.concatenate(pieces, axis=-1)[..., p.skip :]
-        previous = estimates[p.member]
-        estimates[p.member] = whole if previous is None else previous + whole
-        mx.eval(estimates[p.member])
-    return _weigh(estimates, weights, wanted, max(options.shifts, 1))
+    recorded: its samples; samples: those at the model's rate."""
 
-
-def _members(model: HTDemucs | Bag) -> tuple[list[HTDemucs], tuple[tuple[float, ...], ...]]:
-    if isinstance(model, HTDemucs):
-        return [model], ((1.0,) * len(model.config.sources),)
-    sources = model.models[0].config.sources
-    return model.models, model.config.weights or ((1.0,) * len(sources),) * len(model.models)
-
-
-def _prepare(audio: np.ndarray | mx.array, sample_rate: int, config: HTDemucsConfig | BagConfig) -> mx.array:
-    """(C, N) float32 with the model's channels and sample rate."""
-    samples = np.asarray(audio.astype(mx.float32) if isinstance(audio, mx.array) else audio)
-    if not np.issubdtype(samples.dtype, np.floating):
-        raise ValueError(f"audio must be floats with full scale at 1, got {samples.dtype}")
-    samples = samples.astype(np.float32)
-    if samples.ndim == 1:
-        samples = samples[None]
-    if samples.ndim != 2 or samples.size == 0 or samples.shape[0] > _MOST_CHANNELS:
-        raise ValueError(
-            f"audio must be (channels, samples) with at least one sample and at most {_MOST_CHANNELS} channels, "
-            f"got {samples.shape}"
+    def __init__(self, separator: Separator, recording: Recording, progress: Watch | None, cancel: Event | None):
+        self._separator, self._recording = separator, recording
+        self._progress, self._cancel, self._start = progress, cancel, time.perf_counter()
+        config = separator.model.config
+        self.recorded, self.samples, self._center, self._scale = _survey(
+            recording, config.audio_channels, config.samplerate
         )
-    if not np.isfinite(samples).all():
-        raise ValueError("audio must be finite, got NaN or infinite samples")
-    samples = resample(convert_channels(samples, config.audio_channels), sample_rate, config.samplerate)
-    if not samples.shape[-1]:
-        raise ValueError(f"audio must last at least one sample at {config.samplerate} Hz, got less")
-    return mx.array(samples)
+        if not self.samples:
+            raise ValueError(f"audio must last at least one sample at {config.samplerate} Hz, got less")
+
+    def stretches(self) -> Iterator[mx.array]:
+        """(S, C, n) in turn, at the model's rate, for the separator's stems."""
+        config, options = self._separator.model.config, self._separator.options
+        blocks = self._recording.converted(config.audio_channels, config.samplerate)
+        track = Track(blocks, config.audio_channels, self.samples, self._center, self._scale)
+        done = 0
+        for stretch in stretches(self._separator.model, track, options, self._step):
+            n = stretch.shape[-1]
+            stems = track.restored(stretch)
+            if options.two_stems is not None:
+                chosen = [config.sources[i] for i in options.wanted(config.sources)].index(options.two_stems)
+                parts = [stems[chosen : chosen + 1]]
+                if options.other_method == "add":
+                    others = [stem for i, stem in enumerate(stems) if i != chosen]
+                    parts.append(sum(others[1:], others[0])[None])
+                elif options.other_method == "minus":
+                    parts.append(mx.array(track.raw(done, done + n)) - stems[chosen : chosen + 1])
+                stems = mx.concatenate(parts)
+            done += n
+            yield stems
+
+    def _step(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress(done, total, time.perf_counter() - self._start))
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled(f"cancelled after {done} of {total} segments")
 
 
-def _track_statistics(mix: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean and unbiased deviation (plus 1e-8) of the track's mono mix: one offset and one gain for the track."""
-    mono = mix.mean(axis=0)
-    center, var = kernels.mean_var(mono, (0,))
-    unbiased = var * (mono.size / max(mono.size - 1, 1))
-    return center, mx.sqrt(unbiased) + 1e-8
+def _survey(recording: Recording, channels: int, sample_rate: int) -> tuple[int, int, float, float]:
+    """Reads a recording once: its samples as recorded and as converted; the mean of the converted mono mix and its
+    unbiased deviation plus 1e-8. Gathered in float64, block by block (Chan, Golub and LeVeque 1979)."""
+    recorded = samples = 0
+    mean = squares = 0.0
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal recorded
+        for block in recording.blocks():
+            recorded += block.shape[1]
+            yield block
+
+    for block in dataclasses.replace(recording, blocks=counted).converted(channels, sample_rate):
+        mono = block.mean(axis=0).astype(np.float64)
+        n, center = mono.size, mono.mean()
+        gap = center - mean
+        samples += n
+        mean += gap * n / samples
+        squares += np.square(mono - center).sum() + gap**2 * n * (samples - n) / samples
+    return recorded, samples, mean, math.sqrt(squares / max(samples - 1, 1)) + 1e-8
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One pass of one member over the track: `length` samples from `start` of the (padded) mix, cut into segments
-    at `offsets`; the first `skip` samples of the result are not the track's."""
-
-    member: int
-    padding: int
-    start: int
-    length: int
-    skip: int
-    offsets: range
-    position_shifts: tuple[int, ...]
-
-
-def _draw_passes(models: list[HTDemucs], length: int, options: Options) -> list[_Pass]:
-    """Every pass with its random draws, in the original's order: per member and shift first the offset of the
-    track, then one draw per segment for the shift of the waveform's positions."""
-    rng = random.Random(options.seed)
-    passes = []
-    for member, model in enumerate(models):
-        config = model.config
-        stride = options.stride(config)
-        reach = int(_MAX_SHIFT * config.samplerate)
-        draws = config.t_layers > 0 and config.t_emb == "sin"
-        for _ in range(max(options.shifts, 1)):
-            if options.shifts:
-                start = rng.randint(0, reach)
-                padding, size, skip = reach, length + reach - start, reach - start
-            else:
-                padding, start, size, skip = 0, 0, length, 0
-            offsets = range(0, size, stride)
-            moved = tuple(rng.randrange(config.t_sin_random_shift + 1) if draws else 0 for _ in offsets)
-            passes.append(_Pass(member, padding, start, size, skip, offsets, moved))
-    return passes
-
-
-def _run_pass(
-    model: HTDemucs, mix: mx.array, p: _Pass, options: Options, wanted: list[int]
-) -> Iterator[tuple[mx.array, int]]:
-    """Yields the finished stretches (S, C, n) of one pass, in order, with the segments that each took."""
-    config = model.config
-    segment, stride = options.samples(config), options.stride(config)
-    mix = mx.pad(mix, [(0, 0), (p.padding, p.padding)])
-    weight = transition_weight(segment, options.transition_power)
-    total = np.zeros(p.length, np.float32)
-    for offset in p.offsets:
-        total[offset : offset + segment] += weight[: p.length - offset]
-    if total.min() < 1e-30:
-        raise ValueError(f"transition_power must leave every sample some weight, got {options.transition_power:g}")
-    gain, inverse = mx.array(weight), mx.array(1 / total)
-    same_size = config.use_train_segment or options.segment is not None
-    batch_size = options.batch_size if same_size else 1
-    pending = mx.zeros((len(wanted), config.audio_channels, segment))  # sums that later segments still reach
-    for first in range(0, len(p.offsets), batch_size):
-        offsets = p.offsets[first : first + batch_size]
-        lengths = [min(segment, p.length - offset) for offset in offsets]
-        inputs = [
-            padded_segment(mix, p.start + offset, n, segment if same_size else n)
-            for offset, n in zip(offsets, lengths, strict=True)
-        ]
-        moved = p.position_shifts[first : first + batch_size]
-        outputs = model(mx.stack(inputs), position_shift=moved if any(moved) else 0, mode=options.mode)
-        stretches = []
-        for offset, n, output in zip(offsets, lengths, outputs, strict=True):
-            left = (output.shape[-1] - n) // 2
-            stem = output[mx.array(wanted), :, left : left + n] * gain[:n]
-            pending = pending + mx.pad(stem, [(0, 0), (0, 0), (0, segment - n)])
-            ready = n if offset == p.offsets[-1] else min(stride, n)
-            stretches.append(pending[..., :ready] * inverse[offset : offset + ready])
-            pending = mx.pad(pending[..., stride:], [(0, 0), (0, 0), (0, stride)])
-        piece = mx.concatenate(stretches, axis=-1)
-        mx.eval(piece, pending)
-        yield piece, len(offsets)
-
-
-def transition_weight(length: int, power: float) -> np.ndarray:
-    """(length,) weights of a segment's samples: a triangle with its top at 1, to the given power."""
-    half = length // 2
-    triangle = np.concatenate([np.arange(1, half + 1), np.arange(length - half, 0, -1)]).astype(np.float32)
-    return (triangle / triangle.max()) ** np.float32(power)
-
-
-def padded_segment(mix: mx.array, offset: int, length: int, target: int) -> mx.array:
-    """(C, target) samples around mix[:, offset : offset + length]: the real audio beside it, zeros past the ends."""
-    start = offset - (target - length) // 2
-    end = start + target
-    left, right = max(0, -start), max(0, end - mix.shape[-1])
-    return mx.pad(mix[:, max(0, start) : end], [(0, 0), (left, right)])
-
-
-def _weigh(
-    estimates: list[mx.array | None], weights: tuple[tuple[float, ...], ...], wanted: list[int], shifts: int
-) -> mx.array:
-    """The members' estimates (S, C, N), weighed per source."""
-    total = np.array([sum(row[s] for row in weights) for s in wanted], np.float32)[:, None, None]
-    out = None
-    for estimate, row in zip(estimates, weights, strict=True):
-        if estimate is None:
-            continue
-        part = estimate / shifts * mx.array(np.array([row[s] for s in wanted], np.float32)[:, None, None])
-        out = part if out is None else out + part
-    assert out is not None  # every wanted source has a weight that is not 0
-    return out / mx.array(total)
+def _at_rate(
+    stretches: Iterable[np.ndarray], shape: tuple[int, int], from_rate: int, to_rate: int, samples: int
+) -> Iterator[np.ndarray]:
+    """Stretches (S, C, n) at another rate, `samples` in all: resampling rounds a length up or down."""
+    rows = shape[0] * shape[1]
+    flat = (stretch.reshape(rows, -1) for stretch in stretches)
+    left = samples
+    for block in resampled(flat, rows, from_rate, to_rate):
+        cut = block[:, :left]
+        left -= cut.shape[1]
+        yield cut.reshape(*shape, -1)
+    yield np.zeros((*shape, left), np.float32)

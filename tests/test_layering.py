@@ -22,7 +22,7 @@ LAYERS = [
     ["converters.source", "converters.rules"],
     ["converters.FAMILY"],
     ["converters.convert"],
-    ["pretrained"],
+    ["pretrained", "stems", "segments"],
     ["generate", "separate", "measure"],
     ["report"],
     ["parity"],

@@ -12,7 +12,8 @@ import soundfile
 from separations import RATE, Page, embedding, made, save, tones
 
 from mlx_xformer import report
-from mlx_xformer.measure import BANDS, MARGIN, STRETCH, Measure, Recording, Tracks
+from mlx_xformer.audio import Recording
+from mlx_xformer.measure import BANDS, MARGIN, STRETCH, Measure, Tracks
 from mlx_xformer.report import Embedding, write_report
 
 
