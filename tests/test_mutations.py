@@ -60,9 +60,9 @@ MUTANTS = {
         LEVELS,
     ),
     "zeros beside a short segment": (
-        "separate.py",
-        "return mx.pad(mix[:, max(0, start) : end], [(0, 0), (left, right)])",
-        "piece = mix[:, offset : offset + length]\n"
+        "segments.py",
+        "return track.levelled(start, start + target)",
+        "piece = track.levelled(offset, offset + length)\n"
         "    left = (target - length) // 2\n"
         "    return mx.pad(piece, [(0, 0), (left, target - length - left)])",
         TRACKS,
@@ -131,21 +131,21 @@ MUTANTS = {
         LEVELS,
     ),
     "flat segments": (
-        "separate.py",
+        "segments.py",
         "return (triangle / triangle.max()) ** np.float32(power)",
         "return triangle * 0 + 1",
         TRACKS,
     ),
-    "transition power ignored": ("separate.py", "** np.float32(power)", "** np.float32(1)", TRACKS),
+    "transition power ignored": ("segments.py", "** np.float32(power)", "** np.float32(1)", TRACKS),
     "draws of the segments forgotten": (
-        "separate.py",
+        "segments.py",
         "rng.randrange(config.t_sin_random_shift + 1) if draws else 0",
         "0",
         TRACKS,
     ),
     "weights of the bag ignored": (
-        "separate.py",
-        "[row[s] for s in wanted], np.float32)",
+        "segments.py",
+        "[weights[member][s] for s in wanted], np.float32)",
         "[1.0 for s in wanted], np.float32)",
         TRACKS,
     ),

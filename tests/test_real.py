@@ -17,7 +17,8 @@ from mlx_xformer.converters.convert import convert
 from mlx_xformer import audio
 from mlx_xformer.checkpoint import load_model
 from mlx_xformer.pretrained import load
-from mlx_xformer.separate import Options, apply_model, separate
+from mlx_xformer.segments import Options, apply_model
+from mlx_xformer.separate import separate
 
 pytestmark = pytest.mark.real
 STEMS = ["drums", "bass", "other", "vocals"]

@@ -17,7 +17,8 @@ from mlx_xformer.converters.rules import apply_rules
 from torch_oracle import Oracle
 
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
-from mlx_xformer.separate import Options, apply_model, separate
+from mlx_xformer.segments import Options, apply_model
+from mlx_xformer.separate import separate
 
 sys.path.insert(0, str(Path(__file__).parent / "oracle"))
 from samples import music
