@@ -30,3 +30,29 @@ def padding_mask(lengths: Sequence[int] | mx.array, S: int) -> mx.array:
     return (mx.arange(S)[None] < mx.array(list(lengths) if isinstance(lengths, Sequence) else lengths)[:, None])[
         :, None, None
     ]
+
+
+def sliding_mask(L: int, S: int, window: int) -> mx.array:
+    """(L, S) mask of the keys less than `window` positions away, to either side; `& causal_mask(L, S)` leaves the last
+    `window` keys, the query's own among them. The queries are the last L of the S positions. ValueError below 1."""
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    return mx.abs(mx.arange(L)[:, None] + (S - L) - mx.arange(S)[None]) < window
+
+
+def prefix_mask(L: int, S: int, lengths: int | Sequence[int] | mx.array) -> mx.array:
+    """Prefix-LM: every query sees the first `lengths` keys, and causally the rest (the queries are the last L of the S
+    positions). (L, S) for one length, (B, 1, L, S) for one per row."""
+    if isinstance(lengths, int):
+        return causal_mask(L, S) | padding_mask([lengths], S)[0, 0]
+    return causal_mask(L, S) | padding_mask(lengths, S)
+
+
+def segment_mask(queries: mx.array, keys: mx.array | None = None) -> mx.array:
+    """Packed sequences: (B, 1, L, S) mask of the keys whose segment id (B, S) is the query's (B, L), block-diagonal.
+    Negative ids are padding, which sees nothing and is not seen. keys defaults to queries."""
+    keys = queries if keys is None else keys
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[0] != keys.shape[0]:
+        raise ValueError(f"segment ids must be (batch, length) of one batch, got {queries.shape} and {keys.shape}")
+    same = queries[:, :, None] == keys[:, None]
+    return (same & (queries >= 0)[:, :, None])[:, None]

@@ -1,11 +1,12 @@
 """Position embeddings. The tables are computed in float64 on the host, once per shape, and handed out as float32.
 
-Axes: T time frames, F frequencies, E embed_dim.
+Axes: B batch, H heads, L queries, S keys, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import mlx.core as mx
@@ -59,3 +60,103 @@ def _table_2d(height: int, width: int, dim: int, max_period: float) -> np.ndarra
     table[..., :half] = interleaved(width)[:, None]
     table[..., half:] = interleaved(height)[None]
     return table
+
+
+def sinusoidal(length: int, dim: int, *, offset: int = 0, max_period: float = 10000.0) -> mx.array:
+    """(length, dim) table of Vaswani et al. 2017: channel 2i is sin(p / max_period^(2i / dim)), 2i + 1 the cosine, for
+    the positions p = offset, offset + 1, ... Any dim of 1 or more."""
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    return mx.array(_table(length, dim, offset, float(max_period)))
+
+
+@lru_cache(maxsize=16)
+def _table(length: int, dim: int, offset: int, max_period: float) -> np.ndarray:
+    channel = np.arange(dim)
+    phase = (offset + np.arange(length, dtype=np.float64))[:, None] * max_period ** (-(channel // 2 * 2) / dim)
+    return np.where(channel % 2, np.cos(phase), np.sin(phase)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of the first `dims` channels of a head turn by
+    position * theta^(-2i / dims). Pairs are (i, i + dims / 2), as in Llama, or (2i, 2i + 1) if `interleaved`."""
+
+    dims: int
+    theta: float = 10000.0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dims < 2 or self.dims % 2:
+            raise ValueError(f"dims must be even and at least 2, got {self.dims}")
+        if not self.theta > 0:
+            raise ValueError(f"theta must be above 0, got {self.theta}")
+
+    def __call__(self, x: mx.array, *, offset: int | mx.array = 0, positions: mx.array | None = None) -> mx.array:
+        """x (B, H, L, D) at the positions offset, offset + 1, ... (one offset, or (B,) of them), or at explicit
+        `positions` (L,) or (B, L), in any order."""
+        if self.dims > x.shape[-1]:
+            raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
+        periods = self.theta ** (np.arange(0, self.dims, 2) / self.dims)  # MLX's own, in float32, are good to 3e-7 only
+        if positions is None:
+            freqs = mx.array(periods, mx.float32)
+            return mx.fast.rope(
+                x, self.dims, traditional=self.interleaved, base=None, scale=1.0, offset=offset, freqs=freqs
+            )
+        if positions.shape[-1] != x.shape[2] or positions.ndim > 2:
+            raise ValueError(f"positions must be (L,) or (B, L) with L = {x.shape[2]}, got {positions.shape}")
+        phase = positions[..., None].astype(mx.float32) * mx.array(
+            1 / periods, mx.float32
+        )  # (L, dims / 2) or (B, L, dims / 2)
+        phase = phase if phase.ndim == 2 else phase[:, None]
+        cos, sin = mx.cos(phase), mx.sin(phase)
+        turned, rest = mx.split(x, [self.dims], axis=-1)
+        parts = mx.unflatten(turned, -1, (-1, 2) if self.interleaved else (2, -1))
+        axis = -1 if self.interleaved else -2
+        a, b = (mx.squeeze(part, axis) for part in mx.split(parts, 2, axis=axis))
+        turned = mx.flatten(mx.stack([a * cos - b * sin, a * sin + b * cos], axis=axis), -2, -1)
+        return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """(num_heads,) slopes of ALiBi (Press et al. 2022, arXiv 2108.12409): 2^(-8 h / H), h = 1 .. H, for a power of two;
+    else those of the power below, and every second one of the power above."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    power = 2 ** int(math.log2(num_heads))
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    more = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    return np.concatenate([slopes, more[: num_heads - power]])
+
+
+def alibi_bias(num_heads: int, L: int, S: int) -> mx.array:
+    """(H, L, S) bias: minus the slope of a head times the distance of a key; the queries are the last L of S."""
+    distance = mx.abs(mx.arange(L)[:, None] + (S - L) - mx.arange(S)[None])
+    return -mx.array(alibi_slopes(num_heads), mx.float32)[:, None, None] * distance
+
+
+def relative_buckets(
+    L: int, S: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> mx.array:
+    """(L, S) numbers of T5's relative-position buckets (Raffel et al. 2020, arXiv 1910.10683): the near distances one
+    each, the far ones in logarithmic steps up to max_distance; keys after the query have the upper half if
+    `bidirectional`, and share bucket 0 if not. The queries are the last L of the S positions."""
+    least = 4 if bidirectional else 2
+    if num_buckets < least or num_buckets % (2 if bidirectional else 1):
+        raise ValueError(f"num_buckets must be at least {least}, and even if bidirectional, got {num_buckets}")
+    exact = num_buckets // (4 if bidirectional else 2)
+    if max_distance <= exact:
+        raise ValueError(f"max_distance must be above {exact}, got {max_distance}")
+    return mx.array(_buckets(L, S, num_buckets, max_distance, bidirectional))
+
+
+@lru_cache(maxsize=16)
+def _buckets(L: int, S: int, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    ahead = np.arange(S)[None] - (np.arange(L)[:, None] + S - L)  # of the query, where positive
+    count = num_buckets // 2 if bidirectional else num_buckets
+    base = np.where(ahead > 0, count, 0) if bidirectional else 0
+    distance = np.abs(ahead) if bidirectional else np.maximum(-ahead, 0)
+    exact = count // 2
+    steps = np.log(np.maximum(distance, 1) / exact) / math.log(max_distance / exact) * (count - exact)
+    far = np.minimum(exact + steps.astype(np.int64), count - 1)
+    return (base + np.where(distance < exact, distance, far)).astype(np.int32)

@@ -41,3 +41,56 @@ def sinusoidal_2d(height: int, width: int, dim: int, *, max_period: float = 1000
         table[:, :, start : start + half : 2] = np.sin(phase)
         table[:, :, start + 1 : start + half : 2] = np.cos(phase)
     return table
+
+
+def sinusoidal(length: int, dim: int, *, offset: int = 0, max_period: float = 10000.0) -> np.ndarray:
+    """Sine and cosine of each pair of channels in turn (Vaswani et al. 2017), (length, dim) float64."""
+    table = np.zeros((length, dim))
+    for t in range(length):
+        for c in range(dim):
+            phase = (offset + t) / max_period ** (2 * (c // 2) / dim)
+            table[t, c] = math.cos(phase) if c % 2 else math.sin(phase)
+    return table
+
+
+def rotary(
+    x: np.ndarray, positions: np.ndarray, *, dims: int, theta: float = 10000.0, interleaved: bool = False
+) -> np.ndarray:
+    """x (B, H, L, D) with its first `dims` channels turned, pair by pair, by the positions (B, L)."""
+    out = x.copy()
+    for i in range(dims // 2):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + dims // 2)
+        rate = np.asarray(theta ** (-2 * i / dims), x.dtype)
+        phase = (positions.astype(x.dtype) * rate)[:, None, :]  # (B, 1, L)
+        out[..., a] = x[..., a] * np.cos(phase) - x[..., b] * np.sin(phase)
+        out[..., b] = x[..., a] * np.sin(phase) + x[..., b] * np.cos(phase)
+    return out
+
+
+def alibi_bias(num_heads: int, L: int, S: int) -> np.ndarray:
+    """Minus slope times distance, (H, L, S) float64; slopes fall from head to head by one factor, to 2^-8."""
+    power = 1
+    while 2 * power <= num_heads:
+        power *= 2
+    slopes = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
+    slopes += [2.0 ** (-8 * (2 * h + 1) / (2 * power)) for h in range(num_heads - power)]
+    bias = np.zeros((num_heads, L, S))
+    for h, i, j in np.ndindex(bias.shape):
+        bias[h, i, j] = -slopes[h] * abs(S - L + i - j)
+    return bias
+
+
+def relative_buckets(
+    L: int, S: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> np.ndarray:
+    """T5's bucket of each query and key, (L, S)."""
+    buckets = np.zeros((L, S), dtype=np.int32)
+    count = num_buckets // 2 if bidirectional else num_buckets
+    for i, j in np.ndindex(L, S):
+        ahead = j - (S - L + i)
+        distance = abs(ahead) if bidirectional else max(-ahead, 0)
+        if distance >= count // 2:
+            share = math.log(distance / (count // 2)) / math.log(max_distance / (count // 2))  # of the way to the last
+            distance = min(count // 2 + int(share * (count - count // 2)), count - 1)
+        buckets[i, j] = distance + (count if bidirectional and ahead > 0 else 0)
+    return buckets
