@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import soundfile
@@ -104,8 +104,9 @@ def recordings_in(folder: Path) -> list[Path]:
 
 def _blocks(path: Path) -> Iterator[np.ndarray]:
     try:
-        for block in soundfile.blocks(path, blocksize=BLOCK, dtype="float32", always_2d=True):
-            yield np.ascontiguousarray(block.T)
+        with soundfile.SoundFile(path) as file:  # its blocks() would fill up what a cut-off file lacks
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+                yield np.ascontiguousarray(block.T)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} cannot be read as audio: {error.error_string}") from None
 
@@ -150,7 +151,7 @@ def _frames(path: Path) -> Iterator[Any]:
     # From an open file, with no protocol allowed, a playlist cannot make FFmpeg open anything else.
     with path.open("rb") as file:
         try:
-            container = av.open(file, mode="r", options={"protocol_whitelist": "none"})
+            container = av.open(_Quiet(file), mode="r", options={"protocol_whitelist": "none"})
         except (av.error.FFmpegError, UnicodeDecodeError):
             return
         with container:
@@ -160,6 +161,19 @@ def _frames(path: Path) -> Iterator[Any]:
                 yield from container.decode(container.streams.audio[0])
             except av.error.FFmpegError as error:
                 raise ValueError(f"{path} cannot be read as audio: {error.strerror or error}") from None
+
+
+class _Quiet:
+    """A file for FFmpeg's libraries whose errors are their numbers: PyAV prints exceptions that it cannot pass on."""
+
+    def __init__(self, file: IO[bytes]):
+        self.read, self.tell, self._seek = file.read, file.tell, file.seek
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
 
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:

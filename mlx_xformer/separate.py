@@ -38,6 +38,7 @@ class Progress:
         return self.elapsed * (self.total - self.done) / self.done
 
 
+_LOUDEST = 1e12  # whatever was meant, float32 could not square and sum it
 Watch = Callable[[Progress], None]
 Audio = TypeVar("Audio", np.ndarray, mx.array)
 
@@ -196,7 +197,9 @@ def _survey(recording: Recording, channels: int, sample_rate: int) -> tuple[int,
             yield block
 
     for block in dataclasses.replace(recording, blocks=counted).converted(channels, sample_rate):
-        mono = block.mean(axis=0).astype(np.float64)
+        if np.abs(block).max() > _LOUDEST:
+            raise ValueError(f"audio must have full scale at 1, got samples of {np.abs(block).max():g}")
+        mono = block.mean(axis=0, dtype=np.float64)
         n, center = mono.size, mono.mean()
         gap = center - mean
         samples += n

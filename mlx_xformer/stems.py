@@ -5,16 +5,20 @@ Axes: C channels, n samples of a stretch.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
+from types import FrameType
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -160,8 +164,11 @@ class StemFiles:
 
     def __enter__(self) -> StemFiles:
         try:
+            for path in self._paths.values():
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
             for stem, path in self._paths.items():
-                self._stack.callback(_remove_empty, _make_folders(path.parent))
+                self._make_folders(path.parent)
                 _sweep(path)
                 if self._waits:
                     self._spools[stem] = self._stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
@@ -178,6 +185,8 @@ class StemFiles:
     def write(self, stems: Mapping[str, np.ndarray]) -> None:
         """The next (C, n) of every stem."""
         for stem, audio in stems.items():
+            if not np.isfinite(audio).all():
+                raise ValueError(f"{stem} must be finite, got NaN or infinite samples")
             if self._waits:
                 self._peaks[stem] = max(self._peaks[stem], np.abs(audio).max(initial=0))
                 self._spools[stem].write(np.ascontiguousarray(audio.T, np.float32).data)
@@ -189,26 +198,35 @@ class StemFiles:
         divisors = {stem: max(np.float32(1.01) * peak, np.float32(1)) for stem, peak in self._peaks.items()}
         if self._output.clip == "joint":
             divisors = dict.fromkeys(divisors, max(divisors.values()))
+        for stem in self._spools:
+            self._open(stem)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda stem: self._finish(stem, divisors[stem]), self._paths))
-        for part in self._parts.values():
-            part.place()
+        with _uninterrupted():  # all or none
+            for part in self._parts.values():
+                part.place()
         return {stem: float(1 / divisor) for stem, divisor in divisors.items()}
 
-    def _open(self, stem: str) -> _Part:
+    def _make_folders(self, folder: Path) -> None:
+        """Makes what is missing of a folder, to go again if it stays empty."""
+        for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+            self._stack.callback(_remove_empty, missing)
+            missing.mkdir(exist_ok=True)
+
+    def _open(self, stem: str) -> None:
         size = self._samples * self._channels * self._output.bits // 8
-        part = _Part(self._paths[stem], self._rate, self._channels, size, self._output)
-        self._parts[stem] = part
-        self._stack.callback(part.discard)
-        return part
+        with _uninterrupted():  # or a part is made that nobody knows of
+            part = _Part(self._paths[stem], self._rate, self._channels, size, self._output)
+            self._stack.callback(part.discard)
+            self._parts[stem] = part
 
     def _finish(self, stem: str, divisor: np.float32) -> None:
+        part = self._parts[stem]
         if self._waits:
-            part = self._open(stem)
             for audio in _stretches(self._spools[stem], self._channels):
                 part.write(audio / divisor)
             self._spools[stem].close()
-        self._parts[stem].close()
+        part.close()
 
 
 def _stretches(spool: IO[bytes], channels: int) -> Iterator[np.ndarray]:
@@ -222,13 +240,13 @@ class _Part:
 
     def __init__(self, path: Path, rate: int, channels: int, size: int, output: Output):
         self._path, self._output = path, output
-        self._lock, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
-        self._temporary = Path(name)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
+        self._temporary, self._sink = Path(name), _Sink(handle)
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             with self._errors():
-                self._file = soundfile.SoundFile(name, "w", rate, channels, **_encoding(rate, size, output))
+                self._file = soundfile.SoundFile(self._sink, "w", rate, channels, **_encoding(rate, size, output))
         except BaseException:
             self._leave()
             raise
@@ -243,6 +261,7 @@ class _Part:
         """Ends the file."""
         with self._errors():
             self._file.close()
+            self._sink.file.flush()
         if self._output.format == "wav" and self._output.bits == 32:
             _forget_time(self._temporary)
 
@@ -261,14 +280,48 @@ class _Part:
 
     def _leave(self) -> None:
         self._temporary.unlink(missing_ok=True)
-        os.close(self._lock)
+        with suppress(OSError):  # what could not be written is not written here, either
+            self._sink.file.close()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        failure: BaseException | None = None
         try:
             yield
-        except (soundfile.LibsndfileError, AssertionError) as error:  # soundfile asserts that all was written
-            raise OSError(f"could not write {self._path}: {error or 'the disk may be full'}") from None
+        except (soundfile.LibsndfileError, AssertionError, OSError) as error:  # soundfile asserts that all was written
+            failure = error
+        failure = self._sink.error or failure
+        if isinstance(failure, Exception):
+            raise OSError(f"could not write {self._path}: {getattr(failure, 'strerror', None) or failure}")
+        if failure is not None:
+            raise failure
+
+
+class _Sink:
+    """A file for libsndfile, which passes over some errors, as of a full disk: they are kept here."""
+
+    def __init__(self, handle: int):
+        self.file = os.fdopen(handle, "w+b")
+        self.error: BaseException | None = None
+
+    def _tried(self, call: Callable[..., int], *arguments: Any) -> int:
+        try:
+            return call(*arguments) if self.error is None else 0
+        except BaseException as error:  # also Ctrl-C: nothing may be raised through libsndfile
+            self.error = error
+            return 0
+
+    def write(self, data: Any) -> int:
+        return self._tried(self.file.write, data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._tried(self.file.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._tried(self.file.tell)
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(size)
 
 
 def _encoding(rate: int, size: int, output: Output) -> dict[str, Any]:
@@ -290,6 +343,22 @@ def _forget_time(path: Path) -> None:
             file.write(bytes(4))
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits. It goes to the main thread; in others there is nothing to wait for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *which: came.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
+
+
 def _sweep(path: Path) -> None:
     """Removes what a killed run left of a file: parts that nobody holds."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):
@@ -298,14 +367,6 @@ def _sweep(path: Path) -> None:
             part.unlink()
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Makes `folder` and its missing parents; returns those it made, outermost first."""
-    missing = [f for f in (folder, *folder.parents) if not f.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in reversed(folders):
-        with suppress(OSError):
-            folder.rmdir()
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
