@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- results: begin (written by bench/report.py) -->", "<!-- results: end -->"
-TITLES = {"parts": "Parts, at their official sizes", "peers": "One official segment of 7.8 s (htdemucs, float32)"}
+TITLES = {
+    "parts": "Parts, at their official sizes",
+    "peers": "One official segment of 7.8 s (htdemucs, float32)",
+    "bag": "One stem of a bag of four, a track of 12 s",
+}
 Record = dict[str, Any]
 
 
@@ -43,6 +47,8 @@ def table(records: Sequence[Record]) -> str:
         "ratio": lambda r: f"{r['ratio']:.2f}",
         "fastest": lambda r: _seconds(min(r["wall_s"])),
         "CPU-seconds": lambda r: _seconds(r["cpu_median_s"]),
+        "of these in the kernel": lambda r: _seconds(r["kernel_median_s"]) if r.get("kernel_median_s") else "",
+        "first run": lambda r: _seconds(r["first_s"]) if r.get("cold") else "",
         "cores busy with others": lambda r: "" if None in r["others"] else f"{statistics.median(r['others']):.1f}",
         "peak RSS": lambda r: _mib(r["rss_mib"]),
         "peak MLX": lambda r: _mib(r["framework_mib"]),

@@ -2,6 +2,7 @@
 
     python bench/run.py [--cases gelu,attention] [--rounds N]     our hot parts against the plain forms
     python bench/run.py --peers [--cases demucs-mlx]              one segment against other programs
+    python bench/run.py --bag                                     one stem of a bag against a single model
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
 """
@@ -162,6 +163,7 @@ def records(workers: Sequence[Worker], base: str) -> list[dict[str, Any]]:
             "base": base,
             "wall_median_s": round(medians[worker.case.name], 6),
             "cpu_median_s": round(statistics.median(r["cpu_s"] for r in worker.rounds), 6),
+            "kernel_median_s": round(statistics.median(r["kernel_s"] for r in worker.rounds), 6),
             "ratio": round(medians[worker.case.name] / medians[base], 4),
             "rounds": len(worker.rounds),
             "wall_s": [r["wall_s"] for r in worker.rounds],
@@ -210,9 +212,21 @@ def parts(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> 
     finish("parts", found, wanted)
 
 
+def bag(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
+    """Measures one stem of a bag of four against a single model, both through separate()."""
+    cases = [
+        Case("htdemucs, all stems", "cases/bag.py", "single"),
+        Case("htdemucs_ft, one stem", "cases/bag.py", "one_of_four"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        found = records(measure(cases, Path(folder), rounds, threads, patience), cases[0].name)
+    finish("bag", found, wanted)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="a whole segment against PyTorch demucs and demucs-mlx")
+    parser.add_argument("--bag", action="store_true", help="one stem of a bag against a single model")
     parser.add_argument("--cases", default="", help="only cases whose names hold one of these words, comma-separated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4))
@@ -223,7 +237,7 @@ def main() -> None:
     if options.peers:
         from peers import compare as suite
     else:
-        suite = parts
+        suite = bag if options.bag else parts
     suite(options.cases.split(","), options.rounds, options.threads, options.patience)
 
 

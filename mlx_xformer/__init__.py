@@ -7,22 +7,39 @@ from ._version import __version__
 
 __all__ = [
     "Attention",
+    "AttentionConfig",
     "Bag",
     "BagConfig",
+    "CrossAttention",
+    "GroupedQueryAttention",
     "HTDemucs",
     "HTDemucsConfig",
     "InferenceMode",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
     "Separator",
     "__version__",
     "attention",
+    "attention_weights",
     "convert",
+    "get_attention",
     "load",
     "runtime",
     "separate",
 ]
 
 if runtime.backend_error is None:
-    from .attention import Attention, attention
+    from .attention import (
+        Attention,
+        AttentionConfig,
+        CrossAttention,
+        GroupedQueryAttention,
+        MultiHeadAttention,
+        MultiQueryAttention,
+        attention,
+        attention_weights,
+        get_attention,
+    )
     from .converters.convert import convert
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
     from .pretrained import load

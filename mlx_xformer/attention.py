@@ -1,145 +1,317 @@
-"""attention(), the maths, and Attention, its projections: one core for every head grouping, mask and source.
+"""Attention: the projections around attention(), for every head grouping, width, position scheme and source.
 
-Axes: B batch, H query heads, G key/value heads, L queries, S keys, D head_dim, E embed_dim.
+Axes: B batch, H query heads, G key/value heads, L queries, S keys, E embed_dim, D head_dim, Dv value_dim.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import unmasked_attention
-from .masks import causal_mask
+from .kernels import Linear
+from .positions import Rotary, alibi_bias, relative_buckets
+from .sdpa import attention, attention_weights
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "CrossAttention",
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "attention",
+    "attention_score_bytes",
+    "attention_weights",
+    "get_attention",
+    "initialize",
+]
+_PROJECTIONS = ("q", "k", "v", "out")
+_NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
-def attention(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float | None = None,
-    mask: mx.array | None = None,
-    bias: mx.array | None = None,
-    causal: bool = False,
-) -> mx.array:
-    """softmax(q k^T * scale + bias) v over the keys that `mask` allows.
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What an Attention is. ValueError names a field that does not fit.
 
-    q (B, H, L, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, L, Dv); G divides H, and query head h reads key/value
-    head h // (H // G). `mask` is boolean, True = attend, and `bias` is an additive float; both broadcast to
-    (B, H, L, S). `causal` takes the queries as the last L of the S positions. A row that may attend nothing gives 0,
-    with gradient 0. `scale` defaults to 1 / sqrt(D).
+    num_kv_heads: num_heads is multi-head, 1 multi-query, anything between grouped-query attention. head_dim and
+    value_dim are per head. kv_dim, v_dim: widths of the sources of keys and of values (embed_dim; kv_dim). bias: all
+    projections, none, or the names among q, k, v, out of those that have one. qk_norm: "rms" or "layer", of every
+    head's queries and keys. relative: T5's (num_buckets, max_distance). sinks: a learned score per head. dropout: of
+    weights. causal, window, softcap, scale: see attention().
     """
-    _check(q, k, v, mask, bias, causal)
-    L, S = q.shape[2], k.shape[2]
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    if S == 0:
-        return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
-    if mask is None and bias is None and not causal:
-        return unmasked_attention(q, k, v, scale)
-    if mask is None and bias is None:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-    if causal:
-        allowed = causal_mask(L, S)
-        mask = allowed if mask is None else mask & allowed
-    if bias is not None:
-        bias = bias.astype(q.dtype)  # in half precision -1e9 becomes -inf, and so does what it blocks
-        open_ = bias != -mx.inf
-        mask = open_ if mask is None else mask & open_
-        bias = mx.where(open_, bias, mx.array(0, q.dtype))
-    assert mask is not None  # for the type checker: one of the three was given
-    mask = mask.reshape(1) if mask.ndim == 0 else mask
-    some = mx.any(mask, axis=-1, keepdims=True)
-    # A row without a key attends to all of them, so that it stays finite, and is then set to 0.
-    mask = mask | ~some
-    if bias is not None:
-        mask = mx.where(mask, bias, mx.array(-mx.inf, q.dtype))
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    return mx.where(some, out, mx.array(0, out.dtype))
 
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    kv_dim: int | None = None
+    v_dim: int | None = None
+    out_dim: int | None = None
+    bias: bool | tuple[str, ...] = True
+    qk_norm: str | None = None
+    norm_eps: float = 1e-6
+    rotary: Rotary | None = None
+    alibi: bool = False
+    relative: tuple[int, int] | None = None
+    causal: bool = False
+    window: int | None = None
+    sinks: bool = False
+    softcap: float | None = None
+    scale: float | None = None
+    dropout: float = 0.0
 
-def _check(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, bias: mx.array | None, causal: bool) -> None:
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be (batch, heads, length, dim), got shape {array.shape}")
-        if array.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {array.shape[0]}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have the head_dim of q, {q.shape[-1]}, got {k.shape[-1]}")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v must have the heads and length of k, {k.shape[1:3]}, got {v.shape[1:3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"num_kv_heads must divide num_heads, {q.shape[1]}, got {k.shape[1]}")
-    if causal and q.shape[2] > k.shape[2]:
-        raise ValueError(f"causal needs at most as many queries as keys, {k.shape[2]}, got {q.shape[2]}")
-    scores = (*q.shape[:3], k.shape[2])
-    if mask is not None and mask.dtype != mx.bool_:
-        raise ValueError(f"mask must be boolean (True = attend; an additive float is `bias`), got {mask.dtype}")
-    if bias is not None and not mx.issubdtype(bias.dtype, mx.floating):
-        raise ValueError(f"bias must be a float (a boolean mask is `mask`), got {bias.dtype}")
-    for name, extra in (("mask", mask), ("bias", bias)):
-        if extra is not None and not _broadcasts(extra.shape, scores):
-            raise ValueError(f"{name} must broadcast to (batch, heads, L, S) = {scores}, got shape {extra.shape}")
+    def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if self.num_heads < 1 or (self.head_dim is None and self.embed_dim % self.num_heads):
+            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        for name, value in (
+            ("num_kv_heads", self.num_heads),
+            ("head_dim", self.embed_dim // self.num_heads),
+            ("kv_dim", self.embed_dim),
+            ("out_dim", self.embed_dim),
+        ):
+            if getattr(self, name) is None:
+                set_(name, value)
+        set_("value_dim", self.head_dim if self.value_dim is None else self.value_dim)
+        set_("v_dim", self.kv_dim if self.v_dim is None else self.v_dim)
+        for name in ("embed_dim", "head_dim", "value_dim", "kv_dim", "v_dim", "out_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, {self.num_heads}, got {self.num_kv_heads}")
+        biases = _PROJECTIONS if self.bias is True else () if self.bias is False else tuple(self.bias)
+        if not set(biases) <= set(_PROJECTIONS):
+            raise ValueError(f"bias must be True, False or names among {', '.join(_PROJECTIONS)}, got {self.bias}")
+        set_("bias", biases)
+        if self.qk_norm is not None and self.qk_norm not in _NORMS:
+            raise ValueError(f"qk_norm must be one of {', '.join(_NORMS)}, got {self.qk_norm!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.rotary is not None and self.rotary.dims > self.widths[0]:
+            raise ValueError(f"rotary dims must be at most head_dim, {self.head_dim}, got {self.rotary.dims}")
 
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads, resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False)
-    )
+    @property
+    def widths(self) -> tuple[int, int]:
+        """head_dim and value_dim, resolved."""
+        head_dim = self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+        return head_dim, head_dim if self.value_dim is None else self.value_dim
 
 
 class Attention(nn.Module):
-    """Multi-head attention: q_proj, k_proj, v_proj, attention(), out_proj.
+    """q_proj, k_proj, v_proj, attention(), out_proj: self-attention of x (B, L, E), or cross-attention from x to a
+    source (B, S, kv_dim), values from another (B, S, v_dim) if given -> (B, L, out_dim). Without a batch axis in all of
+    them, the result has none either. The options are those of AttentionConfig."""
 
-    Self-attention of x (B, L, E), or cross-attention from x to a source (B, S, kv_dim); both give (B, L, E). Without a
-    batch axis in x and source, the result has none either.
-    num_kv_heads = num_heads is multi-head, 1 multi-query, anything between grouped-query attention.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        kv_dim: int | None = None,
-        bias: bool = True,
-    ):
+    def __init__(self, embed_dim: int, num_heads: int, **options: Any):
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        kv_dim = embed_dim if kv_dim is None else kv_dim
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {num_heads}, got {embed_dim}")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim = embed_dim // num_heads
-        self.scale = 1 / math.sqrt(self.head_dim)
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(kv_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        config: Any = AttentionConfig(
+            embed_dim, num_heads, **options
+        )  # Any: its fields are set, though declared optional
+        self.config: AttentionConfig = config
+        head_dim, value_dim = config.widths
+        sizes = {
+            "q": (config.embed_dim, config.num_heads * head_dim),
+            "k": (config.kv_dim, config.kv_heads * head_dim),
+            "v": (config.v_dim, config.kv_heads * value_dim),
+            "out": (config.num_heads * value_dim, config.out_dim),
+        }
+        for name, (given, made) in sizes.items():
+            setattr(self, f"{name}_proj", Linear(given, made, bias=name in config.bias))
+        if config.qk_norm is not None:
+            self.q_norm = _NORMS[config.qk_norm](head_dim, config.norm_eps)
+            self.k_norm = _NORMS[config.qk_norm](head_dim, config.norm_eps)
+        if config.relative is not None:
+            self.relative = nn.Embedding(config.relative[0], config.num_heads)
+        if config.sinks:
+            self.sinks = mx.zeros((config.num_heads,))
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with: the configuration's, or 1 / sqrt(head_dim)."""
+        return self.config.widths[0] ** -0.5 if self.config.scale is None else self.config.scale
 
     def __call__(
         self,
         x: mx.array,
         source: mx.array | None = None,
+        value_source: mx.array | None = None,
         *,
         mask: mx.array | None = None,
-        causal: bool = False,
+        bias: mx.array | None = None,
+        causal: bool | None = None,
+        offset: int | mx.array = 0,
+        positions: mx.array | None = None,
+        key: mx.array | None = None,
     ) -> mx.array:
-        source = x if source is None else source
+        """mask, bias: see attention(). causal: instead of the configuration's. offset, positions: where x is, for
+        rotary positions (see Rotary). key: random, for the dropout of a module in training."""
         if x.ndim == 2:
-            return self(x[None], source[None], mask=mask, causal=causal)[0]
-        q = _heads(self.q_proj(x), self.num_heads)
-        k = _heads(self.k_proj(source), self.num_kv_heads)
-        v = _heads(self.v_proj(source), self.num_kv_heads)
-        out = attention(q, k, v, scale=self.scale, mask=mask, causal=causal)
-        return self.out_proj(mx.flatten(out.swapaxes(1, 2), 2, 3))  # (B, H, L, D) -> (B, L, E)
+            lift = lambda y: None if y is None else y[None]  # noqa: E731
+            given: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "offset": offset}
+            given |= {"positions": positions, "key": key}
+            return self(x[None], lift(source), lift(value_source), **given)[0]
+        q, k = self._queries_and_keys(x, source, offset, positions)
+        v = (x if source is None else source) if value_source is None else value_source
+        _check("value_source", v, self.config.v_dim, x)
+        out = attention(
+            q,
+            k,
+            _heads(self.v_proj(v), self.config.kv_heads),
+            **self._options(q, k, mask, bias, causal),
+            dropout=self.config.dropout if self.training else 0.0,
+            key=key,
+        )
+        return self.out_proj(mx.flatten(out.swapaxes(1, 2), 2, 3))  # (B, H, L, Dv) -> (B, L, out_dim)
+
+    def weights(
+        self,
+        x: mx.array,
+        source: mx.array | None = None,
+        *,
+        mask: mx.array | None = None,
+        bias: mx.array | None = None,
+        causal: bool | None = None,
+        offset: int | mx.array = 0,
+        positions: mx.array | None = None,
+        average: bool = False,
+    ) -> mx.array:
+        """The attention weights (B, H, L, S), or averaged over the heads (B, L, S), for x (B, L, E)."""
+        q, k = self._queries_and_keys(x, source, offset, positions)
+        return attention_weights(q, k, **self._options(q, k, mask, bias, causal), average=average)
+
+    def _queries_and_keys(
+        self, x: mx.array, source: mx.array | None, offset: int | mx.array, positions: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        config = self.config
+        _check("x", x, config.embed_dim, x)
+        keys = x if source is None else source
+        _check("source", keys, config.kv_dim, x)
+        q, k = _heads(self.q_proj(x), config.num_heads), _heads(self.k_proj(keys), config.kv_heads)
+        if config.qk_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.rotary is not None:
+            if source is not None:
+                raise ValueError("rotary positions need self-attention, got a source")
+            q, k = (config.rotary(y, offset=offset, positions=positions) for y in (q, k))
+        return q, k
+
+    def _options(
+        self, q: mx.array, k: mx.array, mask: mx.array | None, bias: mx.array | None, causal: bool | None
+    ) -> dict[str, Any]:
+        config, (L, S) = self.config, (q.shape[2], k.shape[2])
+        causal = config.causal if causal is None else causal
+        parts = [] if bias is None else [bias]
+        if config.alibi:
+            parts.append(alibi_bias(config.num_heads, L, S))
+        if config.relative is not None:
+            count, distance = config.relative
+            buckets = relative_buckets(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)
+            parts.append(self.relative(buckets).transpose(2, 0, 1))  # (L, S, H) -> (H, L, S)
+        return {
+            "scale": self.scale,
+            "mask": mask,
+            "bias": sum(parts[1:], parts[0]) if parts else None,
+            "causal": causal,
+            "window": config.window,
+            "sinks": self.sinks if config.sinks else None,
+            "softcap": config.softcap,
+        }
+
+
+def initialize(layer: Attention, scheme: str, *, key: mx.array) -> None:
+    """Draws new weights from `key`, and sets the biases of projections to 0. "xavier": each projection uniform within
+    sqrt(6 / (in + out)). "torch": as torch.nn.MultiheadAttention, whose packed q, k and v are one matrix with three
+    times the outputs, and whose output is uniform within 1 / sqrt(in)."""
+    if scheme not in ("torch", "xavier"):
+        raise ValueError(f'scheme must be "torch" or "xavier", got {scheme!r}')
+    projections = {name: getattr(layer, f"{name}_proj") for name in _PROJECTIONS}
+    rows = sum(projections[name].weight.shape[0] for name in "qkv")
+    packed = len({projections[name].weight.shape[1] for name in "qkv"}) == 1
+    for (name, projection), seed in zip(projections.items(), mx.random.split(key, 4), strict=True):
+        made, given = projection.weight.shape
+        bound = math.sqrt(6 / (given + made))
+        if scheme == "torch":
+            bound = given**-0.5 if name == "out" else math.sqrt(6 / (given + rows)) if packed else bound
+        projection.weight = mx.random.uniform(-bound, bound, projection.weight.shape, key=seed)
+        if "bias" in projection:
+            projection.bias = mx.zeros_like(projection.bias)
+
+
+def _check(name: str, x: mx.array, width: int | None, query: mx.array) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"{name} must be (batch, length, channels), got shape {x.shape}")
+    if x.shape[0] != query.shape[0]:
+        raise ValueError(f"{name} must have the batch size of x, {query.shape[0]}, got {x.shape[0]}")
+    if x.shape[-1] != width:
+        raise ValueError(f"{name} must have {width} channels, got {x.shape[-1]}")
 
 
 def _heads(x: mx.array, heads: int) -> mx.array:
     """(B, L, heads * D) -> (B, heads, L, D)"""
     return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)
+
+
+def MultiHeadAttention(embed_dim: int, num_heads: int, **options: Any) -> Attention:
+    """Attention with a key/value head for every query head."""
+    return Attention(embed_dim, num_heads, num_kv_heads=num_heads, **options)
+
+
+def MultiQueryAttention(embed_dim: int, num_heads: int, **options: Any) -> Attention:
+    """Attention with one key/value head (Shazeer 2019, arXiv 1911.02150)."""
+    return Attention(embed_dim, num_heads, num_kv_heads=1, **options)
+
+
+def GroupedQueryAttention(embed_dim: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> Attention:
+    """Attention whose key/value heads, by default half as many, serve equal groups of query heads (Ainslie et al. 2023,
+    arXiv 2305.13245)."""
+    num_kv_heads = max(1, num_heads // 2) if num_kv_heads is None else num_kv_heads
+    return Attention(embed_dim, num_heads, num_kv_heads=num_kv_heads, **options)
+
+
+def CrossAttention(embed_dim: int, num_heads: int, kv_dim: int | None = None, **options: Any) -> Attention:
+    """Attention to a source of another width, by default of the same."""
+    return Attention(embed_dim, num_heads, kv_dim=kv_dim, **options)
+
+
+_KINDS: dict[str, Callable[..., Attention]] = {
+    "mha": MultiHeadAttention,
+    "mqa": MultiQueryAttention,
+    "gqa": GroupedQueryAttention,
+    "cross": CrossAttention,
+}
+
+
+def get_attention(kind: str, embed_dim: int, num_heads: int, **options: Any) -> Attention:
+    """The Attention of a kind: "mha", "mqa", "gqa" or "cross". num_kv_heads is of use to "gqa" only."""
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    if kind in ("mha", "mqa"):
+        options.pop("num_kv_heads", None)
+    return _KINDS[kind](embed_dim, num_heads, **options)
+
+
+def attention_score_bytes(
+    length: int, *, num_heads: int = 8, dtype: mx.Dtype = mx.float32, batch: int = 1, keys: int | None = None
+) -> int:
+    """Bytes of the scores of one attention from `length` queries to as many `keys` (unless given), where they are held
+    at once: batch * num_heads * length * keys numbers. `attention` holds fewer wherever it can.
+
+    Source: the attention memory table of MetalAudio's transformer guide, which is for one item in float32.
+    """
+    keys = length if keys is None else keys
+    sizes = {"length": length, "num_heads": num_heads, "batch": batch, "keys": keys}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name} must be at least 0, got {size}")
+    return batch * num_heads * length * keys * dtype.size

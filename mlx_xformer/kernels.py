@@ -3,9 +3,8 @@
 MLX's CPU backend keeps one float32 accumulator per reduction, so a mean over 10^7 elements is off by 1e-3. `mean_var`
 sums in stages of 32 instead, as a tree would, and is good to a few 1e-8 on every device.
 
-On Linux its exp, erf and sigmoid are scalar calls, 10 to 30 ns an element. Where a C++ compiler lets mx.compile fuse,
-float32 chains use rational and polynomial forms instead, which vectorise and are good to 4e-7; their gradients are
-those of the plain forms.
+Where MLX's CPU backend can compile (Linux with g++), float32 arrays take the forms of cpu.py. Each has a plain form
+here, which other devices take and whose gradient it has.
 """
 
 from __future__ import annotations
@@ -14,51 +13,50 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
+
+from . import cpu, runtime
 
 _BLOCK = 32  # elements summed in sequence before the partial sums are summed themselves
 _FUSES = sys.platform == "linux" and shutil.which("g++") is not None and "MLX_DISABLE_COMPILE" not in os.environ
 _CPU = mx.Device(mx.cpu)
 
-# x P(x^2) / Q(x^2), lowest power first, from bench/fit_rational.py.
-_ERF = (
-    4.0,
-    (1.12837898, 0.196248762, 0.0534674435, 0.00400363533, 0.000288041, 1.97482888e-06),
-    (1.0, 0.507252095, 0.116476332, 0.0154444003, 0.00121635705, 3.7480829e-05),
-)
-_TANH = (
-    9.0,
-    (0.999999906, 0.133731931, 0.0034865764, 2.04717397e-05, 1.31841002e-08),
-    (1.0, 0.4670649, 0.0258419584, 0.000327137636, 7.70261227e-07),
-)
-
 
 def vectorizes(x: mx.array) -> bool:
-    """Whether the rational forms serve x: float32, on a CPU whose built-in functions are scalar calls."""
+    """Whether the forms of cpu.py serve x: float32, on a CPU whose built-in functions are scalar calls."""
     return _FUSES and x.dtype == mx.float32 and mx.default_device() == _CPU
 
 
-def _odd_rational(x: mx.array, limit: float, p: tuple[float, ...], q: tuple[float, ...]) -> mx.array:
-    x = mx.minimum(mx.maximum(x, -limit), limit)
-    square = x * x
-    top, bottom = square * p[-1] + p[-2], square * q[-1] + q[-2]
-    for c in p[-3::-1]:
-        top = top * square + c
-    for c in q[-3::-1]:
-        bottom = bottom * square + c
-    return x * top / bottom
+def by_rows(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """function(x), where what becomes of each x[i] depends on it alone: on a CPU side by side, where x is large."""
+    if runtime.workers == 1 or mx.default_device() != _CPU or x.size < _LARGE:
+        return function(x)
+    return cpu.by_rows(function, x)
 
 
-def _rational_sigmoid(x: mx.array) -> mx.array:
-    return 0.5 + 0.5 * _odd_rational(0.5 * x, *_TANH)
+def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
+    """What each task returns; on a CPU with several workers they run at the same time."""
+    if runtime.workers == 1 or mx.default_device() != _CPU:
+        return [task() for task in tasks]
+    return cpu.side_by_side(tasks)
 
 
-def _rational_gelu(x: mx.array) -> mx.array:
-    return x * (0.5 + 0.5 * _odd_rational(x * math.sqrt(0.5), *_ERF))
+_LARGE = 2**17
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by_rows."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.ndim == 1:
+            return super().__call__(x)
+        rows = by_rows(super().__call__, mx.flatten(x, 0, -2))
+        return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def _with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Callable[..., mx.array]]:
@@ -78,17 +76,17 @@ def _with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Ca
     return decorate
 
 
+@partial(mx.compile, shapeless=True)
 def _plain_gelu(x: mx.array) -> mx.array:
     return x * 0.5 * (1 + mx.erf(x * math.sqrt(0.5)))
 
 
-_compiled_gelu = mx.compile(_plain_gelu, shapeless=True)
-_fast_gelu = _with_gradient_of(_plain_gelu)(mx.compile(_rational_gelu, shapeless=True))
+_fast_gelu = _with_gradient_of(_plain_gelu)(cpu.gelu)
 
 
 def gelu(x: mx.array) -> mx.array:
     """The exact GELU, x * Phi(x). Any shape."""
-    return _fast_gelu(x) if vectorizes(x) else _compiled_gelu(x)
+    return _fast_gelu(x) if vectorizes(x) else _plain_gelu(x)
 
 
 @partial(mx.compile, shapeless=True)
@@ -103,76 +101,47 @@ def relu(x: mx.array) -> mx.array:
     return mx.maximum(x, 0)
 
 
+@partial(mx.compile, shapeless=True)
 def _plain_gate(a: mx.array, b: mx.array) -> mx.array:
     return a * mx.sigmoid(b)
 
 
-def _rational_gate(a: mx.array, b: mx.array) -> mx.array:
-    return a * _rational_sigmoid(b)
+def _plain_glu(x: mx.array) -> mx.array:
+    return _plain_gate(*mx.split(x, 2, axis=-1))
 
 
-_compiled_gate = mx.compile(_plain_gate, shapeless=True)
-_fast_gate = _with_gradient_of(_plain_gate)(mx.compile(_rational_gate, shapeless=True))
+_fast_glu = _with_gradient_of(_plain_glu)(cpu.glu)
 
 
 def glu(x: mx.array) -> mx.array:
     """Gated linear unit over the last axis: (..., 2C) -> (..., C), first half times the sigmoid of the second."""
-    halves = mx.split(x, 2, axis=-1)
-    return _fast_gate(*halves) if vectorizes(x) else _compiled_gate(*halves)
+    return _fast_glu(x) if vectorizes(x) else _plain_glu(x)
 
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
-# exp(x) = 2^n exp(r), r = x - n log 2, for x <= 0: the exponent's bits in one pass, the polynomial in the next.
-_LOG2 = (0.693359375, -2.12194440e-4)  # in two parts, the first with zeros at its end
-_EXP = (0.5, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040)
-_LOWEST = -87.0  # its exp is still a normal number, so that the exponent's bits are one
-_ROUND = 12582912.0  # 1.5 * 2^23: adding and taking it off rounds to a whole number
+def _plain_conv_glu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    if weight.ndim == 2:
+        return _plain_glu(mx.addmm(bias, x, weight.T))
+    convolve = mx.conv1d if weight.ndim == 3 else mx.conv2d
+    return _plain_glu(convolve(x, weight, padding=weight.shape[1] // 2) + bias)
 
 
-@partial(mx.compile, shapeless=True)
-def _exponent_bits(scores: mx.array, top: mx.array) -> mx.array:
-    x = mx.maximum(scores - top, _LOWEST)
-    return ((x * (1 / math.log(2)) + _ROUND) - _ROUND + 127.0).astype(mx.int32) * 2**23
+_fast_conv_glu = _with_gradient_of(_plain_conv_glu)(cpu.conv_glu)
 
 
-@partial(mx.compile, shapeless=True)
-def _times_remainder(scores: mx.array, top: mx.array, power: mx.array) -> mx.array:
-    x = mx.maximum(scores - top, _LOWEST)
-    n = (x * (1 / math.log(2)) + _ROUND) - _ROUND
-    r = x - n * _LOG2[0] - n * _LOG2[1]
-    p = r * _EXP[-1] + _EXP[-2]
-    for c in _EXP[-3::-1]:
-        p = p * r + c
-    return (p * r * r + r + 1.0) * power
-
-
-def _exp_below(scores: mx.array, top: mx.array) -> mx.array:
-    """exp(scores - top), for scores <= top."""
-    return _times_remainder(scores, top, _exponent_bits(scores, top).view(mx.float32))
+def conv_glu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """The GLU of a convolution that keeps the length: x (B, T, C) or (B, T, F, C) -> the same with half the channels
+    of weight (2O, K, C) or (2O, K, K, C), odd K; or with weight (2O, C) of a product, for any x (..., C)."""
+    return (_fast_conv_glu if vectorizes(x) else _plain_conv_glu)(x, weight, bias)
 
 
 def _plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0)
 
 
-@_with_gradient_of(_plain_attention)
-def _row_blocked_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    B, H, L, _ = q.shape
-    keys = k.swapaxes(-1, -2)
-    # A column of ones beside the values brings the sum of the weights out of the same product.
-    values = mx.concatenate([v, mx.ones((*v.shape[:-1], 1))], axis=-1)
-    rows = max(16, _SCORES // (B * H * k.shape[2]))
-    out = []
-    for first in range(0, L, rows):
-        scores = q[:, :, first : first + rows] @ keys
-        weighted = _exp_below(scores, scores.max(axis=-1, keepdims=True)) @ values
-        out.append(weighted[..., :-1] / weighted[..., -1:])
-    return mx.concatenate(out, axis=2)
-
-
-_SCORES = 2**20  # scores that a block of rows holds at once
+_fast_attention = _with_gradient_of(_plain_attention)(cpu.attention)
 _SMALL = 2**16  # scores below which MLX's own attention is as fast
 
 
@@ -183,14 +152,29 @@ def unmasked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> m
     """
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if vectorizes(q) and q.shape[1] == k.shape[1] and size >= _SMALL:
-        return _row_blocked_attention(q * scale, k, v)
+        return _fast_attention(q * scale, k, v)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+@mx.custom_function
+def _fast_exp(x: mx.array) -> mx.array:
+    return cpu.exp_below_0(x)
+
+
+@_fast_exp.vjp
+def _(_, cotangent, output):
+    return cotangent * output
+
+
+def exp_below_0(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0; where MLX's is slow, e^-87 below -87. Any shape."""
+    return cast(mx.array, _fast_exp(x)) if vectorizes(x) else mx.exp(x)
 
 
 def mean(x: mx.array, axes: tuple[int, ...]) -> mx.array:
     """Mean over `axes`, kept as axes of length 1, summed axis by axis and in blocks."""
     count = math.prod(x.shape[axis] for axis in axes)
-    for axis in sorted((axis % x.ndim for axis in axes), reverse=True):
+    for axis in sorted(axis % x.ndim for axis in axes):  # whole rows are summed before what is in a row
         x = _sum(x, axis)
     return x / count
 
@@ -238,57 +222,85 @@ def normalize(
     shape = (num_groups, x.shape[-1] // num_groups)
     axes = tuple(axis % x.ndim for axis in axes)
     grouped = mx.unflatten(x.astype(mx.float32), -1, shape)
-    y = _normalized(grouped, *_moments(grouped, axes, eps), weight.reshape(shape), bias.reshape(shape))
+    form = _plain_normalized if vectorizes(x) else _normalized  # which on a CPU is a loop over strides
+    y = form(grouped, *_moments(grouped, axes, eps), weight.reshape(shape), bias.reshape(shape))
     return mx.flatten(y, -2, -1).astype(x.dtype)
 
 
-def _norm_gelu(activation: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
-    return lambda *normed: activation(_plain_normalized(*normed))
+def _norm_gelu(x: mx.array, center: mx.array, inverse: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    return _plain_gelu(_plain_normalized(x, center, inverse, weight, bias))
 
 
-def _norm_gate(sigmoid: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
-    def chain(residual, scale, a, b, center, inverse, weight_a, weight_b, bias_a, bias_b):
-        value = (a - center) * inverse * weight_a + bias_a
-        gate = (b - center) * inverse * weight_b + bias_b
-        return residual + value * sigmoid(gate) * scale
-
-    return chain
-
-
-_PLAIN_NORM_GELU, _PLAIN_NORM_GATE = _norm_gelu(_plain_gelu), _norm_gate(mx.sigmoid)
-_compiled_norm_gelu = mx.compile(_PLAIN_NORM_GELU, shapeless=True)
-_compiled_norm_gate = mx.compile(_PLAIN_NORM_GATE, shapeless=True)
-_fast_norm_gelu = _with_gradient_of(_PLAIN_NORM_GELU)(mx.compile(_norm_gelu(_rational_gelu), shapeless=True))
-_fast_norm_gate = _with_gradient_of(_PLAIN_NORM_GATE)(mx.compile(_norm_gate(_rational_sigmoid), shapeless=True))
+_compiled_norm_gelu = mx.compile(_norm_gelu, shapeless=True)
 
 
 def norm_gelu(x: mx.array, weight: mx.array, bias: mx.array, *, axes: tuple[int, ...], eps: float) -> mx.array:
-    """gelu(normalize(x)) in one chain, for one group."""
-    form = _fast_norm_gelu if vectorizes(x) else _compiled_norm_gelu
-    return form(x, *_moments(x, axes, eps), weight, bias)
+    """gelu(normalize(x)), for one group."""
+    center, inverse = _moments(x, axes, eps)
+    if vectorizes(x):
+        return gelu((x - center) * (inverse * weight) + bias)
+    return _compiled_norm_gelu(x, center, inverse, weight, bias)
 
 
-def norm_glu_add(
+def _norm_gate_add(residual, scale, a, b, center, inverse, weight_a, weight_b, bias_a, bias_b):
+    value = (a - center) * inverse * weight_a + bias_a
+    gate = (b - center) * inverse * weight_b + bias_b
+    return residual + value * mx.sigmoid(gate) * scale
+
+
+_compiled_norm_gate_add = cast(Callable[..., mx.array], mx.compile(_norm_gate_add, shapeless=True))
+
+
+def _plain_expand(x, weight, bias, norm_weight, norm_bias, scale, residual, eps):
+    y = mx.addmm(bias, x, weight.T)
+    halves = [half for array in (norm_weight, norm_bias) for half in mx.split(array, 2)]
+    return _compiled_norm_gate_add(residual, scale, *mx.split(y, 2, axis=-1), *_moments(y, (1,), eps), *halves)
+
+
+@_with_gradient_of(_plain_expand)
+def _fast_expand(x, weight, bias, norm_weight, norm_bias, scale, residual, eps):
+    """The statistics of y = x weight^T + bias come from those of x, which has fewer channels; the norm's scale and
+    shift are rows of the product, so that y itself is never held."""
+    C, H = weight.shape[0] // 2, weight.shape[1]
+    center = mean(x, (1,))
+    centers = center @ weight.T + bias  # (B, 1, ..., 2C), of the channels of y
+    mu = mean(centers, (-1,))
+    spread = mean(_sum(cpu.products(x - center), 1) * (weight.T @ weight), (-2, -1)) * (H * H / (2 * C) / x.shape[1])
+    inverse = mx.rsqrt(spread.reshape(mu.shape) + mean(mx.square(centers - mu), (-1,)) + eps)
+    ones = mx.ones((*x.shape[:-1], 1))
+    x = mx.concatenate([x * inverse, ones * inverse, ones * (inverse * mu), ones], axis=-1)
+    columns = [norm_weight[:, None] * weight, (norm_weight * bias)[:, None], -norm_weight[:, None], norm_bias[:, None]]
+    rows = mx.concatenate(columns, axis=1)  # (2C, H + 3)
+    out = cpu.add_gated_products(
+        mx.flatten(residual, 0, -2), mx.flatten(x, 0, -2), (rows[:C] * scale[:, None]).T, rows[C:].T
+    )
+    return out.reshape(residual.shape)
+
+
+def expand_norm_glu_add(
     x: mx.array,
     weight: mx.array,
     bias: mx.array,
-    *,
-    axes: tuple[int, ...],
-    eps: float,
+    norm_weight: mx.array,
+    norm_bias: mx.array,
     scale: mx.array,
     residual: mx.array,
+    *,
+    eps: float,
 ) -> mx.array:
-    """residual + scale * glu(normalize(x)) in one chain, for one group: x (..., 2C), residual (..., C), scale (C,)."""
-    form = _fast_norm_gate if vectorizes(x) else _compiled_norm_gate
-    halves = [half for array in (weight, bias) for half in mx.split(array, 2)]
-    return form(residual, scale, *mx.split(x, 2, axis=-1), *_moments(x, axes, eps), *halves)
+    """residual + scale * glu(normalize(x weight^T + bias)), normalised over axis 1 and the channels.
+
+    x (B, T, ..., H), weight (2C, H), bias and those of the norm (2C,), residual (B, T, ..., C), scale (C,).
+    """
+    form = _fast_expand if vectorizes(x) else _plain_expand
+    return form(x, weight, bias, norm_weight, norm_bias, scale, residual, mx.array(eps))
 
 
 def overlap_add(pieces: mx.array) -> mx.array:
     """(..., P, L, N) -> (..., L + P - 1, N): piece p of frame l is added into stretch l + p."""
-    count = pieces.shape[-3]
-    edge = [(0, 0)] * (pieces.ndim - 3)
-    total = mx.pad(pieces[..., 0, :, :], [*edge, (0, count - 1), (0, 0)])
-    for p in range(1, count):
-        total = total + mx.pad(pieces[..., p, :, :], [*edge, (p, count - 1 - p), (0, 0)])
+    total = pieces[..., 0, :, :]
+    for p in range(1, pieces.shape[-3]):
+        piece = pieces[..., p, :, :]
+        both = total[..., p:, :] + piece[..., :-1, :]
+        total = mx.concatenate([total[..., :p, :], both, piece[..., -1:, :]], axis=-2)
     return total

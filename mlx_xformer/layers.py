@@ -70,7 +70,9 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear2(kernels.ACTIVATIONS[self.activation](self.linear1(x)))
+        activation = kernels.ACTIVATIONS[self.activation]
+        tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+        return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens).reshape(x.shape)
 
 
 class DilatedConv1d(nn.Module):
@@ -90,7 +92,9 @@ class DilatedConv1d(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         O, K, C = self.weight.shape
         T = x.shape[1]
-        columns = x @ self.weight.transpose(2, 1, 0).reshape(C, K * O)  # (B, T, ..., K * O), tap-major
+        weight = self.weight.transpose(2, 1, 0).reshape(C, K * O)
+        columns = kernels.by_rows(lambda rows: rows @ weight, mx.flatten(x, 0, -2))
+        columns = columns.reshape(*x.shape[:-1], K * O)  # tap-major
         reach = K // 2 * self.dilation
         columns = mx.pad(columns, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
         taps = mx.split(columns, K, axis=-1)
@@ -114,12 +118,17 @@ class ConvTranspose1d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         O, K, C = self.weight.shape
-        B, L, _ = x.shape
         phases = -(-K // self.stride)
         weight = mx.pad(self.weight, [(0, 0), (0, phases * self.stride - K), (0, 0)])
-        columns = x @ weight.transpose(2, 1, 0).reshape(C, -1)  # (B, L, phases * stride * O)
-        columns = columns.reshape(B, L, phases, self.stride * O)
-        # Stretch p of frame l lands on output stretch l + p.
-        out = kernels.overlap_add(columns.swapaxes(1, 2))  # (B, L + phases - 1, stride * O)
-        out = out.reshape(B, -1, O)[:, : (L - 1) * self.stride + K]
-        return out + self.bias
+        weight = weight.transpose(2, 1, 0).reshape(C, -1)  # (C, phases * stride * O)
+        bias = mx.tile(self.bias, self.stride)
+
+        def transposed(x: mx.array) -> mx.array:
+            B, L, _ = x.shape
+            columns = x @ weight if B > 1 else kernels.by_rows(lambda rows: rows @ weight, x[0])
+            columns = columns.reshape(B, L, phases, self.stride * O)
+            # Stretch p of frame l lands on output stretch l + p.
+            out = kernels.overlap_add(columns.swapaxes(1, 2)) + bias  # (B, L + phases - 1, stride * O)
+            return out.reshape(B, -1, O)[:, : (L - 1) * self.stride + K]
+
+        return kernels.by_rows(transposed, x) if x.shape[0] > 1 else transposed(x)

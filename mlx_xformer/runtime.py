@@ -1,7 +1,9 @@
-"""The device, its memory, and on Linux the BLAS that MLX runs on.
+"""The device, its memory, and on Linux the BLAS, the threads and the allocator that MLX runs on.
 
-Importing this module does two things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one, and it
-bounds MLX's cache of freed buffers. Both can be turned off (MLX_XFORMER_BLAS=0, set_cache_limit).
+Importing this module does three things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one, for one
+thread a product (`workers` says how many this package runs at once instead); with glibc it lets the process keep the
+memory that it frees; and it bounds MLX's cache of freed buffers. All can be turned off (MLX_XFORMER_BLAS=0,
+MLX_XFORMER_MALLOC=0, set_cache_limit), and none overrides a setting of OpenBLAS or glibc in the environment.
 """
 
 from __future__ import annotations
@@ -11,37 +13,64 @@ import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import cast
 
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # variables that a launcher sets
 _CACHE_FRACTION = 8  # MLX may keep an eighth of the memory in freed buffers
+_MOST_WORKERS = 8
 
 
-def _load_openblas() -> str:
-    """Loads OpenBLAS into the global symbol scope; returns what serves, in words.
+def _load_openblas() -> tuple[str, int]:
+    """Loads OpenBLAS into the global symbol scope; returns what serves, in words, and the number of workers.
 
     MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins.
-    An OpenBLAS beside PyTorch slows PyTorch, hence the check for it.
+    An OpenBLAS beside PyTorch slows PyTorch, hence the check for it. Its threads would share single products only, and
+    all else that MLX does take one core. They are given up for as many streams of MLX, each with products of its own.
     """
     if sys.platform != "linux":
-        return "Accelerate" if sys.platform == "darwin" else "MLX's own"
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own", 1
     if os.environ.get("MLX_XFORMER_BLAS") == "0":
-        return "MLX's own (MLX_XFORMER_BLAS=0)"
+        return "MLX's own (MLX_XFORMER_BLAS=0)", 1
     if "mlx.core" in sys.modules:
-        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)"
+        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)", 1
     if "torch" in sys.modules:
-        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)"
+        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)", 1
     for name in _OPENBLAS:
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            threads = int(library.openblas_get_num_threads())  # OPENBLAS_NUM_THREADS, or the cores
+            library.openblas_set_num_threads(1)
+        except (OSError, AttributeError):
             continue
-        return f"OpenBLAS ({name})"
-    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)"
+        return f"OpenBLAS ({name})", max(1, min(threads, _MOST_WORKERS))
+    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1
 
 
-blas = _load_openblas()
+blas, workers = _load_openblas()
+
+
+def _keep_freed_memory() -> bool:
+    """Lets glibc take large blocks from its heap and keep them when freed; returns whether it does.
+
+    By default each block of 32 MB or more is mapped and unmapped, and the kernel zeroes its pages every time: a million
+    page faults, a third of the time of an HTDemucs segment. What stays is bounded by the process's own peak.
+    """
+    if sys.platform != "linux" or os.environ.get("MLX_XFORMER_MALLOC") == "0":
+        return False
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  (elsewhere the options below mean nothing)
+        return all(library.mallopt(option, value) for option, value in _MALLOPT)
+    except (OSError, AttributeError):
+        return False
+
+
+_MALLOPT = ((-3, 1 << 30), (-1, 1 << 30), (-2, 1 << 26))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+keeps_memory = _keep_freed_memory()
 
 backend_error: str | None = None
 try:
@@ -63,6 +92,7 @@ class DeviceReport:
     cache_limit: int
     blas: str
     mlx: str
+    workers: int = 1
 
 
 def total_memory() -> int:
@@ -117,6 +147,9 @@ def process_group() -> mx.distributed.Group | None:
     """The processes that mlx.launch, or MPI, started together; None for a process on its own."""
     if not any(name in os.environ for name in _LAUNCHED):
         return None
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if hosts and not Path(hosts).read_text().strip():  # mlx.launch of one process
+        return None
     group = mx.distributed.init()
     return group if group.size() > 1 else None
 
@@ -133,4 +166,4 @@ def report() -> DeviceReport:
     device = mx.default_device()
     kind = "gpu" if device == mx.Device(mx.gpu) else "cpu"
     name = str(mx.device_info(device).get("device_name", kind))
-    return DeviceReport(kind, name, total_memory(), _cache_limit, blas, version("mlx"))
+    return DeviceReport(kind, name, total_memory(), _cache_limit, blas, version("mlx"), workers)

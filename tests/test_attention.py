@@ -3,9 +3,21 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import check_forward, check_gradient, check_module
+from harness import check_forward, check_gradient, check_module, draw
+from mlx.utils import tree_flatten
 
-from mlx_xformer.attention import Attention, attention
+from mlx_xformer.attention import (
+    Attention,
+    AttentionConfig,
+    CrossAttention,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    attention,
+    get_attention,
+    initialize,
+)
+from mlx_xformer.positions import Rotary
 from mlx_xformer.reference.attention import attention as twin
 from mlx_xformer.reference.attention import attention_layer as twin_layer
 
@@ -169,35 +181,249 @@ def test_errors_name_the_argument(change, message):
         attention(**arrays, causal=change.get("causal", False))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_self_attention(kv_heads, bias):
-    module = Attention(18, 6, num_kv_heads=kv_heads, bias=bias)
-    x = np.random.default_rng(1).normal(size=(2, 5, 18))
-    check_module(module, lambda p, x: twin_layer(p, x, num_heads=6, num_kv_heads=kv_heads), x)
+E, HEADS = 18, 6
+GRID = {
+    "multi-head": {},
+    "grouped": {"num_kv_heads": 2},
+    "multi-query": {"num_kv_heads": 1},
+    "no biases": {"bias": False},
+    "some biases": {"bias": ("q", "v")},
+    "widths": {"head_dim": 5, "value_dim": 7, "out_dim": 11, "num_kv_heads": 3},
+    "rms": {"qk_norm": "rms", "num_kv_heads": 2},
+    "layer norm": {"qk_norm": "layer", "head_dim": 5, "norm_eps": 1e-3},
+    "alibi": {"alibi": True, "causal": True},
+    "alibi both ways": {"alibi": True, "window": 3},
+    "relative": {"relative": (8, 20)},
+    "relative, causal": {"relative": (8, 20), "causal": True},
+    "sinks": {"sinks": True, "causal": True},
+    "capped": {"softcap": 1.3, "scale": 0.7, "window": 2, "causal": True},
+    "everything": {
+        "num_kv_heads": 3,
+        "head_dim": 4,
+        "value_dim": 5,
+        "out_dim": 7,
+        "bias": ("k", "out"),
+        "qk_norm": "rms",
+        "alibi": True,
+        "relative": (8, 20),
+        "causal": True,
+        "window": 4,
+        "sinks": True,
+        "softcap": 2.0,
+    },
+}
+
+
+def theirs_of(options, **given):
+    """The twin of a layer; which projections have biases is told by the parameters."""
+    kept = {
+        name: value
+        for name, value in options.items()
+        if name not in ("bias", "head_dim", "value_dim", "out_dim", "sinks")
+    }
+    return lambda p, *x: twin_layer(p, *x, num_heads=HEADS, **kept, **given)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_self_attention(name):
+    """Forward and the gradient of every parameter, with biases, gains, tables and sinks drawn at random."""
+    x = np.random.default_rng(1).normal(size=(2, 7, E))
+    module = Attention(E, HEADS, **GRID[name])
+    assert set(module.config.bias) == {
+        p[0] if p[0] != "o" else "out" for p in ("q_proj", "k_proj", "v_proj", "out_proj") if "bias" in module[p]
+    }
+    check_module(module, theirs_of(GRID[name]), x)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("at", ["offset", "rows", "positions"])
+def test_rotary_attention(interleaved, at):
+    x = np.random.default_rng(1).normal(size=(2, 7, E))
+    rotary = {"dims": 4, "theta": 100.0, "interleaved": interleaved}
+    module = Attention(E, HEADS, head_dim=6, rotary=Rotary(**rotary), causal=True, num_kv_heads=2)
+    places = {"offset": np.arange(7)[None] + [[5], [5]], "rows": np.arange(7)[None] + [[5], [0]]}.get(
+        at, np.array([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
+    )
+    given = {"offset": 5, "rows": mx.array([5, 0])}.get(at)
+    call = (lambda x: module(x, positions=mx.array(places))) if given is None else (lambda x: module(x, offset=given))
+    twin_call = theirs_of({"causal": True, "num_kv_heads": 2}, rotary=rotary, positions=places)
+
+    params = draw(module, 3)
+    check_forward(lambda x: call(x), lambda x: twin_call({n: p.astype(x.dtype) for n, p in params.items()}, x), x)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_cross_attention(groups):
+    """Keys and values from a source of another width and length, values from a third."""
+    rng = np.random.default_rng(1)
+    x, source, values = rng.normal(size=(2, 5, E)), rng.normal(size=(2, 7, 10)), rng.normal(size=(2, 7, 11))
+    module = Attention(E, HEADS, kv_dim=10, num_kv_heads=groups)
+    check_module(module, theirs_of({"num_kv_heads": groups}), x, source)
+    module = Attention(E, HEADS, kv_dim=10, v_dim=11, num_kv_heads=groups, value_dim=4)
+    check_module(module, theirs_of({"num_kv_heads": groups}), x, source, values)
+
+
+def test_masks_reach_the_layer():
+    x = np.random.default_rng(1).normal(size=(2, 7, E))
+    rng = np.random.default_rng(2)
+    mask, bias = rng.random((2, 1, 7, 7)) > 0.3, rng.normal(size=(HEADS, 7, 7))
+    module = Attention(E, HEADS, alibi=True)
+    params = draw(module, 4)
+    check_forward(
+        lambda x: module(x, mask=mx.array(mask), bias=mx.array(bias.astype(np.float32)), causal=True),
+        lambda x: theirs_of({"alibi": True}, mask=mask, bias=bias.astype(x.dtype), causal=True)(
+            {n: p.astype(x.dtype) for n, p in params.items()}, x
+        ),
+        x,
+    )
 
 
 def test_without_a_batch_axis():
-    module = Attention(18, 6)
-    x = mx.random.normal((5, 18))
-    assert mx.allclose(module(x), module(x[None])[0]) and module(x, x[:3]).shape == (5, 18)
+    module = Attention(18, 6, kv_dim=10, v_dim=11)
+    x, source, values = (mx.random.normal((n, width)) for n, width in ((5, 18), (7, 10), (7, 11)))
+    out = module(x, source, values, mask=mx.ones((5, 7), mx.bool_))
+    assert out.shape == (5, 18) and mx.allclose(out, module(x[None], source[None], values[None])[0], atol=1e-6)
 
 
-def test_cross_attention():
-    module = Attention(18, 6, kv_dim=10)
-    rng = np.random.default_rng(1)
-    x, source = rng.normal(size=(2, 5, 18)), rng.normal(size=(2, 7, 10))
-    check_module(module, lambda p, x, s: twin_layer(p, x, s, num_heads=6), x, source)
+def test_scale():
+    assert Attention(64, 8).scale == pytest.approx(0.35355, abs=1e-5) and Attention(512, 8).scale == 0.125
+    assert Attention(64, 8, scale=0.5).scale == 0.5 and Attention(64, 8, head_dim=16).scale == 0.25
+
+
+def test_layer_weights():
+    """They are what the values are multiplied with."""
+    module = Attention(18, 6, num_kv_heads=2, alibi=True, causal=True, softcap=1.5)
+    draw(module, 1)
+    x = mx.random.normal((2, 5, 18))
+    weights = module.weights(x)
+    values = mx.repeat(module.v_proj(x).reshape(2, 5, 2, 3).swapaxes(1, 2), 3, axis=1)
+    out = module.out_proj((weights @ values).swapaxes(1, 2).reshape(2, 5, 18))
+    assert mx.allclose(out, module(x), atol=1e-6)
+    assert mx.allclose(module.weights(x, average=True), weights.mean(axis=1)) and (weights[:, :, 0, 1:] == 0).all()
+
+
+def test_dropout_is_for_training():
+    module = Attention(18, 6, dropout=0.5)
+    x = mx.random.normal((2, 5, 18))
+    with pytest.raises(ValueError, match=r"dropout of 0\.5 needs a random key"):
+        module(x)
+    a, b = (module(x, key=mx.random.key(seed)) for seed in (1, 2))
+    assert (a != b).any() and (a == module(x, key=mx.random.key(1))).all()
+    module.eval()
+    assert (module(x) == module(x, key=mx.random.key(1))).all()
+    mean = sum(module.train()(x, key=mx.random.key(seed)) for seed in range(400)) / 400
+    module.eval()
+    assert mx.abs(mean - module(x)).mean() < 0.1 * mx.abs(a - module(x)).mean()
+
+
+def test_kinds():
+    """Thin constructors over one class; groups of one and of all heads are multi-query and multi-head."""
+    assert [get_attention(kind, 18, 6).config.num_kv_heads for kind in ("mha", "mqa", "gqa", "cross")] == [6, 1, 3, 6]
+    assert get_attention("gqa", 18, 6, num_kv_heads=2).config.num_kv_heads == 2
+    assert get_attention("mqa", 18, 6, num_kv_heads=3).config.num_kv_heads == 1
+    assert get_attention("cross", 18, 6, kv_dim=10).k_proj.weight.shape == (18, 10)
+    assert type(MultiHeadAttention(18, 6)) is type(CrossAttention(18, 6)) is Attention
+    assert GroupedQueryAttention(18, 1).config.num_kv_heads == 1
+    x = mx.random.normal((2, 5, 18))
+    for groups, kind in ((1, MultiQueryAttention), (6, MultiHeadAttention)):
+        grouped, other = Attention(18, 6, num_kv_heads=groups), kind(18, 6)
+        draw(grouped, 2), draw(other, 2)
+        assert (grouped(x) == other(x)).all()
+    with pytest.raises(ValueError, match="kind must be one of mha, mqa, gqa, cross, got 'flash'"):
+        get_attention("flash", 18, 6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameter_counts(bias):
+    """4 E^2; E^2 (2 + 2 G / H); E^2 (2 + 2 / H); and the biases. 4096 / 32 / 8 makes keys of 8 * 128."""
+    for kind, groups in (("mha", 8), ("mqa", 1), ("gqa", 4)):
+        module = get_attention(kind, 64, 8, bias=bias)
+        count = sum(p.size for _, p in tree_flatten(module.parameters()))
+        assert count == 64 * 64 * (2 + 2 * groups // 8 if groups == 8 else 2 + 2 * groups / 8) + bias * (
+            128 + 16 * groups
+        )
+        assert len(tree_flatten(module.parameters())) == (8 if bias else 4)
+    config = AttentionConfig(4096, 32, num_kv_heads=8)
+    assert config.head_dim == 128 and config.num_kv_heads * config.head_dim == 1024
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (8, 3), (64, 2), (1000, 1)])
+def test_any_length_with_one_instance(length, count):
+    module = Attention(16, 4)
+    x = mx.random.normal((count, length, 16))
+    first = module(x)
+    module(mx.random.normal((2, 13, 16)))
+    assert (module(x) == first).all() and first.shape == x.shape
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_one_token_takes_the_general_way(groups):
+    """Its value, projected; a NaN in the query is not swallowed, and gradients are 0, not missing."""
+    module = Attention(16, 4, num_kv_heads=groups)
+    draw(module, 1)
+    x = mx.random.normal((3, 1, 16))
+    values = mx.repeat(module.v_proj(x).reshape(3, groups, 4), 4 // groups, axis=1)
+    assert mx.allclose(module(x), module.out_proj(values.reshape(3, 1, 16)), atol=1e-6)
+    assert mx.isnan(module(mx.full((3, 1, 16), mx.nan), x)).all()
+    gradient = mx.grad(lambda w: module.update({"q_proj": {"weight": w}})(x).sum())(module.q_proj.weight)
+    assert gradient.shape == (16, 16) and mx.abs(gradient).max() < 1e-6
 
 
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
         ((18, 4), {}, "embed_dim must be a multiple of num_heads, 4, got 18"),
+        ((18, 0), {}, "embed_dim must be a multiple of num_heads, 0, got 18"),
         ((18, 6), {"num_kv_heads": 4}, "num_kv_heads must divide num_heads, 6, got 4"),
         ((18, 6), {"num_kv_heads": 0}, "num_kv_heads must divide num_heads, 6, got 0"),
+        ((18, 6), {"value_dim": 0}, "value_dim must be at least 1, got 0"),
+        ((18, 6), {"bias": ("q", "o")}, "bias must be True, False or names among q, k, v, out, got"),
+        ((18, 6), {"qk_norm": "batch"}, "qk_norm must be one of rms, layer, got 'batch'"),
+        ((18, 6), {"window": 0}, "window must be at least 1, got 0"),
+        ((18, 6), {"rotary": Rotary(4)}, "rotary dims must be at most head_dim, 3, got 4"),
     ],
 )
 def test_attention_layer_errors(sizes, options, message):
     with pytest.raises(ValueError, match=message):
         Attention(*sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((2, 5, 17),), {}, "x must have 18 channels, got 17"),
+        (((2, 3, 5, 18),), {}, r"x must be \(batch, length, channels\), got shape \(2, 3, 5, 18\)"),
+        (((2, 5, 18), (2, 7, 18)), {"kv_dim": 10}, "source must have 10 channels, got 18"),
+        (((2, 5, 18), (3, 7, 18)), {}, "source must have the batch size of x, 2, got 3"),
+        (((2, 5, 18), (2, 7, 18), (2, 7, 18)), {"v_dim": 9}, "value_source must have 9 channels, got 18"),
+        (((2, 5, 18), (2, 7, 18), (2, 8, 18)), {}, "v must have the heads and length of k"),
+        (((2, 8, 18), (2, 7, 18)), {"causal": True}, "causal needs at most as many queries as keys, 7, got 8"),
+        (((2, 5, 18), (2, 7, 18)), {"rotary": Rotary(2)}, "rotary positions need self-attention, got a source"),
+    ],
+    ids=str,
+)
+def test_attention_call_errors(shapes, options, message):
+    module = Attention(18, 6, **options)
+    with pytest.raises(ValueError, match=message):
+        module(*(mx.zeros(shape) for shape in shapes))
+
+
+def test_initialize():
+    """PyTorch's bounds for E = 512: 0.0541 for the packed three, 0.0442 for the output; apart 0.0765 each."""
+    layer = Attention(512, 8)
+    draw(layer, 1)
+    for scheme, bounds in (("torch", (0.0541, 0.0541, 0.0541, 0.0442)), ("xavier", (0.0765,) * 4)):
+        initialize(layer, scheme, key=mx.random.key(3))
+        for name, bound in zip(("q_proj", "k_proj", "v_proj", "out_proj"), bounds, strict=True):
+            weight = np.array(layer[name].weight)
+            assert np.abs(weight).max() == pytest.approx(bound, rel=2e-3)
+            assert weight.std() == pytest.approx(bound / 3**0.5, rel=1e-2) and (layer[name].bias == 0).all()
+    assert (layer.q_proj.weight != layer.k_proj.weight).any()
+    before = layer.q_proj.weight
+    initialize(layer, "xavier", key=mx.random.key(3))
+    assert (layer.q_proj.weight == before).all()
+    apart = Attention(64, 8, kv_dim=32, num_kv_heads=2)
+    initialize(apart, "torch", key=mx.random.key(3))
+    assert mx.abs(apart.k_proj.weight).max().item() == pytest.approx((6 / (32 + 16)) ** 0.5, rel=2e-2)
+    with pytest.raises(ValueError, match=r"scheme must be .*, got 'kaiming'"):
+        initialize(layer, "kaiming", key=mx.random.key(0))

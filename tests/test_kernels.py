@@ -1,11 +1,17 @@
 """Elementwise chains and accurate statistics against the NumPy twin."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from harness import assert_within_budget, check_forward, check_gradient
 
-from mlx_xformer import kernels
+from mlx_xformer import cpu, kernels, runtime
 from mlx_xformer.reference import kernels as twin
 
 
@@ -98,27 +104,68 @@ def test_both_forms_of_gelu_and_glu(form):
 
 
 @pytest.mark.parametrize("shape", [(2, 13, 6), (2, 700, 3, 6)])
-def test_both_forms_of_the_norm_chains(form, shape):
+def test_both_forms_of_norm_gelu(form, shape):
     rng = np.random.default_rng(8)
-    x, residual = rng.normal(size=shape) * 2 + 0.3, rng.normal(size=(*shape[:-1], 3))
-    weight, bias, scale = rng.uniform(0.7, 1.3, 6), rng.uniform(-0.2, 0.2, 6), rng.uniform(0.3, 0.9, 3)
+    x, weight, bias = rng.normal(size=shape) * 2 + 0.3, rng.uniform(0.7, 1.3, 6), rng.uniform(-0.2, 0.2, 6)
 
-    def normed(x, weight, bias):
-        mean, var = twin.mean_var(x, (1, x.ndim - 1))
-        return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+    def ours(*a):
+        return kernels.norm_gelu(*a, axes=(1,), eps=1e-5)
 
-    for call, reference, arguments in [
-        (kernels.norm_gelu, lambda *a: twin.gelu(normed(*a)), (x, weight, bias)),
-        (
-            lambda x, w, b, s, r: kernels.norm_glu_add(x, w, b, axes=(1,), eps=1e-5, scale=s, residual=r),
-            lambda x, w, b, s, r: r + s * twin.glu(normed(x, w, b)),
-            (x, weight, bias, scale, residual),
-        ),
-    ]:
-        bound = call if call is not kernels.norm_gelu else lambda *a: kernels.norm_gelu(*a, axes=(1,), eps=1e-5)
-        check_forward(bound, reference, *arguments)
-        if shape[1] < 100:
-            check_gradient(bound, reference, *arguments)
+    def reference(x, weight, bias):
+        return twin.gelu(normed(x, weight, bias))
+
+    check_forward(ours, reference, x, weight, bias)
+    if shape[1] < 100:
+        check_gradient(ours, reference, x, weight, bias)
+
+
+def normed(x, weight, bias):
+    mean, var = twin.mean_var(x, (1, x.ndim - 1))
+    return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+
+@pytest.mark.parametrize("shape", [(2, 13, 5), (1, 700, 3, 5), (2, 129, 7, 1)])
+@pytest.mark.parametrize("offset", [0.3, 30.0])
+def test_both_forms_of_expand_norm_glu_add(form, shape, offset):
+    """Also inputs far from 0, whose variance is a small difference, and stretches that end within a block."""
+    rng = np.random.default_rng(11)
+    H = shape[-1]
+    x, residual = rng.normal(size=shape) * 2 + offset, rng.normal(size=(*shape[:-1], 3))
+    weight, bias = rng.normal(size=(6, H)) * H**-0.5, rng.uniform(-0.2, 0.2, 6)
+    norm_weight, norm_bias, scale = rng.uniform(0.7, 1.3, 6), rng.uniform(-0.2, 0.2, 6), rng.uniform(0.3, 0.9, 3)
+
+    def ours(*a):
+        return kernels.expand_norm_glu_add(*a, eps=1e-5)
+
+    def reference(x, weight, bias, norm_weight, norm_bias, scale, residual):
+        return residual + scale * twin.glu(normed(x @ weight.T + bias, norm_weight, norm_bias))
+
+    arguments = (x, weight, bias, norm_weight, norm_bias, scale, residual)
+    check_forward(ours, reference, *arguments)
+    if shape[1] < 100:
+        check_gradient(ours, reference, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"), [((2, 37, 5), ()), ((2, 37, 5), (3,)), ((2, 11, 7, 5), (3, 3)), ((1, 5, 3, 5), (5, 5))]
+)
+def test_both_forms_of_conv_glu(form, shape, kernel, monkeypatch):
+    """Blocks of frames of which the last is shorter."""
+    monkeypatch.setattr(cpu, "_PATCHES", 64)
+    monkeypatch.setattr(cpu, "_ROWS", 16)
+    rng = np.random.default_rng(12)
+    x, weight, bias = rng.normal(size=shape), rng.normal(size=(6, *kernel, 5)) * 0.3, rng.uniform(-0.2, 0.2, 6)
+
+    def reference(x, weight, bias):
+        padded = np.pad(x, [(0, 0), *[(size // 2, size // 2) for size in kernel], (0, 0)]) if kernel else x
+        total = bias
+        for place in np.ndindex(kernel):
+            part = [slice(at, at + length) for at, length in zip(place, x.shape[1:-1], strict=False)]
+            total = total + padded[(slice(None), *part)] @ weight[(slice(None), *place)].T
+        return twin.glu(total)
+
+    check_forward(kernels.conv_glu, reference, x, weight, bias)
+    check_gradient(kernels.conv_glu, reference, x, weight, bias)
 
 
 @pytest.mark.parametrize("lengths", [(300, 257), (1, 70_000), (70_000, 1)])
@@ -138,7 +185,7 @@ def test_both_forms_of_attention(form, lengths, spread):
 
 def test_row_blocks_and_their_gradient(form, monkeypatch):
     monkeypatch.setattr(kernels, "_SMALL", 0)
-    monkeypatch.setattr(kernels, "_SCORES", 16)
+    monkeypatch.setattr(cpu, "_SCORES", 16)
     rng = np.random.default_rng(10)
     q, k, v = rng.normal(size=(2, 3, 37, 5)), rng.normal(size=(2, 3, 11, 5)), rng.normal(size=(2, 3, 11, 4))
 
@@ -152,7 +199,7 @@ def test_row_blocks_and_their_gradient(form, monkeypatch):
 def test_exp_by_its_bits():
     """Good to 3e-7 of itself down to e^-87, and that value below, where the exponent has no more bits."""
     scores = np.linspace(-500, 0, 9001).astype(np.float32)
-    weights = np.array(kernels._exp_below(mx.array(scores), mx.array(0.0)), np.float64)
+    weights = np.array(cpu.exp_below_0(mx.array(scores)), np.float64)
     exact = np.exp(np.maximum(scores, -87).astype(np.float64))
     assert weights.min() >= np.finfo(np.float32).tiny
     assert np.abs(weights / exact - 1).max() < 3e-7
@@ -162,3 +209,63 @@ def test_half_precision_keeps_the_built_in_forms():
     for dtype in (mx.float16, mx.bfloat16):
         x = mx.random.normal((8,)).astype(dtype)
         assert not kernels.vectorizes(x) and kernels.gelu(x).dtype == kernels.glu(x).dtype == dtype
+
+
+def test_rows_are_computed_side_by_side(monkeypatch):
+    """Several workers, a number that does not divide the rows, from a thread other than the importing one: forward and
+    gradient are those of one."""
+    x, weight = mx.random.normal((7, 13, 5)), mx.random.normal((5, 5))
+    mx.eval(x, weight)
+
+    def call(x):
+        return kernels.by_rows(lambda rows: mx.tanh(rows @ weight) + rows, x)
+
+    def both():
+        out, gradient = mx.vjp(call, [x], [mx.cos(x)])
+        mx.eval(out, gradient)
+        return np.array(out[0]), np.array(gradient[0])
+
+    alone = both()
+    monkeypatch.setattr(runtime, "workers", 3)
+    monkeypatch.setattr(kernels, "_LARGE", 0)
+    cpu._streams.cache_clear()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for result in (both(), pool.submit(both).result()):
+                assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(alone, result, strict=True))
+    finally:
+        cpu._streams.cache_clear()
+
+
+@pytest.mark.skipif(not kernels._FUSES, reason="nothing is compiled here")
+def test_chains_are_vectorised(tmp_path):
+    """Each chain is one library, whose loop g++ vectorises: a chain cut into passes, or a loop that stays scalar, is
+    right, but two to four times slower."""
+    code = """
+import mlx.core as mx
+from mlx_xformer import cpu
+x = mx.random.normal((1000,))
+mx.eval(getattr(cpu, "{}")(*[-mx.abs(x)] * {}))
+"""
+    for name, count, passes in [("gelu", 1, 1), ("gate", 2, 1), ("add_gate", 3, 1), ("exp_below_0", 1, 2)]:
+        folder = tmp_path / name
+        folder.mkdir()
+        run = [sys.executable, "-c", "import mlx_xformer" + code.format(name, count)]
+        subprocess.run(run, check=True, env=os.environ | {"TMPDIR": str(folder)})
+        sources = sorted(folder.rglob("*.cpp"))
+        assert len(sources) == passes, name
+        for source in sources:
+            include = Path(mx.__file__).parent / "include"
+            command = [
+                "g++",
+                "-std=c++17",
+                "-O3",
+                "-fPIC",
+                "-shared",
+                f"-I{include}",
+                source,
+                "-o",
+                folder / "again.so",
+            ]
+            answer = subprocess.run([*command, "-fopt-info-vec"], capture_output=True, text=True, check=True)
+            assert "loop vectorized" in answer.stderr, f"{name}: {source.name}"

@@ -9,11 +9,13 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["_version"],
     ["runtime"],
+    ["cpu"],
     ["kernels"],
     ["masks", "positions"],
     ["cache"],
+    ["sdpa"],
     ["attention"],
-    ["layers", "moe", "spectral"],
+    ["layers", "moe", "spectral", "torch_layout"],
     ["blocks"],
     ["models"],
     ["checkpoint"],
@@ -85,7 +87,7 @@ def broken(module: str, path: Path) -> list[str]:
                 wrong.append(name)
             continue
         other = layer(name)
-        inside = other == own and own in ("models", "reference")
+        inside = other == own and own in ("models", "reference", "parity")
         if not inside and (own in FREE or RANK[other] >= RANK[own]):
             wrong.append(name)
     return wrong

@@ -22,7 +22,7 @@ MUTANTS = {
     "tanh GELU": (TRANSFORMER, '"gelu" if config.t_gelu', '"gelu_tanh" if config.t_gelu', LEVELS),
     "tanh GELU in the convolutions": (
         "kernels.py",
-        "return _fast_gelu(x) if vectorizes(x) else _compiled_gelu(x)",
+        "return _fast_gelu(x) if vectorizes(x) else _plain_gelu(x)",
         "return gelu_tanh(x)",
         LEVELS,
     ),
@@ -75,8 +75,8 @@ MUTANTS = {
     ),
     "swapped real and imaginary output": (
         MODEL,
-        "parts[:, :, 0] + 1j * parts[:, :, 1]",
-        "parts[:, :, 1] + 1j * parts[:, :, 0]",
+        "parts[:, 0] + 1j * parts[:, 1]",
+        "parts[:, 1] + 1j * parts[:, 0]",
         LEVELS,
     ),
     "LayerScale along time": (
@@ -100,17 +100,18 @@ MUTANTS = {
     ),
     "swapped halves of the GLU": (
         "kernels.py",
-        "halves = mx.split(x, 2, axis=-1)",
-        "halves = mx.split(x, 2, axis=-1)[::-1]",
+        "else _plain_conv_glu)(x, weight, bias)",
+        "else _plain_conv_glu)(x, *(mx.roll(a, a.shape[0] // 2, 0) for a in (weight, bias)))",
         LEVELS,
     ),
     "swapped halves of the GLU of DConv": (
         "kernels.py",
-        "form(residual, scale, *mx.split(x, 2, axis=-1),",
-        "form(residual, scale, *mx.split(x, 2, axis=-1)[::-1],",
+        "return form(x, weight, bias, norm_weight, norm_bias, scale",
+        "halves = (mx.roll(a, a.shape[0] // 2, 0) for a in (weight, bias, norm_weight, norm_bias))\n"
+        "    return form(x, *halves, scale",
         LEVELS,
     ),
-    "unscaled attention": ("attention.py", "self.scale = 1 / math.sqrt(self.head_dim)", "self.scale = 1.0", LEVELS),
+    "unscaled attention": ("attention.py", "self.config.widths[0] ** -0.5 if", "1.0 if", LEVELS),
     "DConv norm over all rows": (
         LAYERS,
         "axes=(1,), eps=norm1.eps",

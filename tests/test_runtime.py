@@ -1,6 +1,7 @@
 """Which BLAS is loaded when, the bound on MLX's cache, and a machine without a backend."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -16,6 +17,15 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment)
 
 
+# An OpenBLAS with three threads, which hears how many it shall use.
+FAKE = """
+import ctypes, types
+told = []
+ctypes.CDLL = lambda *a, **k: types.SimpleNamespace(
+    openblas_get_num_threads=lambda: 3, openblas_set_num_threads=told.append)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a choice of BLAS")
 @pytest.mark.parametrize(
     ("before", "environment", "expected"),
@@ -24,13 +34,41 @@ def run(code, **environment):
         ("import mlx.core", {}, "whatever served when mlx.core was imported"),
         ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "MLX's own (PyTorch is loaded"),
         ("import ctypes\ndef missing(*a, **k): raise OSError\nctypes.CDLL = missing", {}, "MLX's own (slow; install"),
-        ("import ctypes\nctypes.CDLL = lambda *a, **k: None", {}, "OpenBLAS (libopenblas.so.0)"),
+        (FAKE, {}, "OpenBLAS (libopenblas.so.0)"),
     ],
 )
 def test_choice_of_blas(before, environment, expected):
     answer = run(f"{before}\nimport mlx_xformer\nprint(mlx_xformer.runtime.blas)", **environment)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith(expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has threads of its own")
+def test_workers_take_the_place_of_the_threads_of_openblas():
+    answer = run(f"{FAKE}\nfrom mlx_xformer import runtime\nprint(runtime.workers, runtime.report().workers, told)")
+    assert answer.stdout == "3 3 [1]\n", answer.stderr
+    answer = run("from mlx_xformer import runtime\nprint(runtime.workers)", OPENBLAS_NUM_THREADS="1")
+    assert answer.stdout == "1\n", answer.stderr
+    answer = run("from mlx_xformer import runtime\nprint(runtime.workers)", MLX_XFORMER_BLAS="0")
+    assert answer.stdout == "1\n", answer.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise():
+    code = """
+import resource
+from mlx_xformer import runtime
+import mlx.core as mx
+def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work(): mx.eval([mx.zeros((1 << 24,)) + n for n in range(2)])
+work()
+before = pages()
+work()
+print(runtime.keeps_memory, pages() - before < 1000)
+"""
+    assert run(code).stdout.split() == ["True", "True"]
+    assert run(code, MLX_XFORMER_MALLOC="0").stdout.split() == ["False", "False"]
+    assert run(code, MALLOC_TRIM_THRESHOLD_="200000000").stdout.split()[0] == "False"
 
 
 def test_results_do_not_depend_on_the_blas():

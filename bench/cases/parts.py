@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ PAIRS = {  # part: (the plain form, ours), functions below
     "attention": ("plain_attention", "our_attention"),
     "dilated-conv": ("plain_dilated_conv", "our_dilated_conv"),
     "transposed-conv": ("plain_transposed_conv", "our_transposed_conv"),
+    "rewrite": ("plain_rewrite", "our_rewrite"),
+    "expand": ("plain_expand", "our_expand"),
     "stft": ("plain_stft", "our_stft"),
 }
 
@@ -100,6 +103,37 @@ def plain_transposed_conv(_: Path) -> dict[str, Any]:
 
 def our_transposed_conv(_: Path) -> dict[str, Any]:
     return case(ConvTranspose1d(96, 48, 8, 4), draw(1, 21499, 96))
+
+
+def _rewrite(form: Callable[..., Any]) -> dict[str, Any]:
+    """The outermost 3x3 rewrite of the decoder, its bias and its GLU."""
+    return case(form, draw(1, 336, 512, 48), draw(96, 3, 3, 48) / 20, draw(96))
+
+
+def plain_rewrite(_: Path) -> dict[str, Any]:
+    return _rewrite(lambda x, weight, bias: nn.glu(mx.conv2d(x, weight, padding=1) + bias, axis=-1))
+
+
+def our_rewrite(_: Path) -> dict[str, Any]:
+    return _rewrite(kernels.conv_glu)
+
+
+def _expand(form: Callable[..., Any]) -> dict[str, Any]:
+    """The second half of an outermost DConv step: 1x1 convolution, norm, GLU, scale and residual sum."""
+    return case(form, draw(1, 85995, 6), draw(96, 6), draw(96), draw(96), draw(96), draw(48), draw(1, 85995, 48))
+
+
+def plain_expand(_: Path) -> dict[str, Any]:
+    def form(x: Any, weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, scale: Any, residual: Any) -> Any:
+        norm = nn.GroupNorm(1, 96, pytorch_compatible=True)
+        norm.weight, norm.bias = norm_weight, norm_bias
+        return residual + scale * nn.glu(norm(x @ weight.T + bias), axis=-1)
+
+    return _expand(form)
+
+
+def our_expand(_: Path) -> dict[str, Any]:
+    return _expand(partial(kernels.expand_norm_glu_add, eps=1e-5))
 
 
 def plain_stft(_: Path) -> dict[str, Any]:

@@ -122,7 +122,8 @@ def mean_var(x: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray
     kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
     kept_shape = tuple(1 if axis in axes else x.shape[axis] for axis in range(x.ndim))
     # One contiguous last axis: only there does NumPy sum pairwise, which float32 needs.
-    rows = np.ascontiguousarray(x.transpose(kept + axes)).reshape(*(x.shape[axis] for axis in kept), -1)
+    count = math.prod(x.shape[axis] for axis in axes)
+    rows = np.ascontiguousarray(x.transpose(kept + axes)).reshape(*(x.shape[axis] for axis in kept), count)
     mean = np.mean(rows, axis=-1, keepdims=True)
     var = np.mean(np.square(rows - mean), axis=-1)
     return mean.reshape(kept_shape), var.reshape(kept_shape)

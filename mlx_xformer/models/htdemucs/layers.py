@@ -28,14 +28,15 @@ class DConvBranch(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         norm1, norm2 = self.norm1, self.norm2
         y = kernels.norm_gelu(self.conv(x), norm1.weight, norm1.bias, axes=(1,), eps=norm1.eps)
-        return kernels.norm_glu_add(
-            self.expand(y),
+        return kernels.expand_norm_glu_add(
+            y,
+            self.expand.weight,
+            self.expand.bias,
             norm2.weight,
             norm2.bias,
-            axes=(1,),
+            self.layer_scale.scale,
+            x,
             eps=norm2.eps,
-            scale=self.layer_scale.scale,
-            residual=x,
         )
 
 
@@ -65,6 +66,13 @@ def _rewrite(channels: int, context: int, freq: bool) -> nn.Module:
     if freq:
         return nn.Conv2d(channels, 2 * channels, size, padding=context)
     return nn.Conv1d(channels, 2 * channels, size, padding=context)
+
+
+def _gated(rewrite: nn.Module, x: mx.array, norm: nn.Module | None) -> mx.array:
+    """The GLU of the rewritten and, given a norm, normalised channels."""
+    if norm is None:
+        return kernels.conv_glu(x, rewrite.weight, rewrite.bias)
+    return kernels.glu(norm(rewrite(x)))
 
 
 class EncoderLayer(nn.Module):
@@ -97,7 +105,7 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: mx.array, inject: mx.array | None = None) -> mx.array:
         if self.freq:
             B, T, _, _ = x.shape
-            y = mx.unflatten(self.conv(mx.flatten(x, 0, 1)), 0, (B, T))
+            y = mx.unflatten(kernels.by_rows(self.conv, mx.flatten(x, 0, 1)), 0, (B, T))
         else:
             if x.ndim == 4:  # the one frequency row that is left: (B, T, 1, C) -> (B, T, C)
                 x = mx.flatten(x, 2, 3)
@@ -112,8 +120,7 @@ class EncoderLayer(nn.Module):
             y = self.dconv(y)
         if not self.rewrites:
             return y
-        y = self.rewrite(y)
-        return kernels.glu(self.norm2(y) if self.normed else y)
+        return _gated(self.rewrite, y, self.norm2 if self.normed else None)
 
 
 class DecoderLayer(nn.Module):
@@ -157,16 +164,15 @@ class DecoderLayer(nn.Module):
             z = self.conv_tr(y)
         if self.normed:
             z = self.norm2(z)
-        if not self.freq:
-            if z.shape[1] < self.pad + length:
-                raise ValueError(f"time_stride must bring back {length} samples, got {z.shape[1] - self.pad}")
-            z = z[:, self.pad : self.pad + length]
-        elif self.pad:
-            z = z[:, :, self.pad : -self.pad]
-        return (z if self.outermost else kernels.gelu(z)), y
+        if not self.outermost:  # before z is cut, as long as it is dense
+            z = kernels.gelu(z)
+        if self.freq:
+            return (z[:, :, self.pad : -self.pad] if self.pad else z), y
+        if z.shape[1] < self.pad + length:
+            raise ValueError(f"time_stride must bring back {length} samples, got {z.shape[1] - self.pad}")
+        return z[:, self.pad : self.pad + length], y
 
     def _gated(self, x: mx.array) -> mx.array:
         if self.rewrites:
-            x = self.rewrite(x)
-            x = kernels.glu(self.norm1(x) if self.normed else x)
+            x = _gated(self.rewrite, x, self.norm1 if self.normed else None)
         return self.dconv(x) if self.dilated else x

@@ -53,10 +53,10 @@ class HTDemucs(nn.Module):
             self.freq_emb = nn.Embedding(freqs, plan[0].freq_channels[1])
         inner, outer = config.bottom_channels, config.bottleneck_channels
         if inner:
-            self.channel_upsampler = nn.Linear(outer, inner)
-            self.channel_downsampler = nn.Linear(inner, outer)
-            self.channel_upsampler_t = nn.Linear(outer, inner)
-            self.channel_downsampler_t = nn.Linear(inner, outer)
+            self.channel_upsampler = kernels.Linear(outer, inner)
+            self.channel_downsampler = kernels.Linear(inner, outer)
+            self.channel_upsampler_t = kernels.Linear(outer, inner)
+            self.channel_downsampler_t = kernels.Linear(inner, outer)
         if config.t_layers:
             self.crosstransformer = CrossTransformer(config)
 
@@ -165,13 +165,15 @@ class HTDemucs(nn.Module):
     def _waves(self, x: mx.array, length: int) -> mx.array:
         """(B, T, F, S * 2C) -> (B, length, S * C), the inverse of _spectrogram for every source."""
         nfft, hop = self.config.nfft, self.config.nfft // 4
-        parts = mx.unflatten(x.transpose(0, 3, 1, 2), 1, (-1, 2))  # (B, S * C, 2, T, F)
-        z = parts[:, :, 0] + 1j * parts[:, :, 1]
-        z = mx.pad(z, [(0, 0), (0, 0), (2, 2), (0, 1)])
         pad = hop // 2 * 3
         whole = hop * math.ceil(length / hop) + 2 * pad
-        waves = istft(z, n_fft=nfft, hop_length=hop, length=whole)
-        return waves[..., pad : pad + length].swapaxes(1, 2)
+
+        def waves(parts: mx.array) -> mx.array:
+            z = mx.pad(parts[:, 0] + 1j * parts[:, 1], [(0, 0), (2, 2), (0, 1)])
+            return istft(z, n_fft=nfft, hop_length=hop, length=whole)[:, pad : pad + length]
+
+        parts = x.transpose(0, 3, 1, 2).reshape(-1, 2, *x.shape[1:3])  # (B * S * C, 2, T, F)
+        return mx.unflatten(kernels.by_rows(waves, parts), 0, (x.shape[0], -1)).swapaxes(1, 2)
 
 
 def _standardized(x: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,0 +1,242 @@
+"""Float32 chains for MLX's Linux CPU backend, whose exp, erf and sigmoid are scalar calls of 10 to 30 ns an element.
+
+Rational and polynomial forms, good to 4e-7, take 2 ns where g++ vectorises what mx.compile makes of them. It does so
+(MLX 0.32.4, g++ 12) on three conditions, which every chain here keeps:
+- its arrays have one shape and are dense: a broadcast or half an array makes a loop over strides, which stays scalar;
+- the bounds of a minimum or maximum are arguments: constants are folded into its branches, and the loop keeps them;
+- it is at most 11 operations deep, hence the polynomials in pairs, and is traced for each shape (a shapeless trace adds
+  a broadcast to every operation). A deeper chain is cut into several passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache, partial
+
+import mlx.core as mx
+
+from . import runtime
+
+# Odd functions as x P(x^2) / Q(x^2) up to a limit, lowest power first, from bench/fit_rational.py.
+_ERF = (
+    4.0,
+    (1.12837898, 0.196248762, 0.0534674435, 0.00400363533, 0.000288041, 1.97482888e-06),
+    (1.0, 0.507252095, 0.116476332, 0.0154444003, 0.00121635705, 3.7480829e-05),
+)
+_TANH = (
+    9.0,
+    (0.999999906, 0.133731931, 0.0034865764, 2.04717397e-05, 1.31841002e-08),
+    (1.0, 0.4670649, 0.0258419584, 0.000327137636, 7.70261227e-07),
+)
+_Odd = tuple[float, tuple[float, ...], tuple[float, ...]]
+
+
+def _half_of(odd: _Odd, factor: float) -> _Odd:
+    """The form of f(factor x) / 2, from that of f."""
+    limit, p, q = odd
+    top = tuple(0.5 * c * factor ** (2 * i + 1) for i, c in enumerate(p))
+    return limit / factor, top, tuple(c * factor ** (2 * i) for i, c in enumerate(q))
+
+
+_NORMAL = _half_of(_ERF, math.sqrt(0.5))  # the normal distribution, less a half
+_LOGISTIC = _half_of(_TANH, 0.5)  # the sigmoid, less a half
+
+
+def _polynomial(x: mx.array, square: mx.array, coefficients: Sequence[float]) -> mx.array:
+    """Horner's rule in x^2 over pairs; the deepest operand stands first, or the fusion loses count."""
+    pairs = [
+        x * coefficients[i + 1] + coefficients[i] if i + 1 < len(coefficients) else coefficients[i]
+        for i in range(0, len(coefficients), 2)
+    ]
+    value = square * pairs[-1] + pairs[-2]
+    for pair in pairs[-3::-1]:
+        value = square * value + pair
+    return value
+
+
+def _bounds(odd: _Odd) -> tuple[mx.array, mx.array]:
+    return mx.array(-odd[0]), mx.array(odd[0])
+
+
+def _above_half(x: mx.array, low: mx.array, high: mx.array, odd: _Odd) -> mx.array:
+    """1/2 + the odd function."""
+    x = mx.minimum(mx.maximum(x, low), high)
+    u = x * x
+    square = u * u
+    return x * _polynomial(u, square, odd[1]) / _polynomial(u, square, odd[2]) + 0.5
+
+
+@mx.compile
+def _gelu(x: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return x * _above_half(x, low, high, _NORMAL)
+
+
+@mx.compile
+def _gate(a: mx.array, b: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return a * _above_half(b, low, high, _LOGISTIC)
+
+
+@mx.compile
+def _add_gate(residual: mx.array, a: mx.array, b: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return a * _above_half(b, low, high, _LOGISTIC) + residual
+
+
+def gelu(x: mx.array) -> mx.array:
+    """x * Phi(x)."""
+    return _gelu(x, *_bounds(_NORMAL))
+
+
+def gate(a: mx.array, b: mx.array) -> mx.array:
+    """a * sigmoid(b)."""
+    return _gate(a, b, *_bounds(_LOGISTIC))
+
+
+def add_gate(residual: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """residual + a * sigmoid(b)."""
+    return _add_gate(residual, a, b, *_bounds(_LOGISTIC))
+
+
+# exp(x) = 2^n exp(r), r = x - n log 2, for x <= 0: the exponent's bits in one pass, the polynomial in the next.
+_LOG2 = (0.693359375, -2.12194440e-4)  # in two parts, the first with zeros at its end
+_EXP = (0.5, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040)
+_LOWEST = -87.0  # its exp is still a normal number, so that the exponent's bits are one
+_ROUND = 12582912.0  # 1.5 * 2^23: adding and taking it off rounds to a whole number
+
+
+def _whole(x: mx.array) -> mx.array:
+    return (x * (1 / math.log(2)) + _ROUND) - _ROUND
+
+
+@mx.compile
+def _exponent_bits(x: mx.array, low: mx.array) -> mx.array:
+    return mx.left_shift((_whole(mx.maximum(x, low)) + 127.0).astype(mx.int32), mx.array(23))
+
+
+@mx.compile
+def _times_remainder(x: mx.array, power: mx.array, low: mx.array) -> mx.array:
+    x = mx.maximum(x, low)
+    n = _whole(x)
+    r = x - n * _LOG2[0] - n * _LOG2[1]
+    square = r * r
+    return (square * _polynomial(r, square, _EXP) + (r + 1.0)) * power
+
+
+def exp_below_0(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0, good to 2e-7 of itself; e^-87 below -87."""
+    low = mx.array(_LOWEST)
+    return _times_remainder(x, _exponent_bits(x, low).view(mx.float32), low)
+
+
+def _dense(x: mx.array) -> mx.array:
+    """A copy of a view in rows of its own: a product with 1 is MLX's fastest copy of rows longer than 16."""
+    return x * mx.array(1, x.dtype)
+
+
+def glu(x: mx.array, bias: mx.array | None = None) -> mx.array:
+    """glu(x + bias): (..., 2C) -> (..., C)."""
+    half = x.shape[-1] // 2
+    if bias is None:
+        return gate(_dense(x[..., :half]), _dense(x[..., half:]))
+    return gate(x[..., :half] + bias[:half], x[..., half:] + bias[half:])  # the sums are dense
+
+
+@lru_cache
+def _streams() -> list[mx.ThreadLocalStream]:
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(runtime.workers - 1)]
+
+
+def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
+    """What each task returns: in turns on the thread's own stream and those of the other workers, which MLX runs side
+    by side."""
+    streams, out = [None, *_streams()], []
+    for index, task in enumerate(tasks):
+        stream = streams[index % len(streams)]
+        with nullcontext() if stream is None else mx.stream(stream):
+            out.append(task())
+    return out
+
+
+def by_rows(function: Callable[..., mx.array], *arrays: mx.array, step: int | None = None) -> mx.array:
+    """function(*arrays), of stretches of axis 0, an equal one for each worker or else of `step`, side by side."""
+    length = arrays[0].shape[0]
+    step = -(-length // runtime.workers) if step is None else step
+    stretches = [slice(first, first + step) for first in range(0, length, step)]
+    out = side_by_side([partial(lambda some: function(*(x[some] for x in arrays)), some) for some in stretches])
+    return out[0] if len(out) == 1 else mx.concatenate(out)
+
+
+_PATCHES = 2**20  # elements of the patches that a block of frames holds at once
+_ROWS = 2**10  # and the least rows of its product
+
+
+def conv_glu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """See kernels.conv_glu: products with blocks of patches, which stay in the cache."""
+    if weight.ndim == 2:
+        return _rows_of(x, by_rows(lambda rows: glu(rows @ weight.T, bias), mx.flatten(x, 0, -2)))
+    if weight.ndim == 3:
+        return conv_glu(x[:, :, None], weight[:, :, None], bias)[:, :, 0]
+    O, K, L, C = weight.shape
+    B, T, F, _ = x.shape
+    x = mx.contiguous(mx.pad(x, [(0, 0), (K // 2, K // 2), (L // 2, L // 2), (0, 0)]))
+    weight = weight.reshape(O, -1).T
+    frames = -(-max(_ROWS, _PATCHES // (K * L * C)) // F)
+    row = x.shape[2] * C
+    out = [
+        by_rows(
+            lambda some: glu(_dense(some).reshape(-1, K * L * C) @ weight, bias).reshape(-1, F, O // 2),
+            mx.as_strided(x, (T, F, K, L * C), (row, C, row, 1), b * x.shape[1] * row),
+            step=frames,
+        )
+        for b in range(B)
+    ]
+    return mx.stack(out)
+
+
+def _rows_of(x: mx.array, rows: mx.array) -> mx.array:
+    """(R, C) -> (..., C), as x (..., K) has its rows."""
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
+_SCORES = 2**20  # scores that a block of rows holds at once
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """softmax(q k^T) v, (B, H, L, D), by heads and blocks of rows whose scores stay in the cache."""
+    B, H, L, _ = q.shape
+    S = k.shape[2]
+    # A column of ones beside the values brings the sum of the weights out of the same product.
+    v = mx.concatenate([v, mx.ones((*v.shape[:-1], 1))], axis=-1)
+    q, k, v = (mx.contiguous(mx.flatten(x, 0, 1)) for x in (q, k, v))  # once, or every product copies them
+    rows = max(16, min(L, _SCORES // S))
+    heads = max(1, _SCORES // (rows * S))
+
+    def block(some: slice, part: slice) -> mx.array:
+        scores = q[some, part] @ k[some].swapaxes(-1, -2)
+        weighted = exp_below_0(scores - scores.max(axis=-1, keepdims=True)) @ v[some]
+        return mx.flatten(weighted[..., :-1] / weighted[..., -1:], 0, 1)
+
+    tasks = [
+        partial(block, slice(head, head + heads), slice(row, row + rows))
+        for head in range(0, B * H, heads)
+        for row in range(0, L, rows)
+    ]
+    return mx.concatenate(side_by_side(tasks)).reshape(B, H, L, -1)
+
+
+_STEPS = 64  # of a sum of products that one product may take in sequence
+
+
+def products(x: mx.array) -> mx.array:
+    """(B, T, ..., H) -> (B, n, R, H, H), R the product of the axes between: x^T x over n stretches of T."""
+    x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    x = mx.pad(x, [(0, 0), (0, -x.shape[1] % _STEPS), (0, 0), (0, 0)])
+    x = mx.contiguous(mx.unflatten(x, 1, (-1, _STEPS)).swapaxes(2, 3))  # (B, n, R, _STEPS, H)
+    return x.swapaxes(-1, -2) @ x
+
+
+def add_gated_products(residual: mx.array, x: mx.array, value: mx.array, gate: mx.array) -> mx.array:
+    """residual + (x value) * sigmoid(x gate), of rows: (R, C), (R, K) and two of (K, C) -> (R, C)."""
+    step = -(-len(x) // (4 * runtime.workers))
+    return by_rows(lambda residual, x: add_gate(residual, x @ value, x @ gate), residual, x, step=step)
