@@ -223,7 +223,8 @@ def test_interrupt_leaves_whole_tracks_only(checkpoint, tmp_path):
     """Ctrl-C in the middle of the second track: the first is whole, of the second nothing is left."""
     short, long = write(tmp_path / "short.wav"), write(tmp_path / "long.wav", samples=40 * 60 * RATE, channels=1)
     out = tmp_path / "out"
-    code = "import sys; from mlx_xformer.cli import main; sys.exit(main(sys.argv[1:]))"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # also where the tests run in the background
+    code = f"import signal, sys; {heard}; from mlx_xformer.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "separate", short, long, "-n", checkpoint, "-o", out]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60
