@@ -202,9 +202,16 @@ class StemFiles:
             self._open(stem)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda stem: self._finish(stem, divisors[stem]), self._paths))
+        placed: list[_Part] = []
         with _uninterrupted():  # all or none
-            for part in self._parts.values():
-                part.place()
+            try:
+                for part in self._parts.values():
+                    part.place()
+                    placed.append(part)
+            except OSError:
+                for part in placed:
+                    part.withdraw()
+                raise
         return {stem: float(1 / divisor) for stem, divisor in divisors.items()}
 
     def _make_folders(self, folder: Path) -> None:
@@ -269,8 +276,15 @@ class _Part:
         """Gives the file its name, with the permissions of any new file."""
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(self._temporary, 0o666 & ~mask)
-        os.replace(self._temporary, self._path)
+        try:
+            os.chmod(self._temporary, 0o666 & ~mask)
+            os.replace(self._temporary, self._path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+    def withdraw(self) -> None:
+        """Takes a file out of its place again."""
+        self._path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Lets go of everything but a file in place."""
@@ -354,7 +368,7 @@ def _uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)  # None: not set from Python
         if came and callable(before):
             before(*came[0])
 

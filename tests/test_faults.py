@@ -401,3 +401,16 @@ def test_a_full_disk(models, filled, tmp_path):
     for (way, part, files), result in zip(expected, run_all(tasks, disk or ())[1:], strict=True):
         done = check_whole_or_nothing(result, files, (way, part))
         assert not done or part > 0.95, (way, part)  # a disk counts in pages
+
+
+def test_a_folder_that_takes_a_stem_s_place_at_the_end(models, tmp_path):
+    """A name that is lost while the stems are made: those that were placed are taken back, and the line names it."""
+    song, folder = noise(tmp_path / "song.wav", 3001), tmp_path / "out"
+
+    def steal(_):
+        (folder / "song" / "voice.wav").mkdir(exist_ok=True)
+
+    with pytest.raises(OSError) as failure:
+        Separator(models).separate_file(song, folder, progress=steal)
+    assert str(failure.value.filename).endswith("voice.wav") and ".part" not in str(failure.value)
+    assert [path.name for path in (folder / "song").iterdir()] == ["voice.wav"]
