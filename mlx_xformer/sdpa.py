@@ -142,6 +142,8 @@ def attention_weights(
     _check(q, k, k, mask, bias, causal, window)
     softmax = _softmax(q, scale, sinks, softcap, 0.0, None)
     L, S = q.shape[2], k.shape[2]
+    if not S or not q.size:
+        return mx.zeros((q.shape[0], L, S) if average else (*q.shape[:3], S), q.dtype)
     hidden = _Hidden(L, S, mask, bias if bias is None else bias.astype(q.dtype), causal, window)
     block = hidden.block(range(L), range(S))
     weights, rest = softmax.weights(q, k, block)

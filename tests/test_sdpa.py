@@ -279,3 +279,5 @@ def test_nothing_to_attend_or_to_ask():
     for some in (attention(q[:, :, :0], k, v, window=2), attention(q[:, :, :0], k, v)):
         assert some.shape == (B, H, 0, DV)
     assert attention(q[:0], k[:0], v[:0], causal=True).shape == (0, H, 5, DV)
+    assert attention_weights(q, k[:, :, :0], softcap=1.0).shape == (B, H, 5, 0)
+    assert attention_weights(q[:, :, :0], k, average=True).shape == (B, 0, 7)

@@ -263,7 +263,15 @@ def package(arrays: Arrays, kwargs: dict, seed: int, folder: str, signature: str
     return {"th": th.name, "safetensors": tensors_path.name, "sha256": digests}, {}
 
 
+def op_samples(arrays: Arrays, **request: Any) -> Answer:
+    """PyTorch's own samples of an operation and its answers: see op_db.py, which takes seconds to import."""
+    import op_db
+
+    return op_db.op_samples(arrays, **request)
+
+
 OPS = {
+    "op_samples": op_samples,
     "versions": versions,
     "htdemucs": htdemucs,
     "apply": apply,
