@@ -225,9 +225,9 @@ def test_what_cannot_be_reported(tmp_path):
     with pytest.raises(ValueError, match=r"short has \(44100, 2, 100\), others \(44100, 2, 8820\)"):
         report_of(stems={**paths, "short": tmp_path / "short.wav"})
     soundfile.write(tmp_path / "nan.wav", np.full((8820, 2), np.nan), RATE, subtype="FLOAT")
-    with pytest.raises(ValueError, match="finite, got NaN"):
+    with pytest.raises(ValueError, match=r"nan\.wav holds NaN or infinite"):
         report_of(mix=tmp_path / "nan.wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), RATE)
-    with pytest.raises(ValueError, match="must hold samples, got none"):
+    with pytest.raises(ValueError, match=r"empty\.wav holds no samples"):
         report_of(stems={"a": tmp_path / "empty.wav"})
     assert not list(tmp_path.glob("*report*"))
