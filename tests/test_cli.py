@@ -488,7 +488,7 @@ def test_options_that_cannot_be(checkpoint, song, tmp_path, capsys, given, messa
 
 def test_shared_out_files():
     """Every file goes to exactly one process, and the bytes are spread."""
-    from mlx_xformer.cli import _share
+    from mlx_xformer.cli.separate import _share
 
     class File:
         def __init__(self, size):

@@ -1,4 +1,4 @@
-"""The command line: parses, calls, reports."""
+"""mlx-xformer separate."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import runtime
-from ._version import __version__
+from .. import runtime
+from .._version import __version__
+from .common import FAILURES, fail, reason_of
 
 if TYPE_CHECKING:
-    from .separate import Progress, Separated, Separator
-    from .stems import Output
+    from ..separate import Progress, Separated, Separator
+    from ..stems import Output
 
 DEMO_MODEL = "htdemucs_mini"
 DEMO_NOTE = (
@@ -28,63 +28,8 @@ DEMO_NOTE = (
 )
 
 
-# A RuntimeError is MLX's: out of memory on the device, no temporary folder to compile in.
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    if runtime.backend_error:
-        return _fail(runtime.backend_error)
-    try:
-        code = {"separate": _separate, "convert": _convert, "info": _info}[options.command](options)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("mlx-xformer: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who read our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except _FAILURES as error:
-        return _fail(_reason(error))
-
-
-def _fail(message: str) -> int:
-    print(f"mlx-xformer: {message}", file=sys.stderr)
-    return 1
-
-
-def _reason(error: Exception) -> str:
-    """One line for the user."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mlx-xformer", description="Music source separation on MLX.")
-    parser.add_argument("--version", action="version", version=f"mlx-xformer {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_separate(commands.add_parser("separate", help="separate songs into stems", formatter_class=_Help))
-    convert = commands.add_parser("convert", help="convert a checkpoint from or to PyTorch", formatter_class=_Help)
-    convert.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml) or folder")
-    convert.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    convert.add_argument("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
-    convert.add_argument("--family", metavar="F", help="the family of the source, where it is not recognised")
-    convert.add_argument("--dry-run", action="store_true", help="report what would be written, write nothing")
-    info = commands.add_parser("info", help="what runs here, or what a model is", formatter_class=_Help)
-    info.add_argument("model", nargs="?", metavar="MODEL", help="a model's name or checkpoint folder")
-    return parser
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def _add_separate(parser: argparse.ArgumentParser) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     add = parser.add_argument
     add(
         "files",
@@ -129,7 +74,7 @@ class _ListModels(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from .pretrained import available
+        from ..pretrained import available
 
         for name, where in available().items():
             print(f"{name:15} {where}")
@@ -139,10 +84,11 @@ class _ListModels(argparse.Action):
 _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two_stems", "other_method")
 
 
-def _separate(options: argparse.Namespace) -> int:
-    from .segments import Options
-    from .separate import Separator
-    from .stems import Output, check_writable
+def run(options: argparse.Namespace) -> int:
+    """Separates what was given; 1 if a recording failed."""
+    from ..segments import Options
+    from ..separate import Separator
+    from ..stems import Output, check_writable
 
     # What can be known before the model is loaded, or downloaded, is said before.
     settings = {name: getattr(options, name) for name in _SETTINGS}
@@ -170,7 +116,7 @@ def _separate(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool) -> list[Path]:
     """The recordings to separate. What is given in vain joins `failed`."""
-    from . import audio
+    from .. import audio
 
     files: list[Path] = []
     for given in options.files:
@@ -207,14 +153,14 @@ def _reported(file: Path, options: argparse.Namespace, failed: list[Path], *, qu
         yield
     except BrokenPipeError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         failed.append(file)
-        reason = _reason(error)
+        reason = reason_of(error)
         if quiet:
             return
         if options.json:
             print(json.dumps({"file": str(file), "error": reason}), flush=True)
-        _fail(reason if str(file) in reason else f"{file}: {reason}")
+        fail(reason if str(file) in reason else f"{file}: {reason}")
 
 
 def _model_folder(name: str) -> str:
@@ -254,7 +200,7 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
 
 
 def _write_report(file: Path, folder: Path, made: Separated, output: Output, options: argparse.Namespace) -> Path:
-    from .report import write_report
+    from ..report import write_report
 
     facts = {
         "Model": options.name,
@@ -267,28 +213,3 @@ def _write_report(file: Path, folder: Path, made: Separated, output: Output, opt
     page = output.path(folder, file, "report", "html")
     write_report(page, file, made.files, title=file.name, facts=facts)
     return page
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from .converters.convert import convert
-
-    print(convert(options.source, options.out, family=options.family, to=options.to, dry_run=options.dry_run))
-    return 0
-
-
-def _info(options: argparse.Namespace) -> int:
-    if options.model is not None:
-        from .pretrained import describe
-
-        print(describe(options.model))
-        return 0
-    report = runtime.report()
-    print(f"mlx-xformer {__version__}, MLX {report.mlx}")
-    print(f"device        {report.device} ({report.name})")
-    print(f"memory        {report.memory / 2**30:.1f} GiB, MLX keeps at most {report.cache_limit / 2**30:.1f} cached")
-    print(f"BLAS          {report.blas}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The command line: parses, calls, reports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import runtime
+from .._version import __version__
+from . import parity, separate
+from .common import FAILURES, Help, fail, reason_of
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    if runtime.backend_error:
+        return fail(runtime.backend_error)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("mlx-xformer: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who read our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except FAILURES as error:
+        return fail(reason_of(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx-xformer", description="Transformers and music source separation on MLX.")
+    parser.add_argument("--version", action="version", version=f"mlx-xformer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add, run, what in (
+        ("separate", separate.add, separate.run, "separate songs into stems"),
+        ("convert", _add_convert, _convert, "convert a checkpoint from or to PyTorch"),
+        ("parity", parity.add, parity.run, "prove every layer here, or a model, against NumPy"),
+        ("info", _add_info, _info, "what runs here, or what a model is"),
+    ):
+        command = commands.add_parser(name, help=what, formatter_class=Help)
+        add(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml) or folder")
+    add("out", type=Path, metavar="OUT", help="the folder to write")
+    add("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
+    add("--family", metavar="F", help="the family of the source, where it is not recognised")
+    add("--dry-run", action="store_true", help="report what would be written, write nothing")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ..converters.convert import convert
+
+    print(convert(options.source, options.out, family=options.family, to=options.to, dry_run=options.dry_run))
+    return 0
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model's name or checkpoint folder")
+
+
+def _info(options: argparse.Namespace) -> int:
+    if options.model is not None:
+        from ..pretrained import describe
+
+        print(describe(options.model))
+        return 0
+    report = runtime.report()
+    print(f"mlx-xformer {__version__}, MLX {report.mlx}")
+    print(f"device        {report.device} ({report.name})")
+    print(f"memory        {report.memory / 2**30:.1f} GiB, MLX keeps at most {report.cache_limit / 2**30:.1f} cached")
+    print(f"BLAS          {report.blas}")
+    return 0

@@ -1,0 +1,127 @@
+"""run(): draws the samples, asks both sides, keeps count."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .. import runtime
+from .._version import __version__
+from . import attention_cases, attention_layer_cases, layer_cases, position_cases, spectral_cases
+from .judge import DTYPES, Trial, Verdict
+from .model_cases import model_cases
+from .report import Place, Report, Row
+from .samples import Case, Rng, Sample
+
+_PARTS = (attention_cases, attention_layer_cases, position_cases, layer_cases, spectral_cases)
+CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
+NAMES = tuple(CASES)
+_FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, KeyError, AttributeError)
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    names: Iterable[str] = (),
+    *,
+    dtypes: Sequence[str] | None = None,
+    seeds: int | Sequence[int] = 2,
+    device: str | None = None,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Proves the operations of these names (all without any), or the layers of the checkpoint in `folder` with its
+    own weights, in float32, forward and vector-Jacobian product.
+
+    dtypes: names among DTYPES, all by default. seeds: how many, from 0, or which. device: "cpu" or "gpu", for this
+    call. progress(name, done, total) is told what comes next. ValueError for an unknown name or dtype, no seed, or a
+    folder of a family without a twin.
+    """
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or min(chosen) < 0:
+        shown = seeds if isinstance(seeds, int) else ", ".join(map(str, seeds))
+        raise ValueError(f"seeds must be at least one number from 0, got {shown}")
+    dtypes = (tuple(DTYPES) if folder is None else ("float32",)) if dtypes is None else tuple(dtypes)
+    if not dtypes:
+        raise ValueError(f"dtypes must be at least one of {', '.join(DTYPES)}, got {dtypes}")
+    _check_known("dtypes", dtypes, tuple(DTYPES))
+    names = list(dict.fromkeys(names))
+    _check_known("names", names, NAMES)
+    if folder is not None and names:
+        raise ValueError(f"names must be empty where a folder is proven, got {', '.join(names)}")
+    if folder is not None and dtypes != ("float32",):
+        raise ValueError(f"dtypes must be float32 where a folder is proven, got {', '.join(dtypes)}")
+    began = time.monotonic()
+    with _on(device):
+        cases = {name: CASES[name] for name in names or NAMES} if folder is None else model_cases(folder)
+        rows: list[Row] = []
+        for done, (name, case) in enumerate(cases.items()):
+            if progress is not None:
+                progress(name, done, len(cases))
+            rows += _prove(name, case, dtypes, chosen)
+        facts = runtime.report()
+    versions = {"mlx-xformer": __version__, "mlx": facts.mlx, "numpy": np.__version__}
+    return Report(tuple(rows), f"{facts.device} ({facts.name})", versions, chosen, time.monotonic() - began)
+
+
+def _check_known(what: str, given: Sequence[str], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{what} must be among {', '.join(known)}, got {name!r}")
+
+
+@contextmanager
+def _on(device: str | None) -> Iterator[None]:
+    before = mx.default_device()
+    try:
+        if device is not None:
+            runtime.use_device(device)
+        yield
+    finally:
+        mx.set_default_device(before)
+
+
+def generator(name: str, seed: int) -> Rng:
+    """What the samples of a case are drawn from."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _prove(name: str, case: Case, dtypes: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    """The rows of a case: its values in each dtype, then its vector-Jacobian products."""
+    if case.constant:
+        dtypes = ("float32",)
+    values = {dtype: Row(name, "exact" if case.constant else dtype) for dtype in dtypes}
+    products = {} if case.constant else {dtype: Row(name, f"{dtype} vjp") for dtype in dtypes}
+    for seed in seeds:
+        for index, sample in enumerate(case.samples(generator(name, seed))):
+            for dtype in dtypes:
+                place = Place(seed, index, sample.what)
+                _check(case, sample, dtype, place, values[dtype], products.get(dtype))
+    return [*values.values(), *products.values()]
+
+
+def _check(case: Case, sample: Sample, dtype: str, place: Place, values: Row, products: Row | None) -> None:
+    """One sample in one dtype. A refusal is a failure: every sample is one that the operation takes."""
+    half = sample.skip_half if dtype != "float32" else ""
+    trial = Trial(case, sample, dtype)
+    draw = np.random.default_rng([place.seed, place.sample])
+    for row, reason, ask in (
+        (values, half, trial.values),
+        (products, half or sample.skip_vjp, lambda: trial.vjp(draw)),
+    ):
+        if row is None:
+            continue
+        if reason:
+            row.skip(reason)
+            continue
+        try:
+            verdict = ask()
+        except _FAILURES as error:
+            verdict = Verdict(np.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        row.add(verdict.ratio, replace(place, why=verdict.why))

@@ -1,0 +1,107 @@
+"""What the proof is made of: cases, their samples, and how parameters are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+Arrays = dict[str, np.ndarray]
+Options = Mapping[str, Any]
+Rng = np.random.Generator
+Form = Callable[[dict, dict, Options], Any]  # (params, arrays, options) -> an array or several
+
+# Why a vector-Jacobian product is not checked
+NO_QUOTIENT = "a difference quotient of NaN is NaN"
+NOTHING = "the gradient of a parameter sums over nothing, which takes MLX 0.32.4 on the CPU up to 20 s"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a case is called with. `arrays` and `params` are floats, rounded to the dtype and differentiated by;
+    `options` is the rest. strided: MLX gets views with gaps. joint: differentiated along all arrays at once. skip_half,
+    skip_vjp: why a check makes no sense, in words."""
+
+    what: str
+    arrays: Arrays = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
+    params: Arrays = field(default_factory=dict)
+    strided: bool = False
+    joint: bool = False
+    skip_half: str = ""
+    skip_vjp: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, its twin and their samples. half, half_vjp: the factors c of the half-precision budgets (judge.py).
+    by_input: budgets are in units of the largest input as well. result: the dtype of the result, where it is not
+    that of the input. constant: the samples have no floats."""
+
+    samples: Callable[[Rng], Iterator[Sample]]
+    ours: Form
+    twin: Form
+    half: float = 3.0
+    half_vjp: float = 4.0
+    by_input: bool = False
+    result: str | None = None
+    constant: bool = False
+
+
+def function(called: Callable[..., Any]) -> Form:
+    """The form of a function that has no parameters."""
+    return lambda params, arrays, options: called(**arrays, **options)
+
+
+def layer(make: Callable[..., nn.Module], *call_options: str) -> Form:
+    """The form of a module: options make it, save those that belong to its call."""
+
+    def form(params: dict, arrays: dict, options: Options) -> Any:
+        made = make(**{name: value for name, value in options.items() if name not in call_options})
+        return with_params(made, params)(**arrays, **{name: options[name] for name in call_options if name in options})
+
+    return form
+
+
+def with_params(module: nn.Module, params: Mapping[str, mx.array]) -> nn.Module:
+    """The module, with the parameters of a flat dict."""
+    module.update(tree_unflatten(list(params.items())))
+    return module
+
+
+def flat(module: nn.Module) -> dict[str, mx.array]:
+    """The parameters of a module by their flat names."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(module.parameters())))
+
+
+def drawn(module: nn.Module, rng: Rng) -> Arrays:
+    """Parameters for a module: no gain and no bias is 0 or 1, matrices keep about unit gain."""
+    params: Arrays = {}
+    for name, value in flat(module).items():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "scale":
+            params[name] = rng.uniform(0.3, 0.9, size=value.shape)
+        elif leaf == "bias":
+            params[name] = rng.uniform(-0.2, 0.2, size=value.shape)
+        elif value.ndim == 1:
+            params[name] = rng.uniform(0.7, 1.3, size=value.shape)
+        else:
+            params[name] = rng.normal(size=value.shape) * math.prod(value.shape[1:]) ** -0.5
+    return params
+
+
+def signal(rng: Rng, *shape: int) -> np.ndarray:
+    """Values that are neither centred nor of unit spread."""
+    return rng.normal(size=shape) * 1.7 + 0.4
+
+
+def described(**facts: Any) -> str:
+    """ "name=value" for each fact; True stands for itself, and what is None or False is left out."""
+    kept = {name: value for name, value in facts.items() if value is not None and value is not False}
+    return " ".join(name if value is True else f"{name}={str(value).replace(' ', '')}" for name, value in kept.items())

@@ -1,0 +1,316 @@
+"""Planted bugs in the attention code: parity.run, as a user runs it, must name each of them.
+
+A mutant replaces a piece of source that occurs exactly once. Two child processes import the package anew for every
+mutant, through a finder that hands out the changed source, and stop at the first sample that fails. What changes
+nothing has no place here: an offset of rotary positions, say, turns queries and keys alike.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mlx_xformer"
+SDPA, LAYER, MASKS, POSITIONS = "sdpa", "attention", "masks", "positions"
+
+# name: (module, source, planted, the operation that must fail)
+MUTANTS = {
+    "unscaled scores": (
+        SDPA,
+        "1 / math.sqrt(q.shape[-1]) if scale is None else scale",
+        "1.0 if scale is None else scale",
+        "attention",
+    ),
+    "scale ignored": (
+        SDPA,
+        "1 / math.sqrt(q.shape[-1]) if scale is None else scale",
+        "1 / math.sqrt(q.shape[-1])",
+        "attention",
+    ),
+    "scale ignored where there is nothing else": (
+        SDPA,
+        "kernels.unmasked_attention(q, k, v, softmax.scale)",
+        "kernels.unmasked_attention(q, k, v, 1 / math.sqrt(q.shape[-1]))",
+        "attention",
+    ),
+    "inverted mask": (
+        SDPA,
+        "part if allowed is None else part & allowed",
+        "~part if allowed is None else ~part & allowed",
+        "attention",
+    ),
+    "mask or causal": (
+        SDPA,
+        "part if allowed is None else part & allowed",
+        "part if allowed is None else part | allowed",
+        "attention",
+    ),
+    "causal hides the query's own key": (
+        SDPA,
+        "at >= 0 if self.causal else None",
+        "at > 0 if self.causal else None",
+        "attention",
+    ),
+    "causal shows the next key": (
+        SDPA,
+        "at >= 0 if self.causal else None",
+        "at >= -1 if self.causal else None",
+        "attention",
+    ),
+    "causal is upper-left": (
+        SDPA,
+        "        shift = self.S - self.L\n        ahead",
+        "        shift = 0\n        ahead",
+        "attention",
+    ),
+    "causal unmasked where it hides one key": (
+        SDPA,
+        "(self.causal and ahead > 0)",
+        "(self.causal and ahead > 1)",
+        "attention",
+    ),
+    "window one wider": (SDPA, "near = mx.abs(at) < self.window", "near = mx.abs(at) <= self.window", "attention"),
+    "window to one side": (SDPA, "near = mx.abs(at) < self.window", "near = at < self.window", "attention"),
+    "window unmasked where it hides one key": (
+        SDPA,
+        "max(ahead, behind) >= self.window",
+        "max(ahead, behind) > self.window",
+        "attention",
+    ),
+    "window alone ignored": (SDPA, "and not self.causal and self.window is None", "and not self.causal", "attention"),
+    "band begins late": (
+        SDPA,
+        "max(0, first - self.window + 1)",
+        "max(0, first - self.window + 2)",
+        "attention",
+    ),
+    "band ends early": (
+        SDPA,
+        "min(self.S, last + self.window)",
+        "min(self.S, last + self.window - 1)",
+        "attention",
+    ),
+    "causal block ends early": (
+        SDPA,
+        "min(stop, last + 1) if self.causal",
+        "min(stop, last) if self.causal",
+        "attention",
+    ),
+    "mask's rows of the first block": (
+        SDPA,
+        "x[..., rows.start : rows.stop, :]",
+        "x[..., : len(rows), :]",
+        "attention",
+    ),
+    "mask's keys of the first band": (SDPA, "x[..., keys.start : keys.stop]", "x[..., : len(keys)]", "attention"),
+    "blind rows of MLX's function leak": (
+        SDPA,
+        "return out if some is None else mx.where(some, out, mx.array(0, out.dtype))",
+        "return out",
+        "attention",
+    ),
+    "blind rows of the products are NaN": (
+        SDPA,
+        "_filled(top if sinks is None else mx.maximum(top, sinks), -mx.inf, block.safe, 0.0)",
+        "top if sinks is None else mx.maximum(top, sinks)",
+        "attention",
+    ),
+    "every row said to see a key": (
+        SDPA,
+        "_Block(allowed, bias, self.mask is None and self.bias is None)",
+        "_Block(allowed, bias, True)",
+        "attention",
+    ),
+    "a bias of -inf leaks": (
+        SDPA,
+        "mask = mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))",
+        "mask = block.bias",
+        "attention",
+    ),
+    "soft cap not scaled back": (
+        SDPA,
+        "mx.tanh(scores / self.softcap) * self.softcap",
+        "mx.tanh(scores / self.softcap)",
+        "attention",
+    ),
+    "soft cap over the bias": (
+        SDPA,
+        "        if self.softcap is not None:\n"
+        "            scores = mx.tanh(scores / self.softcap) * self.softcap\n"
+        "        if block.bias is not None:\n"
+        "            scores = scores + block.bias\n",
+        "        if block.bias is not None:\n"
+        "            scores = scores + block.bias\n"
+        "        if self.softcap is not None:\n"
+        "            scores = mx.tanh(scores / self.softcap) * self.softcap\n",
+        "attention",
+    ),
+    "sinks of MLX's function forgotten": (SDPA, "mask=mask, sinks=self.sinks)", "mask=mask, sinks=None)", "attention"),
+    "sinks of the products are 0": (SDPA, "mx.exp(sinks - top)", "mx.exp(-top)", "attention"),
+    "groups reversed": (
+        SDPA,
+        "@ k.astype(mx.float32).swapaxes(-1, -2)",
+        "@ k[:, ::-1].astype(mx.float32).swapaxes(-1, -2)",
+        "attention",
+    ),
+    "the first head for the average": (
+        SDPA,
+        "weights.mean(axis=1) if average",
+        "weights[:, 0] if average",
+        "attention_weights",
+    ),
+    "rotary queries, plain keys": (
+        LAYER,
+        "q, k = (config.rotary(y, offset=offset, positions=positions) for y in (q, k))",
+        "q = config.rotary(q, offset=offset, positions=positions)",
+        "Attention",
+    ),
+    "norms of queries and keys swapped": (
+        LAYER,
+        "self.q_norm(q), self.k_norm(k)",
+        "self.k_norm(q), self.q_norm(k)",
+        "Attention",
+    ),
+    "ALiBi the wrong way": (
+        LAYER,
+        "parts.append(alibi_bias(config.num_heads, L, S))",
+        "parts.append(-alibi_bias(config.num_heads, L, S))",
+        "Attention",
+    ),
+    "buckets for the wrong direction": (LAYER, "bidirectional=not causal", "bidirectional=causal", "Attention"),
+    "interleaved heads": (
+        LAYER,
+        "mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)",
+        "mx.unflatten(x, -1, (x.shape[-1] // heads, heads)).transpose(0, 3, 1, 2)",
+        "Attention",
+    ),
+    "values from the keys' source": (
+        LAYER,
+        "v = (x if source is None else source) if value_source is None else value_source",
+        "v = x if source is None else source",
+        "Attention",
+    ),
+    "bias beside ALiBi forgotten": (LAYER, "parts = [] if bias is None else [bias]", "parts = []", "Attention"),
+    "causal mask always lower-right": (
+        MASKS,
+        'offset = S - L if alignment == "lower_right" else 0',
+        "offset = S - L",
+        "causal_mask",
+    ),
+    "sliding mask one wider": (MASKS, "mx.arange(S)[None]) < window", "mx.arange(S)[None]) <= window", "sliding_mask"),
+    "a key of the padding": (
+        MASKS,
+        "(mx.arange(S)[None] < mx.array(",
+        "(mx.arange(S)[None] <= mx.array(",
+        "padding_mask",
+    ),
+    "causal prefix": (
+        MASKS,
+        "causal_mask(L, S) | padding_mask(lengths, S)",
+        "causal_mask(L, S) & padding_mask(lengths, S)",
+        "prefix_mask",
+    ),
+    "segment 0 is padding": (MASKS, "(queries >= 0)", "(queries > 0)", "segment_mask"),
+    "rotary the wrong way": (
+        POSITIONS,
+        "a * cos - b * sin, a * sin + b * cos",
+        "a * cos + b * sin, b * cos - a * sin",
+        "Rotary",
+    ),
+    "rotary pairs of the other layout": (
+        POSITIONS,
+        "traditional=self.interleaved",
+        "traditional=not self.interleaved",
+        "Rotary",
+    ),
+    "slopes of the power above": (POSITIONS, "more[: num_heads - power]", "more[power - num_heads :]", "alibi_bias"),
+    "buckets ahead and behind swapped": (
+        POSITIONS,
+        "np.where(ahead > 0, count, 0)",
+        "np.where(ahead < 0, count, 0)",
+        "relative_buckets",
+    ),
+    "sinusoids with the exponent doubled": (POSITIONS, "-(channel // 2 * 2)", "-(channel // 2 * 4)", "sinusoidal"),
+}
+
+CHILD = """
+import importlib.machinery, importlib.util, json, sys
+
+class Loader(importlib.machinery.SourceFileLoader):
+    def get_code(self, name):
+        return compile(planted[name], self.path, "exec")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in planted:
+            file = paths[name]
+            return importlib.util.spec_from_file_location(name, file, loader=Loader(name, file))
+
+class Caught(BaseException):
+    pass
+
+def stop(row, ratio, place):
+    if place.why:
+        raise Caught(f"{row.name} {row.check}: seed {place.seed} sample {place.sample}, {place.what}: {place.why}")
+    row.attempted, row.passed = row.attempted + 1, row.passed + 1
+
+import mlx_xformer
+planted, paths = {}, {}
+sys.meta_path.insert(0, Finder())
+for line in sys.stdin:
+    name, module, text, operation = json.loads(line)
+    planted.clear()
+    planted[f"mlx_xformer.{module}"] = text
+    paths[f"mlx_xformer.{module}"] = sys.modules[f"mlx_xformer.{module}"].__file__
+    for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == "mlx_xformer"]:
+        del sys.modules[loaded]
+    from mlx_xformer import parity
+    from mlx_xformer.parity.report import Row
+    Row.add = stop
+    try:
+        parity.run([operation], dtypes=["float32"], seeds=1)
+        print(json.dumps([name, None]), flush=True)
+    except Caught as caught:
+        print(json.dumps([name, str(caught)]), flush=True)
+"""
+
+
+def planted(name):
+    """The module, its changed source and the operation."""
+    module, source, text, operation = MUTANTS[name]
+    whole = (PACKAGE / f"{module}.py").read_text()
+    assert whole.count(source) == 1, f"{module}.py holds {whole.count(source)} times: {source}"
+    return name, module, whole.replace(source, text), operation
+
+
+@pytest.fixture(scope="module")
+def caught():
+    """What parity said of each mutant, and of the unchanged source."""
+    tasks = [("nothing", SDPA, (PACKAGE / "sdpa.py").read_text(), "causal_mask"), *map(planted, MUTANTS)]
+    children = []
+    for share in (tasks[::2], tasks[1::2]):
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        child.stdin.write("".join(json.dumps(task) + "\n" for task in share))
+        child.stdin.close()
+        child.stdin = None
+        children.append(child)
+    answers = {}
+    for child in children:
+        out, errors = child.communicate(timeout=300)
+        assert child.returncode == 0, errors
+        answers |= dict(map(json.loads, out.splitlines()))
+    return answers
+
+
+def test_the_unchanged_source_passes(caught):
+    assert caught["nothing"] is None
+    assert caught.keys() == {"nothing", *MUTANTS}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(caught, name):
+    assert caught[name], f"parity passes with {name}"
+    assert caught[name].startswith(MUTANTS[name][3])
