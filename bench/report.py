@@ -10,6 +10,7 @@ from typing import Any
 
 BEGIN, END = "<!-- results: begin (written by bench/report.py) -->", "<!-- results: end -->"
 TITLES = {
+    "attention": "Attention, 8 heads of 64",
     "parts": "Parts, at their official sizes",
     "peers": "One official segment of 7.8 s (htdemucs, float32)",
     "bag": "One stem of a bag of four, a track of 12 s",

@@ -2,6 +2,7 @@
 
     python bench/run.py [--cases gelu,attention] [--rounds N]     our hot parts against the plain forms
     python bench/run.py --peers [--cases demucs-mlx]              one segment against other programs
+    python bench/run.py --attention                               windows, causal, the module, against the plain forms
     python bench/run.py --bag                                     one stem of a bag against a single model
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
@@ -10,6 +11,7 @@ Times are medians over the rounds after a warm-up run in each process. Only figu
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,24 +195,23 @@ def finish(suite: str, found: Sequence[dict[str, Any]], wanted: Sequence[str]) -
     print(table(found))
 
 
-def parts(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
-    """Measures the pairs of cases/parts.py whose names hold one of the words `wanted`."""
+def pairs(suite: str, wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
+    """Measures the pairs of cases/SUITE.py whose names hold one of the words `wanted`."""
     sys.path.insert(0, str(BENCH / "cases"))
-    from parts import PAIRS
-
-    chosen = {part: pair for part, pair in PAIRS.items() if any(word in part for word in wanted)}
+    known = importlib.import_module(suite).PAIRS
+    chosen = {part: pair for part, pair in known.items() if any(word in part for word in wanted)}
     if not chosen:
-        raise SystemExit(f"--cases must match some of {', '.join(PAIRS)}, got {','.join(wanted)}")
+        raise SystemExit(f"--cases must match some of {', '.join(known)}, got {','.join(wanted)}")
     found = []
     for part, (plain, ours) in chosen.items():
         print(f"{part}:")
         cases = [
-            Case(f"{part}, plain", "cases/parts.py", plain),
-            Case(f"{part}, ours", "cases/parts.py", ours),
+            Case(f"{part}, plain", f"cases/{suite}.py", plain),
+            Case(f"{part}, ours", f"cases/{suite}.py", ours),
         ]
         with tempfile.TemporaryDirectory() as folder:
             found += records(measure(cases, Path(folder), rounds, threads, patience), cases[0].name)
-    finish("parts", found, wanted)
+    finish(suite, found, wanted)
 
 
 def bag(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
@@ -226,19 +228,24 @@ def bag(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="a whole segment against PyTorch demucs and demucs-mlx")
+    parser.add_argument("--attention", action="store_true", help="attention against the plain forms, 15 rounds")
     parser.add_argument("--bag", action="store_true", help="one stem of a bag against a single model")
     parser.add_argument("--cases", default="", help="only cases whose names hold one of these words, comma-separated")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="by default 5, or 15 of attention")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4))
     parser.add_argument(
         "--patience", type=float, default=15, help="seconds to wait for a quiet machine before each run"
     )
     options = parser.parse_args()
+    suite = partial(pairs, "parts")
     if options.peers:
         from peers import compare as suite
-    else:
-        suite = bag if options.bag else parts
-    suite(options.cases.split(","), options.rounds, options.threads, options.patience)
+    elif options.attention:
+        suite = partial(pairs, "attention")
+    elif options.bag:
+        suite = bag
+    rounds = options.rounds or (15 if options.attention else 5)
+    suite(options.cases.split(","), rounds, options.threads, options.patience)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def plan(
     if explicit:
         rows = max(16, _SCORES // max(1, B * H * S))
     if window is not None and 2 * window < S:
-        rows = max(_ROWS if not gpu else 256, window // 4)
+        rows = max(_ROWS, window // 8) if not gpu else max(256, window // 4)
     elif causal and not gpu and L > 2 * _ROWS:
         rows = min(rows, max(_ROWS, L // 16))
     width = None
@@ -109,6 +109,8 @@ def attention(
         window=window,
         explicit=explicit,
     )
+    if how.explicit:  # a column of ones beside the values brings the denominators out of the same product
+        v = mx.concatenate([v.astype(mx.float32), mx.ones((*v.shape[:3], 1))], axis=-1)
     starts = range(0, L, how.rows)
     seeds = [None] * len(starts) if key is None else mx.random.split(key, len(starts))
 
@@ -254,21 +256,18 @@ class _Softmax:
         return out if some is None else mx.where(some, out, mx.array(0, out.dtype))
 
     def explicit(self, parts: _Parts, block: _Block, key: mx.array | None) -> mx.array:
-        """By products, the heads of a group in one."""
-        q, _, v = parts
-        B, G, S, Dv = v.shape
-        weights, rest = self.weights(parts[0], parts[1], block)
+        """By products, the heads of a group in one; the values have a column of ones at their end."""
+        q, k, v = parts
+        B, G, S, _ = v.shape
+        weights, rest = self.weights(q, k, block)
         grouped = weights.reshape(B, G, -1, S)  # (B, G, H / G * L, S)
-        values = v.astype(mx.float32)
-        ones = mx.ones((B, G, S, 1))
         if self.dropout:
             kept = mx.random.bernoulli(1 - self.dropout, grouped.shape, key)
-            out, total = (grouped * kept / (1 - self.dropout)) @ values, grouped @ ones
-        else:  # a column of ones beside the values brings the denominators out of the same product
-            both = grouped @ mx.concatenate([values, ones], axis=-1)
-            out, total = mx.split(both, [Dv], axis=-1)
+            out, total = (grouped * kept / (1 - self.dropout)) @ v[..., :-1], grouped @ v[..., -1:]
+        else:
+            out, total = mx.split(grouped @ v, [v.shape[-1] - 1], axis=-1)
         total = total.reshape(*q.shape[:3], 1) + rest
-        return (out.reshape(*q.shape[:3], Dv) / _filled(total, 0.0, block.safe, 1.0)).astype(q.dtype)
+        return (out.reshape(*q.shape[:3], -1) / _filled(total, 0.0, block.safe, 1.0)).astype(q.dtype)
 
     def weights(self, q: mx.array, k: mx.array, block: _Block) -> tuple[mx.array, mx.array | float]:
         """Weights (B, H, L, S) in float32, over the largest of each row, and what else belongs to their sum."""

@@ -217,7 +217,7 @@ LINUX = {"vectorizes": True, "gpu": False}
         ((1024, 1024, 64), 64, LINUX, (128, True, None)),
         ((64, 64, 64), 64, LINUX, (64, False, None)),
         ((2048, 2048, 64), 64, {**LINUX, "causal": True}, (64, True, None)),
-        ((4096, 4096, 64), 64, {**LINUX, "window": 512}, (128, True, None)),
+        ((4096, 4096, 64), 64, {**LINUX, "window": 512}, (64, True, None)),
         ((1, 4096, 64), 64, {**LINUX, "window": 512}, (1, False, None)),
         # another CPU, or half precision
         ((1024, 1024, 64), 64, {"vectorizes": False, "gpu": False}, (1024, False, None)),
