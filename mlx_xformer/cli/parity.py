@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from .. import parity
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(parity.NAMES))
         return 0
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first product, and rounds to 10 bits by default
     folder = _model(options.what, parity.NAMES)
     with tqdm(unit="case", leave=False, disable=None) as bar:
 
