@@ -14,7 +14,7 @@ import pytest
 from children import bag_checkpoint, checkpoint
 
 import mlx_xformer
-from mlx_xformer import kernels, layers, masks, parity, positions, sdpa, spectral
+from mlx_xformer import kernels, layers, masks, parity, positions, sdpa, spectral, torch_layout
 from mlx_xformer.models.htdemucs import layers as htdemucs_layers
 from mlx_xformer.parity import runner
 from mlx_xformer.parity.judge import Trial, compare
@@ -54,7 +54,7 @@ EXEMPT = {
 
 def test_every_public_operation_has_a_case():
     """Functions and classes that these modules define, but for plans and what is named above."""
-    for module in (sdpa, masks, positions, layers, spectral):
+    for module in (sdpa, masks, positions, layers, spectral, torch_layout):
         for name, thing in vars(module).items():
             public = not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
             if public and (inspect.isfunction(thing) or inspect.isclass(thing)) and name not in ("plan", "Plan"):
