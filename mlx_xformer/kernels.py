@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import cast
 
 import mlx.core as mx
@@ -55,8 +54,20 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         if x.ndim == 1:
             return super().__call__(x)
+        if not x.size:  # CUDA refuses products of no rows
+            return mx.zeros((*x.shape[:-1], self.weight.shape[0]), x.dtype)
         rows = by_rows(super().__call__, mx.flatten(x, 0, -2))
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
+def _fused(chain: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The elementwise chain in one kernel. Arrays without elements go around it: MLX 0.32.4 divides by 0 on CUDA."""
+    compiled = cast(Callable[..., mx.array], mx.compile(chain, shapeless=True))
+
+    def call(*arrays: mx.array) -> mx.array:
+        return (compiled if all(x.size for x in arrays) else chain)(*arrays)
+
+    return call
 
 
 def _with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Callable[..., mx.array]]:
@@ -76,7 +87,7 @@ def _with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Ca
     return decorate
 
 
-@partial(mx.compile, shapeless=True)
+@_fused
 def _plain_gelu(x: mx.array) -> mx.array:
     return x * 0.5 * (1 + mx.erf(x * math.sqrt(0.5)))
 
@@ -89,19 +100,22 @@ def gelu(x: mx.array) -> mx.array:
     return _fast_gelu(x) if vectorizes(x) else _plain_gelu(x)
 
 
-@partial(mx.compile, shapeless=True)
-def gelu_tanh(x: mx.array) -> mx.array:
-    """The tanh approximation of GELU, up to 4.8e-4 from the exact one. Any shape."""
+@_fused
+def _gelu_tanh(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-@partial(mx.compile, shapeless=True)
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh approximation of GELU, up to 4.8e-4 from the exact one. Any shape."""
+    return _gelu_tanh(x)
+
+
 def relu(x: mx.array) -> mx.array:
     """max(x, 0). Any shape."""
     return mx.maximum(x, 0)
 
 
-@partial(mx.compile, shapeless=True)
+@_fused
 def _plain_gate(a: mx.array, b: mx.array) -> mx.array:
     return a * mx.sigmoid(b)
 
@@ -208,7 +222,7 @@ def _plain_normalized(x: mx.array, center: mx.array, inverse: mx.array, weight: 
     return (x - center) * inverse * weight + bias
 
 
-_normalized = mx.compile(_plain_normalized, shapeless=True)
+_normalized = _fused(_plain_normalized)
 
 
 def normalize(
@@ -231,7 +245,7 @@ def _norm_gelu(x: mx.array, center: mx.array, inverse: mx.array, weight: mx.arra
     return _plain_gelu(_plain_normalized(x, center, inverse, weight, bias))
 
 
-_compiled_norm_gelu = mx.compile(_norm_gelu, shapeless=True)
+_compiled_norm_gelu = _fused(_norm_gelu)
 
 
 def norm_gelu(x: mx.array, weight: mx.array, bias: mx.array, *, axes: tuple[int, ...], eps: float) -> mx.array:
@@ -248,7 +262,7 @@ def _norm_gate_add(residual, scale, a, b, center, inverse, weight_a, weight_b, b
     return residual + value * mx.sigmoid(gate) * scale
 
 
-_compiled_norm_gate_add = cast(Callable[..., mx.array], mx.compile(_norm_gate_add, shapeless=True))
+_compiled_norm_gate_add = _fused(_norm_gate_add)
 
 
 def _plain_expand(x, weight, bias, norm_weight, norm_bias, scale, residual, eps):

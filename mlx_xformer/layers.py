@@ -23,6 +23,8 @@ class LayerNorm(nn.Module):
         self.bias = mx.zeros((dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        if not x.size:  # which CUDA refuses
+            return x
         if self.dims <= _SEQUENTIAL:
             return mx.fast.layer_norm(x, self.weight, self.bias, self.eps)
         return kernels.normalize(x, self.weight, self.bias, axes=(), eps=self.eps)
@@ -70,6 +72,8 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if not x.size:
+            return x
         activation = kernels.ACTIVATIONS[self.activation]
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens).reshape(x.shape)

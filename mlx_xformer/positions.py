@@ -97,6 +97,8 @@ class Rotary:
         `positions` (L,) or (B, L), in any order."""
         if self.dims > x.shape[-1]:
             raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
+        if not x.size:  # MLX's kernel takes no empty array on CUDA
+            return x
         periods = self.theta ** (np.arange(0, self.dims, 2) / self.dims)  # MLX's own, in float32, are good to 3e-7 only
         if positions is None:
             freqs = mx.array(periods, mx.float32)

@@ -65,10 +65,11 @@ def test_refusals(capsys, arguments, message):
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err
 
 
-def test_wrong_usage():
+def test_wrong_usage(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["parity", "--dtype", "float64"])
-    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and all(dtype in said for dtype in parity.DTYPES)
 
 
 def test_products_are_not_rounded_to_tf32():
