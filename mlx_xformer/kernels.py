@@ -241,6 +241,20 @@ def normalize(
     return mx.flatten(y, -2, -1).astype(x.dtype)
 
 
+_CUDA = mx.cuda.is_available()
+_SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics
+
+
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """Layer normalisation over the last axis: biased variance, eps inside the root; any size, and none."""
+    width = x.shape[-1]
+    if not x.size:
+        return x
+    if width > _SEQUENTIAL or (_CUDA and width % 8):  # MLX 0.32.4 on CUDA: wrong gradients, reads beyond the array
+        return normalize(x, weight, bias, axes=(), eps=eps)
+    return mx.fast.layer_norm(x, weight, bias, eps)
+
+
 def _norm_gelu(x: mx.array, center: mx.array, inverse: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     return _plain_gelu(_plain_normalized(x, center, inverse, weight, bias))
 

@@ -10,8 +10,6 @@ import mlx.nn as nn
 
 from . import kernels
 
-_SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics (see kernels.py)
-
 
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis: eps inside the root, biased variance, weight and bias (E,)."""
@@ -23,11 +21,7 @@ class LayerNorm(nn.Module):
         self.bias = mx.zeros((dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not x.size:  # which CUDA refuses
-            return x
-        if self.dims <= _SEQUENTIAL:
-            return mx.fast.layer_norm(x, self.weight, self.bias, self.eps)
-        return kernels.normalize(x, self.weight, self.bias, axes=(), eps=self.eps)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class GroupNorm(nn.Module):
