@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .kernels import Linear
+from .layers import LayerNorm
 from .positions import Rotary, alibi_bias, relative_buckets
 from .sdpa import attention, attention_weights
 
@@ -31,7 +32,7 @@ __all__ = [
     "initialize",
 ]
 _PROJECTIONS = ("q", "k", "v", "out")
-_NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+_NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": LayerNorm}
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,9 @@ def istft(
     if start + length > (frames - 1) * hop_length + n_fft:
         raise ValueError(f"length must be at most what {frames} frames cover, got {length}")
     window = hann_window(n_fft)
+    # A real signal has no imaginary part at 0 and at the highest frequency: other backends ignore it, cuFFT does not.
+    ends = [mx.real(z[..., side]).astype(z.dtype) for side in (slice(0, 1), slice(n_fft // 2, None))]
+    z = mx.concatenate([ends[0], z[..., 1 : n_fft // 2], ends[1]], axis=-1)
     framed = mx.fft.irfft(z, n=n_fft, axis=-1) * (window * n_fft**0.5 if normalized else window)
     pieces = mx.unflatten(framed, -1, (n_fft // hop_length, hop_length)).swapaxes(-3, -2)
     x = mx.flatten(overlap_add(pieces), -2, -1)[..., start : start + length]
