@@ -93,19 +93,23 @@ class MultiheadAttention(nn.Module):
         self._check(query, key, value)
         if not self.batch_first:
             query, key, value = (x.swapaxes(0, 1) for x in (query, key, value))
-        N, L = query.shape[:2]
+        N, L, keys = *query.shape[:2], key.shape[1]
+        if static_k is not None or static_v is not None:
+            keys = self._check_static(static_k, static_v, N)
         q, k, v = self._projected(query, key, value, static_k, static_v)
-        S = k.shape[2]
         if is_causal and attn_mask is None:
-            attn_mask = ~causal_mask(L, key.shape[1], alignment="upper_left")
+            attn_mask = ~causal_mask(L, keys, alignment="upper_left")
+        more = k.shape[2] - keys
         mask, bias = None, None
-        for given_mask, shape in (
-            (key_padding_mask, (N, 1, 1, -1)),
-            (attn_mask, (N, self.num_heads, L, -1) if attn_mask is not None and attn_mask.ndim == 3 else (1, 1, L, -1)),
+        for name, given_mask, shapes in (
+            ("key_padding_mask", key_padding_mask, [(N, keys)]),
+            ("attn_mask", attn_mask, [(L, keys), (N * self.num_heads, L, keys)]),
         ):
             if given_mask is None:
                 continue
-            part = _widened(given_mask, S).reshape(shape)
+            part = _widened(_checked(name, given_mask, shapes), more)
+            part = part.reshape(N, 1, 1, keys + more) if name == "key_padding_mask" else part
+            part = part.reshape(N, self.num_heads, L, keys + more) if part.ndim == 3 else part
             if part.dtype == mx.bool_:
                 mask = ~part if mask is None else mask & ~part
             else:
@@ -124,7 +128,7 @@ class MultiheadAttention(nn.Module):
         batch = 0 if self.batch_first else 1
         for name, x, layer in (("query", query, self.q_proj), ("key", key, self.k_proj), ("value", value, self.v_proj)):
             if x.ndim != 3:
-                raise ValueError(f"{name} must have as many axes as query, 2 or 3, got shape {x.shape}")
+                raise ValueError(f"{name} must have 2 or 3 axes, as many as query, got shape {x.shape}")
             if x.shape[-1] != layer.weight.shape[1]:
                 raise ValueError(f"{name} must have {layer.weight.shape[1]} channels, got {x.shape[-1]}")
             if x.shape[batch] != query.shape[batch]:
@@ -133,6 +137,16 @@ class MultiheadAttention(nn.Module):
                 )
         if key.shape[1 - batch] != value.shape[1 - batch]:
             raise ValueError(f"value must have the length of key, {key.shape[1 - batch]}, got {value.shape[1 - batch]}")
+
+    def _check_static(self, k: mx.array | None, v: mx.array | None, N: int) -> int:
+        """The length of heads that were projected before."""
+        if k is None or v is None or "bias_k" in self:
+            raise ValueError("static_k and static_v must be given both, and without learned positions (add_bias_kv)")
+        width = self.q_proj.weight.shape[0] // self.num_heads
+        for name, x in (("static_k", k), ("static_v", v)):
+            if x.ndim != 3 or x.shape != (N * self.num_heads, k.shape[1], width):
+                raise ValueError(f"{name} must have shape {(N * self.num_heads, k.shape[1], width)}, got {x.shape}")
+        return k.shape[1]
 
     def _projected(
         self,
@@ -158,9 +172,14 @@ class MultiheadAttention(nn.Module):
         return heads
 
 
-def _widened(mask: mx.array, S: int) -> mx.array:
+def _checked(name: str, mask: mx.array, shapes: list[tuple[int, ...]]) -> mx.array:
+    if mask.shape not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {mask.shape}")
+    if mask.dtype != mx.bool_ and not mx.issubdtype(mask.dtype, mx.floating):
+        raise ValueError(f"{name} must be boolean or float, got {mask.dtype}")
+    return mask
+
+
+def _widened(mask: mx.array, more: int) -> mx.array:
     """A mask with the positions that were added at the end, which all may see."""
-    missing = S - mask.shape[-1]
-    if missing < 0:
-        raise ValueError(f"a mask must reach over at most {S} keys, got {mask.shape[-1]}")
-    return mx.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)])
+    return mx.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, more)]) if more else mask

@@ -222,18 +222,23 @@ def test_unknown_layout():
         load_attention(MultiheadAttention(E, H), {}, "keras")
 
 
+MASKED = ((5, 3, 12), (7, 3, 12), (7, 3, 12))
+
+
 @pytest.mark.parametrize(
     ("shapes", "given", "message"),
     [
         (((5, 3, 11), (7, 3, 12), (7, 3, 12)), {}, "query must have 12 channels, got 11"),
         (((5, 3, 12), (7, 2, 12), (7, 3, 12)), {}, "key must have the batch size of query, 3, got 2"),
         (((5, 3, 12), (7, 3, 12), (8, 3, 12)), {}, "value must have the length of key, 7, got 8"),
-        (((5, 3, 12), (7, 12), (7, 12)), {}, "key must have as many axes as query, 2 or 3, got shape"),
-        (
-            ((5, 3, 12), (7, 3, 12), (7, 3, 12)),
-            {"key_padding_mask": mx.zeros((3, 9), mx.bool_)},
-            "at most 7 keys, got 9",
-        ),
+        (((5, 3, 12), (7, 12), (7, 12)), {}, "key must have 2 or 3 axes, as many as query, got shape"),
+        (MASKED, {"key_padding_mask": mx.zeros((3, 9), mx.bool_)}, r"key_padding_mask .* \(3, 7\), got \(3, 9\)"),
+        (MASKED, {"key_padding_mask": mx.zeros((3, 5), mx.bool_)}, r"key_padding_mask .* \(3, 7\), got \(3, 5\)"),
+        (MASKED, {"attn_mask": mx.zeros((5, 5), mx.bool_)}, r"attn_mask .* \(5, 7\) or \(12, 5, 7\), got \(5, 5\)"),
+        (MASKED, {"attn_mask": mx.zeros((3, 5, 7))}, r"attn_mask .* \(5, 7\) or \(12, 5, 7\), got \(3, 5, 7\)"),
+        (MASKED, {"attn_mask": mx.zeros((5, 7), mx.uint8)}, "attn_mask must be boolean or float, got mlx.core.uint8"),
+        (MASKED, {"static_k": mx.zeros((12, 7, 3))}, "static_k and static_v must be given both"),
+        (MASKED, {"static_k": mx.zeros((12, 7, 3)), "static_v": mx.zeros((12, 6, 3))}, r"static_v .*\(12, 7, 3\), got"),
     ],
 )
 def test_refusals(shapes, given, message):
@@ -241,6 +246,18 @@ def test_refusals(shapes, given, message):
         MultiheadAttention(12, 4)(*(mx.zeros(s) for s in shapes), **given)
     with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, 5, got 12"):
         MultiheadAttention(12, 5)
+
+
+@pytest.mark.parametrize(("N", "L", "S"), [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
+def test_nothing_to_attend_or_to_ask(N, L, S):
+    """Masks of no elements keep their shapes; without keys the output is the projection of 0, as in PyTorch."""
+    module = drawn(MultiheadAttention(E, H, batch_first=True))
+    x, y = mx.array(noise(N, L, E)), mx.array(noise(N, S, E, seed=1))
+    given = {"key_padding_mask": mx.zeros((N, S), mx.bool_), "attn_mask": mx.zeros((L, S), mx.bool_)}
+    for masks_ in (given, {"attn_mask": mx.zeros((N * H, L, S))}, {"is_causal": True}, {}):
+        out, weights = module(x, y, y, **masks_)
+        assert out.shape == (N, L, E) and weights.shape == (N, L, S)
+        assert S or (out == module.out_proj.bias).all()
 
 
 def test_every_mask_is_used():

@@ -21,6 +21,10 @@ MANY = {**FEW, "L": 197, "S": 211}  # blocks of rows, bands, and the softmax of 
 OPTIONS = ("mask", "bias", "causal", "window", "sinks", "softcap", "scale")
 _NO_HALF = "random scores of 1e4 are multiples of 8 in half precision, which tells no weights apart"
 
+_SETTLED = (
+    "a settled softmax's gradient is a difference of equal numbers, times queries of 1e4: float32 leaves no digit"
+)
+
 
 def _tensors(rng: Rng, B: int, H: int, G: int, L: int, S: int, D: int, Dv: int) -> Arrays:
     shapes = {"q": (B, H, L, D), "k": (B, G, S, D), "v": (B, G, S, Dv)}
@@ -109,7 +113,7 @@ def _extremes(rng: Rng) -> Iterator[Sample]:
     queries = 100 * ones[rng.permutation(7)[:5]] + 0.1 * ahead.arrays["q"]
     yield _with(ahead, {"scale": 1.0}, q=queries, k=100 * ones + 0.1 * ahead.arrays["k"])
     wild = _sample(rng, "causal", what="random scores of 1e4")
-    yield replace(_with(wild, q=wild.arrays["q"] * 1e4), skip_half=_NO_HALF)
+    yield replace(_with(wild, q=wild.arrays["q"] * 1e4), skip_half=_NO_HALF, skip_vjp=_SETTLED)
     odd = _sample(rng, "mask", what="NaN in a query, a hidden key and a value, infinity in a value")
     q, k, v = (odd.arrays[name] for name in "qkv")
     q[0, 1, 2, 3], k[0, 0, 4, 1], v[1, 2, 5, 7], v[1, 1, 0, 2] = np.nan, np.nan, np.nan, np.inf
