@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
 Alignment = Literal["lower_right", "upper_left"]
 
@@ -22,14 +23,15 @@ def causal_mask(L: int, S: int, *, alignment: Alignment = "lower_right") -> mx.a
     return mx.arange(L)[:, None] + offset >= mx.arange(S)[None]
 
 
-def padding_mask(lengths: Sequence[int] | mx.array, S: int) -> mx.array:
-    """(B, 1, 1, S) mask that keeps the first lengths[b] keys of each row. ValueError for a length outside 0 .. S, where
-    lengths is a sequence (an array is not read back)."""
-    if isinstance(lengths, Sequence) and not all(0 <= length <= S for length in lengths):
-        raise ValueError(f"lengths must be from 0 to S = {S}, got {list(lengths)}")
-    return (mx.arange(S)[None] < mx.array(list(lengths) if isinstance(lengths, Sequence) else lengths)[:, None])[
-        :, None, None
-    ]
+def padding_mask(lengths: Sequence[int] | np.ndarray | mx.array, S: int) -> mx.array:
+    """(B, 1, 1, S) mask that keeps the first lengths[b] keys of each row. ValueError for a length outside 0 .. S, but
+    for those of an mx.array, which is not read back."""
+    if not isinstance(lengths, mx.array):
+        known = np.asarray(lengths)
+        if known.ndim != 1 or not ((known >= 0) & (known <= S)).all():
+            raise ValueError(f"lengths must be from 0 to S = {S}, got {known.tolist()}")
+        lengths = mx.array(known)
+    return (mx.arange(S)[None] < lengths[:, None])[:, None, None]
 
 
 def sliding_mask(L: int, S: int, window: int) -> mx.array:
@@ -40,10 +42,10 @@ def sliding_mask(L: int, S: int, window: int) -> mx.array:
     return mx.abs(mx.arange(L)[:, None] + (S - L) - mx.arange(S)[None]) < window
 
 
-def prefix_mask(L: int, S: int, lengths: int | Sequence[int] | mx.array) -> mx.array:
+def prefix_mask(L: int, S: int, lengths: int | Sequence[int] | np.ndarray | mx.array) -> mx.array:
     """Prefix-LM: every query sees the first `lengths` keys, and causally the rest (the queries are the last L of the S
     positions). (L, S) for one length, (B, 1, L, S) for one per row."""
-    if isinstance(lengths, int):
+    if isinstance(lengths, (int, np.integer)):
         return causal_mask(L, S) | padding_mask([lengths], S)[0, 0]
     return causal_mask(L, S) | padding_mask(lengths, S)
 

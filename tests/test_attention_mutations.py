@@ -202,8 +202,8 @@ MUTANTS = {
     "sliding mask one wider": (MASKS, "mx.arange(S)[None]) < window", "mx.arange(S)[None]) <= window", "sliding_mask"),
     "a key of the padding": (
         MASKS,
-        "(mx.arange(S)[None] < mx.array(",
-        "(mx.arange(S)[None] <= mx.array(",
+        "mx.arange(S)[None] < lengths",
+        "mx.arange(S)[None] <= lengths",
         "padding_mask",
     ),
     "causal prefix": (

@@ -17,7 +17,7 @@ MINI = Path(mlx_xformer.__file__).parent / "data" / "htdemucs_mini"
 
 
 def test_a_proof(capsys):
-    assert main(["parity", "glu", "causal_mask", "--seeds", "1", "--dtype", "float16"]) == 0
+    assert main(["parity", "glu", "causal_mask", "--seeds", "1", *["--dtype", "float16"] * 2]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["glu", "float16"]] * 2 + [["causal_mask", "exact"]]
     assert lines[-1].startswith("passed: ")
@@ -54,6 +54,9 @@ def test_a_model(capsys, given):
         (["flash"], "names must be among attention, "),
         (["glu", "flash"], "got 'flash'"),
         (["nowhere/at/all"], "nowhere/at/all: no such folder"),
+        (["nowhere/"], "nowhere: no such folder"),
+        (["glu", str(MINI)], "a model must be given alone, got glu "),
+        (["htdemucs_mini", "htdemucs_mini"], "a model must be given alone, got htdemucs_mini htdemucs_mini"),
         (["glu", "--seeds", "0"], "seeds must be at least one number from 0, got 0"),
         ([str(MINI), "--dtype", "float16"], "dtypes must be float32 where a folder is proven, got float16"),
         ([str(MINI / "config.json")], "config.json"),

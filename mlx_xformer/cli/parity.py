@@ -50,11 +50,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _model(given: list[str], names: tuple[str, ...]) -> Path | None:
     """The folder of a converted model, where that is what was given: a name of ours goes before a folder's."""
-    if len(given) != 1 or given[0] in names:
-        return None
     from ..pretrained import NAMES, resolve
 
-    path = Path(given[0])
-    if path.exists() or given[0] in NAMES:
-        return resolve(given[0])
-    return path if path.parent != Path() else None  # which is not there
+    models = [x for x in given if x not in names and (x in NAMES or Path(x).exists() or os.sep in x)]
+    if not models:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"a model must be given alone, got {' '.join(given)}")
+    known = models[0] in NAMES or Path(models[0]).exists()
+    return resolve(models[0]) if known else Path(models[0])  # which is not there

@@ -47,7 +47,7 @@ def run(
     if not chosen or min(chosen) < 0:
         shown = seeds if isinstance(seeds, int) else ", ".join(map(str, seeds))
         raise ValueError(f"seeds must be at least one number from 0, got {shown}")
-    dtypes = (tuple(DTYPES) if folder is None else ("float32",)) if dtypes is None else tuple(dtypes)
+    dtypes = (tuple(DTYPES) if folder is None else ("float32",)) if dtypes is None else tuple(dict.fromkeys(dtypes))
     if not dtypes:
         raise ValueError(f"dtypes must be at least one of {', '.join(DTYPES)}, got {dtypes}")
     _check_known("dtypes", dtypes, tuple(DTYPES))
