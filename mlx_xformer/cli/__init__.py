@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import runtime
 from .._version import __version__
-from . import parity, separate
+from . import generate, parity, separate
 from .common import FAILURES, Help, fail, reason_of
 
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, run, what in (
         ("separate", separate.add, separate.run, "separate songs into stems"),
+        ("generate", generate.add, generate.run, "continue a text with a language model"),
         ("convert", _add_convert, _convert, "convert a checkpoint from or to PyTorch"),
         ("parity", parity.add, parity.run, "prove every layer here, or a model, against NumPy"),
         ("info", _add_info, _info, "what runs here, or what a model is"),
