@@ -93,6 +93,21 @@ def gate(a: mx.array, b: mx.array) -> mx.array:
     return _gate(a, b, *_bounds(_LOGISTIC))
 
 
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return gate(x, x)
+
+
+@mx.compile
+def _bent(x: mx.array) -> mx.array:
+    return (x * x * 0.044715 + 1.0) * x * (2 * math.sqrt(2 / math.pi))
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of GELU: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    return gate(x, _bent(x))
+
+
 def add_gate(residual: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """residual + a * sigmoid(b)."""
     return _add_gate(residual, a, b, *_bounds(_LOGISTIC))

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,14 +49,58 @@ def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
 _LARGE = 2**17
 
 
+_FEW = 8  # rows up to which a CPU is quicker with the matrix on the left
+
+
+def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU takes few rows as weight x^T, many by_rows."""
+    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+    if mx.default_device() == _CPU and 0 < len(rows) <= _FEW:
+        y = (weight @ rows.T).T
+        y = y if bias is None else y + bias
+    elif bias is None:
+        y = by_rows(lambda rows: rows @ weight.T, rows)
+    else:
+        y = by_rows(lambda rows: mx.addmm(bias, rows, weight.T), rows)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def quantized_product(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
+) -> mx.array:
+    """x weight^T + bias for an affine quantized weight (O, I). A CPU, whose quantized product is a scalar loop for each
+    row, makes floats of the weight for three rows or more."""
+    packing = {"group_size": group_size, "bits": bits}
+    if mx.default_device() == _CPU and x.size > 2 * x.shape[-1]:
+        return product(x, mx.dequantize(weight, scales, biases, **packing).astype(x.dtype), bias)
+    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, **packing)
+    return y if bias is None else y + bias
+
+
 class Linear(nn.Linear):
-    """nn.Linear, by_rows."""
+    """nn.Linear, as product() computes it."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim == 1:
-            return super().__call__(x)
-        rows = by_rows(super().__call__, mx.flatten(x, 0, -2))
-        return rows.reshape(*x.shape[:-1], rows.shape[-1])
+        return product(x, self.weight, self.get("bias"))
+
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, **_: Any) -> nn.Module:
+        """The layer with its matrix quantized."""
+        return QuantizedLinear.from_linear(self, group_size, bits)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """nn.QuantizedLinear in affine mode, as quantized_product() computes it."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        packed = self.weight, self.scales, self.biases, self.get("bias")
+        return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
 
 def _with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Callable[..., mx.array]]:
@@ -90,9 +134,16 @@ def gelu(x: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
+def _plain_gelu_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+_fast_gelu_tanh = _with_gradient_of(_plain_gelu_tanh)(cpu.gelu_tanh)
+
+
 def gelu_tanh(x: mx.array) -> mx.array:
     """The tanh approximation of GELU, up to 4.8e-4 from the exact one. Any shape."""
-    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    return _fast_gelu_tanh(x) if vectorizes(x) else _plain_gelu_tanh(x)
 
 
 @partial(mx.compile, shapeless=True)
@@ -118,7 +169,20 @@ def glu(x: mx.array) -> mx.array:
     return _fast_glu(x) if vectorizes(x) else _plain_glu(x)
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+@partial(mx.compile, shapeless=True)
+def _plain_silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+_fast_silu = _with_gradient_of(_plain_silu)(cpu.silu)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x). Any shape."""
+    return _fast_silu(x) if vectorizes(x) else _plain_silu(x)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "silu": silu}
 
 
 def _plain_conv_glu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -294,6 +358,12 @@ def expand_norm_glu_add(
     """
     form = _fast_expand if vectorizes(x) else _plain_expand
     return form(x, weight, bias, norm_weight, norm_bias, scale, residual, mx.array(eps))
+
+
+def rms_normalize(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x (..., C) over the root of its mean square plus eps, then scaled by weight (C,); accurate at any width."""
+    y = x.astype(mx.float32)
+    return (y * mx.rsqrt(mean(mx.square(y), (-1,)) + eps) * weight).astype(x.dtype)
 
 
 def overlap_add(pieces: mx.array) -> mx.array:
