@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import tokenizers
+from harness import draw, set_params
+from mlx.utils import tree_flatten
 from tokenizers import decoders, models, pre_tokenizers, processors
+
+from mlx_xformer.checkpoint import save_checkpoint
+from mlx_xformer.models.decoder import Decoder, DecoderConfig
 
 END, START = 256, 257  # the special tokens of byte_tokenizer
 CHAT = (
@@ -107,3 +112,23 @@ def fallback_tokenizer(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
     return folder
+
+
+TINY = {"vocab_size": 263, "embed_dim": 40, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 53}
+
+
+def tiny_decoder(seed: int = 1, **changes) -> Decoder:
+    """A Decoder of drawn weights, for the tokens of byte_tokenizer, that has something to say."""
+    model = Decoder(DecoderConfig.from_dict(TINY | {"attention_bias": ["q", "k", "v"]} | changes))
+    params = draw(model, seed)
+    params["model.embed_tokens.weight"] *= 6
+    set_params(model, params)
+    return model
+
+
+def language_model(folder: Path, seed: int = 1, *, chat=False, **changes) -> Path:
+    """A checkpoint folder with a tiny Decoder and its tokenizer."""
+    model = tiny_decoder(seed, **changes)
+    weights, config = dict(tree_flatten(model.parameters())), model.config.to_dict()
+    save_checkpoint(folder, weights, family="decoder", config=config, provenance={})
+    return byte_tokenizer(folder, chat=chat)

@@ -2,9 +2,10 @@
 
 import itertools
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from language import END, Rule, byte_tokenizer
+from language import END, Rule, byte_tokenizer, tiny_decoder
 
 from mlx_xformer.generate import batch_generate, generate
 from mlx_xformer.samplers import greedy, make_sampler
@@ -237,3 +238,82 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(options, message)
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompt": PROMPT} | options)
     assert model.calls == []
+
+
+# A small Decoder with real caches, against passes over the whole text without one.
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return tiny_decoder()
+
+
+def draw_prompts(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 263, length).tolist() for length in lengths]
+
+
+def plainly(model, prompt, count):
+    """Greedy tokens, each from a pass over everything, without a cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(mx.argmax(model(mx.array(tokens, mx.int32)[None])[0, -1]).item()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("window", [None, 19])
+@pytest.mark.parametrize("prefill", [7, 512])
+def test_generation_is_the_argmax_of_whole_passes(decoder, prefill, window):
+    """The uncached pass has the window in its configuration."""
+    (prompt,) = draw_prompts(31)
+    expected = plainly(tiny_decoder(window=window), prompt, 60)
+    assert len(set(expected)) > 20
+    caches = decoder.make_caches(window=window)
+    assert ids(generate(decoder, prompt, max_tokens=60, caches=caches, prefill=prefill)) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 13}, {"window": 13, "keep": 3}, {"bits": 8}], ids=str)
+def test_batches_of_a_decoder(decoder, options):
+    prompts = draw_prompts(1, 2, 5, 11, 17, 23, 29, 41)
+    eos = [5, 143]
+    single = [
+        ids(generate(decoder, prompt, max_tokens=50, eos=eos, caches=decoder.make_caches(**options)))
+        for prompt in prompts
+    ]
+    assert len({len(row) for row in single}) > 3
+    assert batch_generate(decoder, prompts, max_tokens=50, eos=eos, prefill=16, **options) == single
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 64}, {"window": 64, "keep": 4}, {"bits": 4}], ids=str)
+@pytest.mark.parametrize("other", [False, True], ids=["itself", "two random layers"])
+def test_speculation_equals_plain_decoding(decoder, options, other):
+    """Over 200 tokens, so that a window of 64 has moved on."""
+    draft = tiny_decoder(seed=2, num_layers=2) if other else decoder
+    (prompt,) = draw_prompts(37, seed=3)
+    caches = decoder.make_caches(**options)
+    expected = ids(generate(decoder, prompt, max_tokens=200, caches=caches))
+    slack = options | {"slack": 4}
+    caches, draft_caches = decoder.make_caches(**slack), draft.make_caches(**slack)
+    found = generate(decoder, prompt, max_tokens=200, caches=caches, draft=draft, draft_caches=draft_caches)
+    assert ids(found) == expected and len(set(expected)) > 40
+    assert caches[0].length == len(prompt) + 199
+
+
+def test_draws_do_not_depend_on_batches_that_went_before(decoder):
+    """The state of MLX's own generator plays no part."""
+    prompts, sampler = draw_prompts(3, 7), make_sampler(0.8, seed=11)
+    mx.random.seed(1)
+    first = batch_generate(decoder, prompts, max_tokens=20, sampler=sampler)
+    mx.random.seed(2)
+    assert batch_generate(decoder, prompts, max_tokens=20, sampler=sampler) == first
+    other = make_sampler(0.8, seed=12)
+    assert batch_generate(decoder, prompts, max_tokens=20, sampler=other) != first
+
+
+def test_a_fixed_cache_that_is_too_short(decoder):
+    (prompt,) = draw_prompts(31)
+    caches = decoder.make_caches(capacity=29)
+    with pytest.raises(ValueError, match="prompt must be at most as long as the caches' capacity, 29, got 31"):
+        generate(decoder, prompt, caches=caches)
+    tokens = list(generate(decoder, prompt, caches=decoder.make_caches(capacity=35)))
+    assert ids(tokens) == plainly(decoder, prompt, 5) and tokens[-1].finish == "length"
