@@ -48,8 +48,8 @@ def convert(
     into the checkpoint folder `out`; with `to="pytorch"`, a checkpoint folder back into the original files.
 
     Tensors keep their bits and dtype, but for language models where `quantize` (4 or 8 bits in groups of group_size; 0
-    makes floats of packed matrices) or `dtype` (of the floats) asks for others. `family` insists on one; `origin` is added
-    to the provenance. One ValueError (or OSError, for files) says all that does not fit; then nothing is written.
+    makes floats of packed matrices) or `dtype` (of the floats) asks for others. `family` insists on one; `origin` is
+    added to the provenance. One ValueError (or OSError, for files) says all that does not fit; then nothing is written.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -59,7 +59,9 @@ def convert(
     precision = language.Precision(quantize, group_size, dtype)
     if to == "pytorch":
         if precision != language.Precision():
-            raise ValueError("quantize, group_size and dtype are of no use where a checkpoint leads back to its original")
+            raise ValueError(
+                "quantize, group_size and dtype are of no use where a checkpoint leads back to its original"
+            )
         return _to_pytorch(source, out, family, dry_run)
     if language.is_language(source):
         _check_family(source, family, language.FAMILY)

@@ -52,7 +52,14 @@ HARMLESS = {
     *("pretraining_tp", "cache_implementation", "transformers.js_config", "is_llama_config", "unsloth_fixed"),
     *("unsloth_version", "hidden_dropout", "attn_implementation", "_attn_implementation_autoset", "return_dict"),
     *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "task"),
-    *("torchscript", "finetuning_task", "keys_to_ignore_at_inference", "max_length", "min_length", "_from_model_config"),
+    *(
+        "torchscript",
+        "finetuning_task",
+        "keys_to_ignore_at_inference",
+        "max_length",
+        "min_length",
+        "_from_model_config",
+    ),
 }
 # Keys of which we understand one value.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -175,7 +182,9 @@ def _scaling(given: Mapping[str, Any], trained: Any) -> RotaryScaling | None:
         raise ValueError(f"rope_type must be one of default, {', '.join(_SCALINGS)}, got {short(str(kind))}")
     unknown = sorted(given.keys() - _SCALINGS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
     if unknown or given.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rope_scaling has keys that are not handled: {short(', '.join(unknown) or 'partial_rotary_factor')}")
+        raise ValueError(
+            f"rope_scaling has keys that are not handled: {short(', '.join(unknown) or 'partial_rotary_factor')}"
+        )
     length = given.get("original_max_position_embeddings") or trained
     numbers = {key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")}
     if not all(isinstance(x, (int, float)) for x in (*numbers.values(), length or 1)) or "factor" not in given:
@@ -234,7 +243,11 @@ def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _quantization(given: Any) -> Quantization:
     """mlx-lm's: bits and group_size, and the same or false under the names of single layers."""
-    if not isinstance(given, Mapping) or not {"bits", "group_size"} <= given.keys() or given.get("mode", "affine") != "affine":
+    if (
+        not isinstance(given, Mapping)
+        or not {"bits", "group_size"} <= given.keys()
+        or given.get("mode", "affine") != "affine"
+    ):
         raise ValueError(f"quantization must be of bits and group_size in affine mode, got {short(str(given))}")
     layers = {}
     for name, own in given.items():
@@ -243,7 +256,11 @@ def _quantization(given: Any) -> Quantization:
         ours = name.replace(".o_proj", ".out_proj")
         if own is False:
             layers[ours] = None
-        elif isinstance(own, Mapping) and own.keys() <= {"bits", "group_size", "mode"} and own.get("mode", "affine") == "affine":
+        elif (
+            isinstance(own, Mapping)
+            and own.keys() <= {"bits", "group_size", "mode"}
+            and own.get("mode", "affine") == "affine"
+        ):
             layers[ours] = (own.get("bits", given["bits"]), own.get("group_size", given["group_size"]))
         else:
             raise ValueError(f"quantization has a key that is not handled: {short(name)}")

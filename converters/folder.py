@@ -69,7 +69,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The files with the tensors: model.safetensors, or the shards that an index lists, which lie in the folder itself."""
+    """The files with the tensors: model.safetensors, or the shards of an index, which lie in the folder itself."""
     if (path / _ONE).is_file():
         return (path / _ONE,)
     if not (path / _INDEX).is_file():
@@ -110,7 +110,9 @@ def read(path: Path) -> Folder:
         if missing := sorted(listed - tensors.keys()):
             raise ValueError(f"{path / _INDEX}: lists {missing[0]}, which no shard holds")
     extras = {name: (path / name).read_bytes() for name in EXTRAS if (path / name).is_file()}
-    tokens = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None}
+    tokens = {
+        key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None
+    }
     if tokens and "generation_config.json" not in extras:
         extras["generation_config.json"] = (json.dumps(tokens, indent=2) + "\n").encode()
     return Folder(path, values, tensors, files, extras, metadata)

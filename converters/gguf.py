@@ -17,6 +17,7 @@ import numpy as np
 from mlx_xformer.models.decoder import DecoderConfig, Quantization
 
 from .folder import Original
+from .gguf_tokenizer import extras_of
 from .rules import Pairs, Rule
 from .source import Stored
 from .torch_pickle import short
@@ -104,7 +105,9 @@ def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str
     own = {key.removeprefix(architecture + "."): x for key, x in metadata.items() if key.startswith(architecture + ".")}
     if unknown := sorted(own.keys() - _KEYS.keys() - _ALSO):
         raise ValueError(f"the metadata has keys that are not handled: {short(', '.join(unknown))}")
-    if missing := sorted({"embedding_length", "block_count", "feed_forward_length", "attention.head_count"} - own.keys()):
+    if missing := sorted(
+        {"embedding_length", "block_count", "feed_forward_length", "attention.head_count"} - own.keys()
+    ):
         raise ValueError(f"the metadata must have {', '.join(missing)}")
     if own.get("rope.scaling.type", "none") != "none":
         raise ValueError(f"rope.scaling.type must be none, got {short(str(own['rope.scaling.type']))}")
@@ -148,8 +151,3 @@ def _quantization(tensors: Mapping[str, mx.array], names: list[tuple[str, str]])
         return None
     most = counts.most_common(1)[0][0]
     return Quantization(*most, {name: pair for name, pair in sorted(packed.items()) if pair != most})
-
-
-def extras_of(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The files of the tokenizer, and why there are none."""
-    return {}, ()

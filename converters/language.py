@@ -39,8 +39,8 @@ Pair = tuple[int, int] | None  # bits and group size of a packed matrix, or None
 
 @dataclass(frozen=True)
 class Precision:
-    """What becomes of the numbers. quantize: None leaves matrices as they are, 0 makes floats of packed ones, 4 or 8 packs
-    them in as many bits and groups of group_size. dtype: of the floats; None leaves them as they are."""
+    """What becomes of the numbers. quantize: None leaves matrices as they are, 0 makes floats of packed ones, 4 or 8
+    packs them in as many bits and groups of group_size. dtype: of the floats; None leaves them as they are."""
 
     quantize: int | None = None
     group_size: int = 64
@@ -56,7 +56,7 @@ class Precision:
 
 
 def is_language(source: Path) -> bool:
-    """Whether a path leads to a language model: a GGUF file, or a folder that holds one or a config.json of Hugging Face."""
+    """Whether a path leads to a language model: a GGUF file, a folder with one, or one with Hugging Face's config.json."""
     return gguf.find(source) is not None or folder.is_folder(source)
 
 
@@ -136,7 +136,9 @@ def _target(config: DecoderConfig, made: Mapping[str, mx.array], precision: Prec
 def _check_shapes(after: Mapping[str, mx.array], config: DecoderConfig) -> None:
     """What is to be written fits what will be loaded."""
     shapes = parameter_shapes(FAMILY, config.to_dict())
-    wrong = [name for name in shapes.keys() | after.keys() if name not in after or after[name].shape != shapes.get(name)]
+    wrong = [
+        name for name in shapes.keys() | after.keys() if name not in after or after[name].shape != shapes.get(name)
+    ]
     if wrong:
         raise ValueError(misfit([("misshapen", name) for name in wrong]))
 
@@ -198,7 +200,9 @@ def _stream(
     moves = {target: move for move in plan(rules, blanks)[0] for target in move.targets}
     for layer in _layers(after):
         names = [name for name in moves if name.rpartition(".")[0] == layer]
-        own = {name.rpartition(".")[2]: moves[name]([tensors[s].read() for s in moves[name].sources])[0] for name in names}
+        own = {
+            name.rpartition(".")[2]: moves[name]([tensors[s].read() for s in moves[name].sources])[0] for name in names
+        }
         warnings += scan({f"{layer}.{leaf}": x for leaf, x in own.items()})
         own = _repacked(own, _pair(now, layer, own), _pair(then, layer, own), dtype)
         for leaf in list(own):

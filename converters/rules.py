@@ -67,7 +67,7 @@ class Expand:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The rows of each of `heads` heads: neighbours (2i, 2i + 1) move to (i, i + half of the head); back if `joined`."""
+    """The rows of each of `heads` heads: neighbours (2i, 2i + 1) go to (i, i + half of the head); back if `joined`."""
 
     heads: int
     joined: bool = False

@@ -123,8 +123,8 @@ def _bits(data: bytes, dtype: str, shape: tuple[int, ...]) -> RawTensor:
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a file, not yet read, and its metadata. The library checks the header: its size, its JSON, and that
-    the tensors tile the file without gap or overlap. ValueError if they do not."""
+    """The tensors of a file, not yet read, and its metadata. The library checks the header: its size, its JSON, and
+    that the tensors tile the file without gap or overlap. ValueError if they do not."""
     try:
         with safe_open(path, framework="numpy"):
             pass

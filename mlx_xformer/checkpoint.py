@@ -176,7 +176,9 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, x in tensors.items() if arrays is None else arrays:
             like = tensors[name]
-            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != 8 + len(text) + header[name]["data_offsets"][0]:
+            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != 8 + len(text) + header[name][
+                "data_offsets"
+            ][0]:
                 raise ValueError(f"{name} must be {like.shape} {like.dtype} and in its turn, got {x.shape} {x.dtype}")
             file.write(_bytes_of(x))
     try:
@@ -248,8 +250,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """The model of a checkpoint, ready to run, in float32 (a decoder: in its configuration's dtype, or as stored). Names
-    and shapes must fit exactly: one ValueError lists what is missing, unexpected or misshapen.
+    """The model of a checkpoint, ready to run, in float32 (a decoder: in its configuration's dtype, or as stored).
+    Names and shapes must fit exactly: one ValueError lists what is missing, unexpected or misshapen.
 
     A bag's weights stay lazy, so that members which are never run are never read; evaluate `model.parameters()`
     before handing a bag to another thread.

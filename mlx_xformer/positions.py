@@ -81,10 +81,10 @@ def _table(length: int, dim: int, offset: int, max_period: float) -> np.ndarray:
 class RotaryScaling:
     """What makes rotary positions reach further than a model was trained: pairs of channels turn more slowly.
 
-    "linear" (Chen et al. 2023, arXiv 2306.15595): all by `factor`. The others let alone what turns at least `high` times
-    in the `length` positions of the training, slow what turns at most `low` times by the factor, and go from one to the
-    other between: "llama3" (Llama 3.1) in proportion to the turns, "yarn" (Peng et al. 2023, arXiv 2309.00071) to the
-    index of the pair, from whole indices if `truncate`. Queries and keys are multiplied with `magnitude`.
+    "linear" (Chen et al. 2023, arXiv 2306.15595): all by `factor`. The others let alone what turns at least `high`
+    times in the `length` positions of the training, slow what turns at most `low` times by the factor, and go from one
+    to the other between: "llama3" (Llama 3.1) in proportion to the turns, "yarn" (Peng et al. 2023, arXiv 2309.00071)
+    to the index of the pair, from whole indices if `truncate`. Queries and keys are multiplied with `magnitude`.
     """
 
     kind: str

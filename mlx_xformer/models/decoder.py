@@ -1,7 +1,7 @@
 """A decoder-only language model: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and Gemma 3 (text) by configuration.
 
-Sources: the architectures as Hugging Face's transformers has them, whose names the weights keep (only o_proj is out_proj
-here). Axes: B batch, L tokens, E embed_dim, V vocab_size.
+Sources: the architectures as Hugging Face's transformers has them, whose names the weights keep (only o_proj is
+out_proj here). Axes: B batch, L tokens, E embed_dim, V vocab_size.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import kernels
 from ..attention import Attention
+from ..cache import KVCache
 from ..layers import GATED, Embedding, GatedFeedForward, RMSNorm
 from ..positions import Rotary, RotaryScaling
-
-if TYPE_CHECKING:
-    from ..cache import KVCache
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
 _LARGEST = {
@@ -131,7 +129,9 @@ class DecoderConfig:
             raise ValueError(f"window must be a whole number from 1, got {self.window!r:.80}")
         types = self.layer_types
         if types is not None and (len(types) != self.num_layers or not set(types) <= {"local", "global"}):
-            raise ValueError(f"layer_types must be local or global for each of {self.num_layers} layers, got {types!r:.80}")
+            raise ValueError(
+                f"layer_types must be local or global for each of {self.num_layers} layers, got {types!r:.80}"
+            )
         if types is not None and "local" in types and self.window is None:
             raise ValueError("local layers need a window, got none")
 
@@ -201,8 +201,7 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
         """x (B, L, E) -> the same; `cache` has what came before."""
-        given: Any = {} if cache is None else {"cache": cache}
-        y = self.self_attn(self.input_layernorm(x), **given)
+        y = self.self_attn(self.input_layernorm(x), cache=cache)
         if not self.sandwich:
             x = x + y
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -241,8 +240,8 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
     ) -> mx.array:
-        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have the
-        tokens before, and get these."""
+        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have
+        the tokens before, and get these."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
         if caches is not None and len(caches) != self.config.num_layers:
@@ -275,8 +274,6 @@ class Decoder(nn.Module):
         padding: Sequence[int] | None = None,
     ) -> list[KVCache]:
         """A cache for each layer. A layer's own window goes before a larger one, and keeps no first positions."""
-        from ..cache import KVCache
-
         caches = []
         for index in range(self.config.num_layers):
             own, kept = self.config.layer_window(index), keep
@@ -284,9 +281,7 @@ class Decoder(nn.Module):
                 kept = 0
             else:
                 own = window
-            caches.append(
-                KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding)
-            )
+            caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
         return caches
 
 

@@ -97,7 +97,7 @@ def _prove(name: str, case: Case, dtypes: Sequence[str], seeds: Sequence[int]) -
     if case.constant:
         dtypes = ("float32",)
     values = {dtype: Row(name, "exact" if case.constant else dtype) for dtype in dtypes}
-    products = {} if case.constant else {dtype: Row(name, f"{dtype} vjp") for dtype in dtypes}
+    products = {} if case.constant or not case.vjp else {dtype: Row(name, f"{dtype} vjp") for dtype in dtypes}
     for seed in seeds:
         for index, sample in enumerate(case.samples(generator(name, seed))):
             for dtype in dtypes:
