@@ -114,6 +114,14 @@ def fallback_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def word_tokenizer(folder: Path) -> Path:
+    """A tokenizer of the words w0, w1 ... w262, with spaces between: every text of them is there and back the same."""
+    library = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(263)}, unk_token="w0"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 TINY = {"vocab_size": 263, "embed_dim": 40, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 53}
 
 
