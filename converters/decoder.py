@@ -249,7 +249,7 @@ def _quantization(given: Any) -> Quantization:
         or given.get("mode", "affine") != "affine"
     ):
         raise ValueError(f"quantization must be of bits and group_size in affine mode, got {short(str(given))}")
-    layers = {}
+    layers: dict[str, tuple[int, int] | None] = {}
     for name, own in given.items():
         if name in ("bits", "group_size", "mode"):
             continue

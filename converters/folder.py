@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from .rules import Rule
 from .source import Stored, open_safetensors, plain_name
 from .torch_pickle import short
 
-_INDEX, _ONE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+INDEX, ONE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,22 @@ def _object(path: Path) -> dict[str, Any]:
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """The files with the tensors: model.safetensors, or the shards of an index, which lie in the folder itself."""
-    if (path / _ONE).is_file():
-        return (path / _ONE,)
-    if not (path / _INDEX).is_file():
-        raise FileNotFoundError(f"{path}: holds neither {_ONE} nor {_INDEX}")
-    return tuple(path / name for name in shards(_object(path / _INDEX), path / _INDEX))
+    if (path / ONE).is_file():
+        return (path / ONE,)
+    if not (path / INDEX).is_file():
+        raise FileNotFoundError(f"{path}: holds neither {ONE} nor {INDEX}")
+    return tuple(path / name for name in shards(path / INDEX))
 
 
-def shards(index: Mapping[str, Any], path: Path) -> list[str]:
-    """The names of the files in an index. ValueError begins with the `path` of the index."""
-    weights = index.get("weight_map")
+def shards(index: Path) -> list[str]:
+    """The names of the files in an index. ValueError begins with its path."""
+    weights = _object(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{path}: must have a weight_map of tensors and their files")
+        raise ValueError(f"{index}: must have a weight_map of tensors and their files")
     try:
         return sorted({plain_name(name) for name in weights.values()})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{index}: {error}") from None
 
 
 def read(path: Path) -> Folder:
@@ -96,7 +95,7 @@ def read(path: Path) -> Folder:
     metadata: dict[str, str] = {}
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, though {_INDEX} lists it")
+            raise FileNotFoundError(f"{file}: no such file, though {INDEX} lists it")
         try:
             own, told = open_safetensors(file)
         except ValueError as error:
@@ -105,10 +104,10 @@ def read(path: Path) -> Folder:
             raise ValueError(f"{file}: holds {twice[0]} again, which another shard has")
         tensors |= own
         metadata |= told
-    if len(files) > 1 or files[0].name != _ONE:
-        listed = _object(path / _INDEX)["weight_map"].keys()
+    if len(files) > 1 or files[0].name != ONE:
+        listed = _object(path / INDEX)["weight_map"].keys()
         if missing := sorted(listed - tensors.keys()):
-            raise ValueError(f"{path / _INDEX}: lists {missing[0]}, which no shard holds")
+            raise ValueError(f"{path / INDEX}: lists {missing[0]}, which no shard holds")
     extras = {name: (path / name).read_bytes() for name in EXTRAS if (path / name).is_file()}
     tokens = {
         key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None

@@ -7,7 +7,7 @@ text is split before merges).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,16 +89,20 @@ def read(path: Path) -> Original:
         config = _config(metadata, architecture, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    stored = {name: Stored(x.dtype, x.shape, lambda x=x: x) for name, x in tensors.items()}
+    stored = {name: Stored(x.dtype, x.shape, _held(x)) for name, x in tensors.items()}
     extras, warnings = extras_of(metadata)
     return Original(path.stem, config, rules(config, architecture), stored, (path,), extras, None, warnings)
+
+
+def _held(x: mx.array) -> Callable[[], mx.array]:
+    return lambda: x
 
 
 def _plain(value: Any) -> Any:
     """A scalar as a number, float32 by its shortest decimals; anything else as it is."""
     if not isinstance(value, mx.array) or value.size != 1:
         return value
-    return float(str(np.float32(value.item()))) if value.dtype == mx.float32 else value.item()
+    return float(str(np.float32(cast(float, value.item())))) if value.dtype == mx.float32 else value.item()
 
 
 def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, mx.array]) -> DecoderConfig:

@@ -21,6 +21,7 @@ from mlx_xformer.checkpoint import (
     Checkpoint,
     misfit,
     new_folder,
+    parameter_count,
     parameter_shapes,
     save_checkpoint,
     write_safetensors,
@@ -56,8 +57,17 @@ class Precision:
 
 
 def is_language(source: Path) -> bool:
-    """Whether a path leads to a language model: a GGUF file, a folder with one, or one with Hugging Face's config.json."""
+    """Whether a path leads to a language model: a GGUF file, a folder with one, or a folder of Hugging Face."""
     return gguf.find(source) is not None or folder.is_folder(source)
+
+
+def all_files(source: Path) -> list[Path]:
+    """Every file of a language model that there is to read."""
+    file = gguf.find(source)
+    if file is not None:
+        return [file]
+    named = [source / name for name in ("config.json", *EXTRAS)]
+    return [*(path for path in named if path.is_file()), *folder.files_of(source)]
 
 
 def read_original(source: Path) -> Original:
@@ -116,7 +126,8 @@ def to_mlx(source: Path, out: Path, precision: Precision, *, dry_run: bool, orig
         )
     rows = make_rows(original.rules, blanks, made)
     files = ("config.json", "model.safetensors", *original.extras)
-    return Report(source, out, FAMILY, rows, files, not dry_run, *totals(after), (*original.warnings, *warnings))
+    counts = parameter_count(FAMILY, config.to_dict()), totals(after)[1]
+    return Report(source, out, FAMILY, rows, files, not dry_run, *counts, (*original.warnings, *warnings))
 
 
 def _target(config: DecoderConfig, made: Mapping[str, mx.array], precision: Precision) -> DecoderConfig:
@@ -176,7 +187,7 @@ def _packed(
     arrays: Mapping[str, mx.array], now: DecoderConfig, then: DecoderConfig, dtype: str | None
 ) -> dict[str, mx.array]:
     """All layers repacked; of blanks this computes nothing."""
-    after = {}
+    after: dict[str, mx.array] = {}
     for layer, leaves in _layers(arrays).items():
         own = {leaf: arrays[f"{layer}.{leaf}"] for leaf in leaves}
         if "weight" not in own:

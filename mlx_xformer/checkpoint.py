@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -191,7 +192,7 @@ def write_safetensors(
 def _bytes_of(x: mx.array) -> memoryview:
     cpu = mx.cpu  # the one device that has float64
     flat = mx.contiguous(x, stream=cpu).reshape(-1, stream=cpu)
-    return memoryview(mx.view(flat, mx.uint8, stream=cpu))
+    return memoryview(cast(Any, mx.view(flat, mx.uint8, stream=cpu)))
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
@@ -242,6 +243,12 @@ def make_model(family: str, config: Mapping[str, Any]) -> nn.Module:
 def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every parameter of the family's module and its shape."""
     return _shapes(make_model(family, config))
+
+
+def parameter_count(family: str, config: Mapping[str, Any]) -> int:
+    """How many numbers the model has; those in packed matrices count one by one."""
+    floats = {**config, "quantization": None} if family == "decoder" else config
+    return sum(math.prod(shape) for shape in parameter_shapes(family, floats).values())
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -50,12 +50,18 @@ _LARGE = 2**17
 
 
 _FEW = 8  # rows up to which a CPU is quicker with the matrix on the left
+_HALF = (mx.float16, mx.bfloat16)  # a CPU multiplies them in scalar loops
 
 
 def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU takes few rows as weight x^T, many by_rows."""
+    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows as weight x^T and many
+    by_rows."""
+    if mx.default_device() != _CPU:
+        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    if x.dtype in _HALF and weight.dtype == x.dtype:
+        return product(x.astype(mx.float32), weight.astype(mx.float32), bias).astype(x.dtype)
     rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
-    if mx.default_device() == _CPU and 0 < len(rows) <= _FEW:
+    if 0 < len(rows) <= _FEW:
         y = (weight @ rows.T).T
         y = y if bias is None else y + bias
     elif bias is None:
@@ -75,13 +81,16 @@ def quantized_product(
     group_size: int,
     bits: int,
 ) -> mx.array:
-    """x weight^T + bias for an affine quantized weight (O, I). A CPU, whose quantized product is a scalar loop for each
-    row, makes floats of the weight for three rows or more."""
-    packing = {"group_size": group_size, "bits": bits}
-    if mx.default_device() == _CPU and x.size > 2 * x.shape[-1]:
-        return product(x, mx.dequantize(weight, scales, biases, **packing).astype(x.dtype), bias)
-    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, **packing)
-    return y if bias is None else y + bias
+    """x weight^T + bias for an affine quantized weight (O, I). A CPU does it in float32, and for three rows or more
+    makes floats of the weight: its quantized product is a scalar loop for each row."""
+    kind = mx.result_type(x, scales)
+    if mx.default_device() == _CPU:
+        x, scales, biases = (y.astype(mx.float32) for y in (x, scales, biases))
+        if x.size > 2 * x.shape[-1]:
+            weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+            return product(x, weight, bias).astype(kind)
+    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    return (y if bias is None else y + bias).astype(kind)
 
 
 class Linear(nn.Linear):
@@ -90,16 +99,16 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return product(x, self.weight, self.get("bias"))
 
-    def to_quantized(self, group_size: int | None = None, bits: int | None = None, **_: Any) -> nn.Module:
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """The layer with its matrix quantized."""
-        return QuantizedLinear.from_linear(self, group_size, bits)
+        return QuantizedLinear.from_linear(self, group_size or 64, bits or 4)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
     """nn.QuantizedLinear in affine mode, as quantized_product() computes it."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        packed = self.weight, self.scales, self.biases, self.get("bias")
+        packed: Any = (self.weight, self.scales, self.biases, self.get("bias"))
         return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
 

@@ -120,9 +120,9 @@ class Embedding(nn.Embedding):
         """(..., E) -> (..., V)"""
         return kernels.product(x, self.weight)
 
-    def to_quantized(self, group_size: int | None = None, bits: int | None = None, **_: Any) -> nn.Module:
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """The layer with its table quantized."""
-        return QuantizedEmbedding.from_embedding(self, group_size, bits)
+        return QuantizedEmbedding.from_embedding(self, group_size or 64, bits or 4)
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
@@ -130,7 +130,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., E) -> (..., V)"""
-        packed = self.weight, self.scales, self.biases
+        packed: Any = (self.weight, self.scales, self.biases)
         return kernels.quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
 

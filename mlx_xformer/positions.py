@@ -111,7 +111,7 @@ class RotaryScaling:
             return rates / self.factor
         turns = self.length * rates / (2 * math.pi)
         if self.kind == "llama3":
-            kept = (turns - self.low) / (self.high - self.low)
+            kept: np.ndarray = (turns - self.low) / (self.high - self.low)
         else:
             first, last = (self._index(number, len(rates), theta) for number in (self.high, self.low))
             if self.truncate:
@@ -172,7 +172,7 @@ class Rotary:
 
     def rates(self) -> np.ndarray:
         """(dims / 2,) float64: radians that a pair turns from one position to the next."""
-        rates = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)
+        rates: np.ndarray = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)
         return rates if self.scaling is None else self.scaling.rates(rates, self.theta)
 
     def _grown(self, x: mx.array, magnitude: float) -> mx.array:

@@ -52,17 +52,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml) or folder")
+    add("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml), GGUF file or folder")
     add("out", type=Path, metavar="OUT", help="the folder to write")
     add("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
     add("--family", metavar="F", help="the family of the source, where it is not recognised")
+    add("--quantize", type=int, choices=[0, 4, 8], help="bits of a language model's matrices; 0: floats of packed ones")
+    add("--group-size", type=int, choices=[32, 64, 128], default=64, help="numbers that share a scale")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of a language model's floats, if not as they are")
     add("--dry-run", action="store_true", help="report what would be written, write nothing")
 
 
 def _convert(options: argparse.Namespace) -> int:
     from ..converters.convert import convert
 
-    print(convert(options.source, options.out, family=options.family, to=options.to, dry_run=options.dry_run))
+    names = ("family", "to", "dry_run", "quantize", "group_size", "dtype")
+    print(convert(options.source, options.out, **{name: getattr(options, name) for name in names}))
     return 0
 
 

@@ -30,8 +30,10 @@ _LARGEST = {
     "head_dim": 10**5,
     "hidden_dim": 10**7,
 }
-_ABOVE_0 = ("rope_theta", "norm_eps", "local_rope_theta", "embed_scale", "attention_scale", "attention_softcap")
-_ABOVE_0 += ("logit_softcap",)
+_ABOVE_0 = (
+    *("rope_theta", "local_rope_theta", "norm_eps", "embed_scale"),
+    *("attention_scale", "attention_softcap", "logit_softcap"),
+)
 _FLAGS = ("mlp_bias", "qk_norm", "norm_plus_one", "sandwich_norms", "tie_embeddings")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -220,8 +222,8 @@ class Layers(nn.Module):
 
     def __call__(self, x: mx.array, caches: Sequence[KVCache] | None = None) -> mx.array:
         """Embedded tokens (B, L, E) through the blocks, not yet normed."""
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x = layer(x, cache)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, None if caches is None else caches[index])
         return x
 
 
