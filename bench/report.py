@@ -13,6 +13,7 @@ TITLES = {
     "parts": "Parts, at their official sizes",
     "peers": "One official segment of 7.8 s (htdemucs, float32)",
     "bag": "One stem of a bag of four, a track of 12 s",
+    "language": "A prompt of 512 tokens and 128 after it (Llama of 32.5 million parameters)",
 }
 Record = dict[str, Any]
 
@@ -44,6 +45,7 @@ def table(records: Sequence[Record]) -> str:
     columns = {
         "case": lambda r: r["case"],
         "wall, median": lambda r: _seconds(r["wall_median_s"]),
+        "tokens per second": lambda r: f"{r['tokens'] / r['wall_median_s']:.1f}" if r.get("tokens") else "",
         "ratio": lambda r: f"{r['ratio']:.2f}",
         "fastest": lambda r: _seconds(min(r["wall_s"])),
         "CPU-seconds": lambda r: _seconds(r["cpu_median_s"]),

@@ -3,6 +3,7 @@
     python bench/run.py [--cases gelu,attention] [--rounds N]     our hot parts against the plain forms
     python bench/run.py --peers [--cases demucs-mlx]              one segment against other programs
     python bench/run.py --bag                                     one stem of a bag against a single model
+    python bench/run.py --language [--cases decode]               generation by a Llama against mlx-lm
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
 """
@@ -227,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="a whole segment against PyTorch demucs and demucs-mlx")
     parser.add_argument("--bag", action="store_true", help="one stem of a bag against a single model")
+    parser.add_argument("--language", action="store_true", help="generation by a random Llama against mlx-lm")
     parser.add_argument("--cases", default="", help="only cases whose names hold one of these words, comma-separated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4))
@@ -236,6 +238,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.peers:
         from peers import compare as suite
+    elif options.language:
+        from language import compare as suite
     else:
         suite = bag if options.bag else parts
     suite(options.cases.split(","), options.rounds, options.threads, options.patience)

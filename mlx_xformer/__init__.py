@@ -18,12 +18,16 @@ __all__ = [
     "MultiHeadAttention",
     "MultiQueryAttention",
     "Separator",
+    "Tokenizer",
     "__version__",
     "attention",
     "attention_weights",
+    "batch_generate",
     "convert",
+    "generate",
     "get_attention",
     "load",
+    "make_sampler",
     "runtime",
     "separate",
 ]
@@ -41,9 +45,12 @@ if runtime.backend_error is None:
         get_attention,
     )
     from .converters.convert import convert
+    from .generate import batch_generate, generate
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
     from .pretrained import load
+    from .samplers import make_sampler
     from .separate import Separator, separate
+    from .tokenizer import Tokenizer
 else:
 
     def __getattr__(name: str) -> Any:

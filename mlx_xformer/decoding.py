@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -33,7 +33,7 @@ class Settings:
 
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
     """(token, logprob) in turn. The next step is queued before a token is read."""
-    history = mx.array(prompt, mx.int32)[None]
+    history = mx.array(list(prompt), mx.int32)[None]
     logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk)
     for count in range(1, settings.limit + 1):
         token, history = next_tokens(logits, history, settings.sampler)
@@ -42,7 +42,7 @@ def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], set
             mx.async_eval(token)  # which can then be read before the next step is done
             logits = model(token[:, None], caches=caches, last=1)[:, -1]
             mx.async_eval(logits, history, *arrays(caches))
-        yield int(token.item()), None if score is None else float(score.item())
+        yield _number(token), None if score is None else _number(score)
 
 
 def with_draft(
@@ -72,7 +72,7 @@ def with_draft(
         history = _guessed(draft, draft_caches, known, guesses, settings)
         logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1)
         tokens, scores = _drawn(logits, history, settings)
-        guessed = history[0, len(known) :].tolist()
+        guessed = cast("list[int]", history[0, len(known) :].tolist())
         right = next((i for i in range(guesses) if guessed[i] != tokens[i]), guesses)
         before, seen = len(known), 0
         try:
@@ -102,7 +102,7 @@ def _drawn(logits: mx.array, history: mx.array, settings: Settings) -> tuple[lis
     tokens = [settings.sampler(row, history[:, : n - m + 1 + i]) for i, row in enumerate(rows)]
     scores = [_logprobs(row, token) for row, token in zip(rows, tokens, strict=True)] if settings.logprobs else []
     mx.eval(history, tokens, scores)
-    return [int(token.item()) for token in tokens], [float(score.item()) for score in scores] or [None] * m
+    return [_number(token) for token in tokens], [_number(score) for score in scores] or [None] * m
 
 
 def read_prompt(model: Decoder, tokens: mx.array, caches: list[KVCache], chunk: int) -> mx.array:
@@ -123,6 +123,10 @@ def next_tokens(logits: mx.array, history: mx.array, sampler: Sampler) -> tuple[
 def arrays(caches: Sequence[KVCache]) -> list[mx.array]:
     """All that caches hold."""
     return [array for cache in caches for array in cache.arrays]
+
+
+def _number(x: mx.array) -> Any:
+    return x.item()
 
 
 def _logprobs(logits: mx.array, tokens: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -119,7 +119,7 @@ def batch_generate(
             logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
             mx.async_eval(logits, history, *arrays(caches))
         going = []
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        for i, (row, token) in enumerate(zip(rows, cast("list[int]", tokens.tolist()), strict=True)):
             out[row].append(token)
             going += [] if readers[row].read(token)[1] else [i]
         if not going:

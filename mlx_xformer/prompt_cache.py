@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from .cache import KVCache, RewindError, load_caches, save_caches
@@ -23,11 +24,11 @@ _SAMPLES = 64  # values of each parameter that go into a fingerprint
 def fingerprint(model: Decoder) -> str:
     """A digest of a model's configuration, of its parameters' names, shapes and dtypes, and of 64 values of each."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, value in sorted(tree_flatten(model.parameters())):
+    for name, value in sorted(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))):
         flat = mx.flatten(value)
         sample = mx.contiguous(flat[:: max(1, flat.size // _SAMPLES)][:_SAMPLES])
         digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
-        digest.update(bytes(memoryview(mx.view(sample, mx.uint8))))
+        digest.update(np.array(mx.view(sample, mx.uint8)).tobytes())
     return digest.hexdigest()
 
 
