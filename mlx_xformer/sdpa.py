@@ -6,8 +6,9 @@ Axes: B batch, H query heads, G key/value heads, L queries, S keys, D head_dim, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,8 +21,9 @@ _ROWS = 64  # queries of a block, at least
 # Head widths that Metal's fused kernels take, for more than 8 queries and for up to 8 (MLX 0.32.4: 192 and 256 have a
 # kernel for many queries too, which its heuristics do not choose).
 _FUSED, _FUSED_FEW = (64, 72, 80, 96, 128), (64, 96, 128, 192, 256)
-# Queries, and on a CPU products of a head, up to which quantized products outdo floats made of what is quantized.
-_FEW, _FEW_PRODUCTS = 8, 2**18
+_BLOCK = 2**17  # scores of a head's block of queries on a CPU
+_FEW = 8  # queries up to which quantized keys and values are not made floats, head by head
+_FEW_ROWS = 16  # and on a CPU those of all heads that share them
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,14 @@ def _quantized(
     window: int | None,
 ) -> mx.array:
     """Attention to quantized keys and values: of few queries by quantized products, of many head by head of them."""
-    (B, H, L, D), (_, G, S, _) = q.shape, k.shape
+    (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
     group, gpu = H // max(G, 1), mx.default_device() == mx.Device(mx.gpu)
     if not S or not q.size:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
-    if L <= _FEW if gpu else group * L * S * D <= _FEW_PRODUCTS:
+    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= _SCORES:
         bias = bias if bias is None else bias.astype(q.dtype)
         block = _Hidden(L, S, mask, bias, causal, window).block(range(L), range(S))
         return softmax.explicit((q, k, v), block, None)
-    dtype = q.dtype if gpu else mx.float32  # a CPU's half-precision products are slow
     heads: list[mx.array] = []
     for row in range(B):
         for head in range(G):
@@ -160,20 +161,40 @@ def _quantized(
             keys, values = k.head(row, head), v.head(row, head)
             if heads:  # one head after the other, so that no two are held as floats
                 keys, values = keys.after(heads[-1]), values.after(heads[-1])
-            out = attention(
-                q[some].astype(dtype),
-                keys.dequantized(dtype),
-                values.dequantized(dtype),
-                scale=softmax.scale,
-                mask=_of(mask, *some),
-                bias=_of(bias, *some),
-                causal=causal,
-                window=window,
-                sinks=None if softmax.sinks is None else softmax.sinks[some[1]],
-                softcap=softmax.softcap,
-            )
-            heads.append(out.astype(q.dtype))
+            own = replace(softmax, sinks=None if softmax.sinks is None else softmax.sinks[some[1]])
+            extra = {"mask": _of(mask, *some), "bias": _of(bias, *some)}
+            heads.append(_of_head(q[some], keys, values, own, extra, causal=causal, window=window))
     return mx.concatenate(heads, axis=1).reshape(B, H, L, -1)  # (1, B H, L, Dv) before
+
+
+def _of_head(
+    q: mx.array,
+    k: Quantized,
+    v: Quantized,
+    softmax: _Softmax,
+    extra: dict[str, mx.array | None],
+    *,
+    causal: bool,
+    window: int | None,
+) -> mx.array:
+    """Attention to one quantized head, (1, 1, S, D), of the queries that share it. On a CPU in blocks of queries, one
+    after the other, so that few scores are held at once."""
+    (_, group, L, _), S = q.shape, k.shape[2]
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    dtype = q.dtype if gpu else mx.float32  # a CPU's half-precision products are slow
+    keys, values = k.dequantized(dtype), v.dequantized(dtype)
+    rows = L if gpu or (window is not None and not causal) else max(16, _BLOCK // (group * S))
+    out: list[mx.array] = []
+    for first in range(0, L, rows):
+        last = min(first + rows, L)
+        stop = S - L + last if causal else S
+        asked = q[:, :, first:last].astype(dtype)
+        if out:
+            (asked,) = mx.depends([asked], out[-1:])
+        part = {name: x if x is None else _part(x, range(first, last), range(stop)) for name, x in extra.items()}
+        options: dict[str, Any] = {"scale": softmax.scale, "sinks": softmax.sinks, "softcap": softmax.softcap, **part}
+        out.append(attention(asked, keys[:, :, :stop], values[:, :, :stop], causal=causal, window=window, **options))
+    return mx.concatenate(out, axis=2).astype(q.dtype)
 
 
 def _of(x: mx.array | None, row: slice, heads: slice) -> mx.array | None:

@@ -76,7 +76,7 @@ class KVCache:
         self._longest = 0  # the most that length has been
         self._lines: list[mx.array] = []  # what keys, then values, are made of: (B, G, slots, ...) each
         self._kept: list[mx.array] = []  # the `keep` first positions of each row, once positions after them are lost
-        self._first = 0  # the first position in the lines, apart from the kept ones just before it
+        self._first = 0  # the first position in the lines, apart from the kept ones; those before are lost, or padding
         self._slot = 0  # its slot
         self._widths = (0, 0)
 
@@ -103,11 +103,13 @@ class KVCache:
         if self.capacity is not None and before + n > self.capacity:
             raise ValueError(f"the cache is full: its capacity is {self.capacity} positions, got {before + n}")
         self._widths = (k.shape[-1], v.shape[-1])
-        moved = self._forget()
+        if not self._lines:
+            self._first, self._slot = before, 0
+        self._forget()
         longest = max(self._longest, before + n)
         size, stop = self._size(longest), self._slot + before - self._first
         if self._lines and self._lines[0].shape[2] == size and stop + n <= size:
-            if moved and self._kept:
+            if self._kept:
                 self._lines = written(self._lines, self._kept, self._slot - self.keep)
             lines = self._lines = written(self._lines, new, stop)
         else:
@@ -129,6 +131,8 @@ class KVCache:
         if not 0 <= n <= most:
             raise RewindError(f"the cache can be rewound by 0 to {most} of its {self.length} positions, got {n}")
         self.length -= n
+        if self.length < self._first:  # in the padding of all rows
+            self._lines = []
 
     def fork(self) -> KVCache:
         """A cache that goes its own way. Both share what is stored until one of them writes, which costs a copy."""
@@ -249,13 +253,11 @@ class KVCache:
         halves = zip((parts[:half], parts[half:]), self._widths, strict=True)
         return [made_of(some, width, self.bits) for some, width in halves] if parts else []
 
-    def _forget(self) -> bool:
-        """Moves on to the first position that still counts; whether there was any to pass over."""
+    def _forget(self) -> None:
+        """Moves on to the first position that still counts."""
         first = self._lost() if self._kept or not self.keep else 0
-        moved = first > self._first
-        if moved:
+        if first > self._first:
             self._slot, self._first = self._slot + first - self._first, first
-        return moved
 
     def _settle(self, lines: list[mx.array]) -> None:
         """Keeps the first positions aside when others after them are lost, and stores what counts of lines that are not
@@ -268,7 +270,7 @@ class KVCache:
         if lines is self._lines or not self.length:
             return
         start = self._slot - self._first
-        first = gone if self._kept or not self.keep else 0
+        first = max(self._first, gone if self._kept or not self.keep else 0)
         pieces = [self._kept, [x[:, :, start + first : start + self.length] for x in lines]]
         self._lines = filled(joined(pieces), self._size(self._longest))
         self._first, self._slot = first, self.keep if self._kept else 0

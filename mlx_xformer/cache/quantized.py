@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 BITS = (8, 4)
+_FLOATS = 2**15  # channels of a stretch of positions that a CPU takes at once
 
 
 def group_size(width: int) -> int:
@@ -87,19 +89,43 @@ class Quantized:
 
     def scores(self, q: mx.array) -> mx.array:
         """q x^T in float32, for q (B, G, L, D): (B, G, L, S)."""
-        more = stored_width(self.width) - self.width
-        if more:
-            q = mx.pad(q, [(0, 0)] * 3 + [(0, more)])
-        return self._product(q, True)
+        q, found = q.astype(mx.float32), list[mx.array]()
+        for part in self._stretches():
+            part = part.after(found[-1]) if found else part
+            found.append(part._product(q, True, few=2))
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
     def weighed(self, weights: mx.array) -> mx.array:
         """weights x in float32, for weights (B, G, L, S): (B, G, L, D)."""
-        return self._product(weights, False)[..., : self.width]
+        at, total = 0, None
+        for part in self._stretches():
+            n = part.shape[2]
+            part = part if total is None else part.after(total)
+            some = part._product(weights[..., at : at + n].astype(mx.float32), False, few=8)
+            at, total = at + n, some if total is None else total + some
+        assert total is not None  # there is a position
+        return total
 
-    def _product(self, x: mx.array, transpose: bool) -> mx.array:
+    def _stretches(self) -> list[Quantized]:
+        """It in stretches of positions that are small, since MLX's CPU backend copies what it multiplies."""
+        B, G, S, D = self.shape
+        if mx.default_device() == mx.Device(mx.gpu):
+            return [self]
+        step = max(64, _FLOATS // (B * G * D))
+        return [self._of([x[:, :, first : first + step] for x in self.parts]) for first in range(0, S, step)]
+
+    def _product(self, x: mx.array, transpose: bool, few: int) -> mx.array:
+        """x times this or its transpose. few: rows of a product with a head for which a CPU's quantized one is quicker
+        than one with floats."""
+        if x.shape[2] > few and mx.default_device() != mx.Device(mx.gpu):
+            floats = self.dequantized(mx.float32)
+            return x @ (floats.swapaxes(-1, -2) if transpose else floats)
+        more = stored_width(self.width) - self.width
+        x = mx.pad(x, [(0, 0)] * 3 + [(0, more)]) if transpose and more else x
         scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        form = {"transpose": transpose, "group_size": self.group_size, "bits": self.bits}
-        return mx.quantized_matmul(x.astype(mx.float32), self.packed, scales, biases, **form)  # type: ignore[arg-type]
+        form: dict[str, Any] = {"transpose": transpose, "group_size": self.group_size, "bits": self.bits}
+        out = mx.quantized_matmul(x, self.packed, scales, biases, **form)
+        return out if transpose or not more else out[..., : self.width]
 
 
 KeysOrValues = mx.array | Quantized

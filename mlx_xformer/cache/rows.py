@@ -26,6 +26,8 @@ def merged(caches: list[KVCache], length: int | None = None, longest: int | None
         if cache.length and cache._form != full[0]._form:
             raise ValueError(f"caches must agree in heads, widths and dtype, {full[0]._form}, got {cache._form}")
     if not full:
+        out.padding = tuple(padding)  # which tells how many rows there are
+        out.length, out._longest = length, longest or length
         return out
     if longest is None:  # so long that it can be rewound as far as any of them
         longest = length + max(cache._longest - cache.length if cache._lost() > cache.keep else 0 for cache in full)
