@@ -7,6 +7,7 @@ read too; mlx-lm's `quantization`. A key that is neither understood nor known to
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Container, Mapping
 from typing import Any
@@ -131,7 +132,7 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
         raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
     for key, known in _ONLY.items():
         if key in values and values[key] not in known:
-            raise ValueError(f"{key} must be {json_value(known[0])}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be {json.dumps(known[0])}, got {short(str(values[key]))}")
     required = [*_REQUIRED, *([] if kind == "llama" else ["num_key_value_heads"])]
     required += ["head_dim", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
     missing = [key for key in required if values.get(key) is None]
@@ -140,11 +141,6 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
     for key in ("hidden_size", "query_pre_attn_scalar"):
         if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
             raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
-
-
-def json_value(value: Any) -> str:
-    """A value as JSON writes it."""
-    return {True: "true", False: "false", None: "null"}.get(value, str(value)) if not isinstance(value, str) else value
 
 
 def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -218,6 +218,7 @@ def _stream(
         own = _repacked(own, _pair(now, layer, own), _pair(then, layer, own), dtype)
         for leaf in list(own):
             yield f"{layer}.{leaf}", own.pop(leaf)
+        mx.clear_cache()  # of buffers that fit no other layer
 
 
 def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: bool) -> Report:

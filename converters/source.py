@@ -175,7 +175,8 @@ def scan(tensors: dict[str, mx.array]) -> list[str]:
     found = {}
     for name, x in sorted(tensors.items()):
         if mx.issubdtype(x.dtype, mx.floating) and x.size:
-            largest = mx.max(mx.abs(x, stream=cpu), stream=cpu)
+            # without an array of magnitudes beside x
+            largest = mx.maximum(mx.max(x, stream=cpu), mx.negative(mx.min(x, stream=cpu), stream=cpu), stream=cpu)
             found[name] = mx.sum(mx.logical_not(mx.isfinite(x, stream=cpu), stream=cpu), stream=cpu), largest
     mx.eval(found)
     lines = []

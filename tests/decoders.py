@@ -48,7 +48,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def config(name: str, **changes: Any) -> DecoderConfig:
     """A small decoder of an architecture."""
-    return DecoderConfig(**{**SIZES, **ARCHITECTURES[name], **changes})
+    values = {**SIZES, **ARCHITECTURES[name], **changes}
+    if "embed_scale" in values:
+        values["embed_scale"] = values["embed_dim"] ** 0.5
+    return DecoderConfig(**values)
 
 
 def state_of(own: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
