@@ -5,7 +5,7 @@ Axes: B rows of a batch, V vocabulary, n tokens so far, m of them that are drawn
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,8 +27,8 @@ class Settings:
     sampler: Sampler
     limit: int
     chunk: int
-    ahead: int
-    logprobs: bool
+    ahead: int = 0
+    logprobs: bool = False
 
 
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
@@ -43,6 +43,35 @@ def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], set
             logits = model(token[:, None], caches=caches, last=1)[:, -1]
             mx.async_eval(logits, history, *arrays(caches))
         yield _number(token), None if score is None else _number(score)
+
+
+def together(
+    model: Decoder,
+    caches: list[KVCache],
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    ended: Callable[[int, int], bool],
+) -> None:
+    """Decodes several prompts side by side, in caches whose padding aligns their ends. ended(row, token) is told every
+    token of each, and says whether it was the last."""
+    longest = max(map(len, prompts))
+    history = mx.array([[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts], mx.int32)
+    rows = list(range(len(prompts)))  # those that have not ended
+    logits = read_prompt(model, mx.maximum(history, 0), caches, settings.chunk)
+    for count in range(1, settings.limit + 1):
+        tokens, history = next_tokens(logits, history, settings.sampler)
+        if count < settings.limit:
+            mx.async_eval(tokens)
+            logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
+            mx.async_eval(logits, history, *arrays(caches))
+        read = cast("list[int]", tokens.tolist())
+        going = [i for i, (row, token) in enumerate(zip(rows, read, strict=True)) if not ended(row, token)]
+        if not going:
+            return
+        if len(going) < len(rows):
+            caches = [cache.select(going) for cache in caches]
+            rows, index = [rows[i] for i in going], mx.array(going)
+            logits, history = logits[index], history[index]
 
 
 def with_draft(

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from .decoding import Settings, Steps, arrays, next_tokens, one_by_one, read_prompt, with_draft
+from .decoding import Settings, Steps, one_by_one, together, with_draft
 from .samplers import Sampler, greedy
 from .tokenizer import TextStream, Tokenizer
 
@@ -104,30 +102,16 @@ def batch_generate(
     if not prompts:
         return []
     longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    caches = model.make_caches(padding=padding, **options)
+    caches = model.make_caches(padding=[longest - len(prompt) for prompt in prompts], **options)
     limit = min(max_tokens, _room(caches, range(longest)))
     readers = [_Reader(prompt, tokenizer, eos, stop, limit) for prompt in prompts]
     out: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # those that have not ended
-    history = mx.array([[-1] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], mx.int32)
-    logits = read_prompt(model, mx.maximum(history, 0), caches, prefill)
-    for count in range(1, limit + 1):
-        tokens, history = next_tokens(logits, history, sampler)
-        if count < limit:
-            mx.async_eval(tokens)
-            logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
-            mx.async_eval(logits, history, *arrays(caches))
-        going = []
-        for i, (row, token) in enumerate(zip(rows, cast("list[int]", tokens.tolist()), strict=True)):
-            out[row].append(token)
-            going += [] if readers[row].read(token)[1] else [i]
-        if not going:
-            break
-        if len(going) < len(rows):
-            caches = [cache.select(going) for cache in caches]
-            rows, index = [rows[i] for i in going], mx.array(going)
-            logits, history = logits[index], history[index]
+
+    def ended(row: int, token: int) -> bool:
+        out[row].append(token)
+        return readers[row].read(token)[1] is not None
+
+    together(model, caches, prompts, Settings(sampler, limit, prefill), ended)
     return out
 
 

@@ -67,7 +67,7 @@ def test_text_goes_to_stdout_and_what_it_took_to_stderr(folder, capsys):
 
 
 def test_a_prompt_from_standard_input(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
     assert answer(capsys, folder, "-")["text"] == text_of(folder)
 
 

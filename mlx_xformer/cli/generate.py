@@ -27,7 +27,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Its arguments."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a language model's checkpoint folder, or an original to convert")
-    add("prompt", metavar="PROMPT", help="the beginning of the text; - reads it from standard input")
+    add(
+        "prompt", metavar="PROMPT", help="how the text begins; - reads it from standard input, less its last line break"
+    )
     add("--max-tokens", type=int, default=256, metavar="N", help="generate at most this many tokens")
     add("--temp", type=float, default=0.0, metavar="T", help="temperature; 0 takes the most likely token")
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
@@ -93,36 +95,21 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     names = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampler = make_sampler(options.temp, **{name: getattr(options, name) for name in names})
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     if options.device:
         runtime.use_device(options.device)
     folder = _language_model(options.model)
-    draft_folder = options.draft and _language_model(options.draft)
+    draft = _language_model(options.draft) if options.draft else None
     tokenizer = Tokenizer(folder)
     prompt = _prompt(text, tokenizer, options)
     model = _load(folder)
-    draft = _load(draft_folder) if draft_folder else None
     caches, held = _caches(model, options)
     result = _Run(prompt, reuse(caches, held, prompt))
-    tokens = generate(
-        model,
-        prompt,
-        max_tokens=options.max_tokens,
-        sampler=sampler,
-        tokenizer=tokenizer,
-        stop=options.stop,
-        caches=caches,
-        draft=draft,
-        draft_caches=draft.make_caches(**_cache_options(options)) if draft else None,
-        ahead=AHEAD,
-    )
-    try:
-        for piece in _timed(tokens, result):
-            if not options.json:
-                print(piece, end="", flush=True)
-    finally:
-        if not options.json and result.tokens:
-            print(flush=True)  # what was printed stays a line of its own
+    given: dict[str, Any] = {"sampler": sampler, "tokenizer": tokenizer, "caches": caches}
+    if draft is not None:
+        given["draft"] = small = _load(draft)
+        given |= {"draft_caches": small.make_caches(**_cache_options(options)), "ahead": AHEAD}
+    _show(generate(model, prompt, max_tokens=options.max_tokens, stop=options.stop, **given), result, options.json)
     if options.prompt_cache:
         save_prompt(options.prompt_cache, model, caches, prompt + result.tokens)
     if options.json:
@@ -130,6 +117,17 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(result.summary(), file=sys.stderr)
     return 0
+
+
+def _show(tokens: Iterator[Token], result: _Run, quiet: bool) -> None:
+    """Prints the text, unless `quiet`. What was printed stays a line of its own, whatever ends it."""
+    try:
+        for piece in _timed(tokens, result):
+            if not quiet:
+                print(piece, end="", flush=True)
+    finally:
+        if not quiet and result.tokens:
+            print(flush=True)
 
 
 def _timed(tokens: Iterator[Token], result: _Run) -> Iterator[str]:
