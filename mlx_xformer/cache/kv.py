@@ -329,7 +329,7 @@ class KVCache:
         """What n queries may see where first positions are kept, but for causality; None for everything."""
         stop, kept = self.length + n, bool(self._kept)
         if window is None or stop - window <= (self._first if kept else self.keep):
-            return None if kept else self._real(0, stop)
+            return None if kept else self._real(self._first, stop)
         keys = mx.arange(self._first, stop)
         near = mx.arange(self.length, stop)[:, None] - keys < window
         if kept:

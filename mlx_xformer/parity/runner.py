@@ -14,13 +14,13 @@ import numpy as np
 
 from .. import runtime
 from .._version import __version__
-from . import attention_cases, attention_layer_cases, layer_cases, position_cases, spectral_cases
+from . import attention_cases, attention_layer_cases, cache_cases, layer_cases, position_cases, spectral_cases
 from .judge import DTYPES, Trial, Verdict
 from .model_cases import model_cases
 from .report import Place, Report, Row
 from .samples import Case, Rng, Sample
 
-_PARTS = (attention_cases, attention_layer_cases, position_cases, layer_cases, spectral_cases)
+_PARTS = (attention_cases, attention_layer_cases, cache_cases, position_cases, layer_cases, spectral_cases)
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
 NAMES = tuple(CASES)
 _FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, KeyError, AttributeError)
