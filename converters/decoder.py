@@ -276,7 +276,7 @@ def original(own: DecoderConfig) -> dict[str, Any]:
         if own.layer_types is not None:
             values["layer_types"] = [_SLIDING if name == "local" else _FULL for name in own.layer_types]
     if kind.startswith("gemma"):
-        values["query_pre_attn_scalar"] = (own.attention_scale or 1.0) ** -2
+        values["query_pre_attn_scalar"] = round((own.attention_scale or 1.0) ** -2)
         values["rope_local_base_freq"] = own.local_rope_theta
         values["hidden_activation"] = values.pop("hidden_act")
     values = {key: value for key, value in values.items() if value is not None}
