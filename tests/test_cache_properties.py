@@ -128,7 +128,7 @@ def derived(name, pairs, at, draw, folder, fresh):
     batch = len(pair.expected.padding)
     if name == "fork":
         return [pair.fork()]
-    if name == "save":
+    if name == "save" and (pair.cache.length or pair.cache.padding):
         return saved([pair], folder)
     if name == "empty":
         return [fresh()]
@@ -175,7 +175,8 @@ def run(kind, program, folder):
             held.append(pair.append(rng, H, n, None))
         elif name == "reset":
             pair.cache.reset()
-            pair.expected = fresh(pair.expected.padding).expected
+            # an empty cache is one row, but where padding tells of more
+            pair.expected = fresh(pair.expected.padding if pair.cache.padding else [0]).expected
         else:  # the caches that the new one comes from go on as well
             made = derived(name, pairs, at, int(rng.integers(0, 99)), folder, lambda: fresh(rows))
             if len(pairs) < 4 and len(made) == 1:

@@ -162,8 +162,8 @@ class KVCache:
 
     @staticmethod
     def merge(caches: Sequence[KVCache]) -> KVCache:
-        """One cache with the rows of all, whose last positions are aligned: shorter rows get padding. ValueError for
-        caches that differ in more than their lengths."""
+        """One cache with the rows of all, whose last positions are aligned: shorter rows get padding. An empty cache is
+        one row, if no padding tells of more. ValueError for caches that differ in more than their lengths."""
         if not caches:
             raise ValueError("merge needs at least one cache, got none")
         return merged([row for cache in caches for row in (cache.split() if cache.padding else [cache])])

@@ -66,4 +66,4 @@ def _range(cache: KVCache, like: Sequence[mx.array], start: int, stop: int) -> l
                 [x[:, :, slot + begin - first : slot + last - first] for x in parts],
             ]
             at = last
-    return joined([*pieces, zeros(like, stop - at)])
+    return joined([*pieces, zeros(like, stop - at)]) or [x[:, :, :0] for x in like]
