@@ -64,8 +64,14 @@ def resolve(path_or_name: str | Path) -> Path:
         )
     if namespace is None:
         return _from_hub(NAMESPACE, known)
-    found = None if name.startswith("htdemucs") else _language_from_hub(f"{namespace}/{name}")
-    return found or _from_hub(namespace, name)
+    if name.startswith("htdemucs"):
+        return _from_hub(namespace, name)
+    if found := _language_from_hub(f"{namespace}/{name}"):
+        return found
+    try:
+        return _from_hub(namespace, name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the hub has no config.json in {namespace}/{name}, and {error}") from None
 
 
 def describe(path_or_name: str | Path) -> str:
