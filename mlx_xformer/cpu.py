@@ -182,6 +182,29 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, step: int | No
     return out[0] if len(out) == 1 else mx.concatenate(out)
 
 
+_UNCOPIED = (10**6, 1200)  # multiplications and results of a product up to which OpenBLAS copies no operand (AVX-512)
+_SHARE = 2**18  # numbers of a matrix that are worth a worker
+_LEAST = 32  # rows of a piece
+
+
+def few_rows(x: mx.array, weight: mx.array) -> mx.array:
+    """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight."""
+    M, (O, I) = len(x), weight.shape
+    workers = max(1, min(runtime.workers, weight.size // _SHARE))
+    size = _divisor(O, max(1, min(_UNCOPIED[0] // (M * I), _UNCOPIED[1] // M, O // workers)))
+    if size < _LEAST:
+        return x @ weight.T
+    pieces = weight.reshape(-1, size, I).swapaxes(1, 2)  # (n, I, size)
+    y = x @ pieces if workers == 1 else by_rows(lambda some: x @ some, pieces)
+    return y.swapaxes(0, 1).reshape(M, O)
+
+
+@lru_cache(maxsize=256)
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return next(size for size in range(min(n, most), 0, -1) if n % size == 0)
+
+
 _PATCHES = 2**20  # elements of the patches that a block of frames holds at once
 _ROWS = 2**10  # and the least rows of its product
 

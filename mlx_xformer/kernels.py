@@ -49,20 +49,20 @@ def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
 _LARGE = 2**17
 
 
-_FEW = 8  # rows up to which a CPU is quicker with the matrix on the left
+_FEW = 8  # rows for which a CPU is quicker with pieces of the matrix
 _HALF = (mx.float16, mx.bfloat16)  # a CPU multiplies them in scalar loops
 
 
 def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows as weight x^T and many
-    by_rows."""
+    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows with pieces of the
+    weight and many by_rows."""
     if mx.default_device() != _CPU:
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     if x.dtype in _HALF and weight.dtype == x.dtype:
         return product(x.astype(mx.float32), weight.astype(mx.float32), bias).astype(x.dtype)
     rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
     if 0 < len(rows) <= _FEW:
-        y = (weight @ rows.T).T
+        y = cpu.few_rows(rows, weight)
         y = y if bias is None else y + bias
     elif bias is None:
         y = by_rows(lambda rows: rows @ weight.T, rows)
@@ -89,8 +89,20 @@ def quantized_product(
         if x.size > 2 * x.shape[-1]:
             weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
             return product(x, weight, bias).astype(kind)
-    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    y = _few_packed(x, weight, scales, biases, group_size=group_size, bits=bits)
     return (y if bias is None else y + bias).astype(kind)
+
+
+def _few_packed(x: mx.array, *packed: mx.array, **packing: int) -> mx.array:
+    """x weight^T for few rows x; the rows of a large weight are shared out among a CPU's workers."""
+    if runtime.workers == 1 or mx.default_device() != _CPU or packed[0].size < _LARGE_PACKED:
+        return mx.quantized_matmul(x, *packed, transpose=True, **packing)
+    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+    y = cpu.by_rows(lambda *some: mx.quantized_matmul(rows, *some, transpose=True, **packing).T, *packed).T
+    return y.reshape(*x.shape[:-1], packed[0].shape[0])
+
+
+_LARGE_PACKED = 2**14  # words
 
 
 class Linear(nn.Linear):

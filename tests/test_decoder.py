@@ -9,7 +9,7 @@ import pytest
 from decoders import ARCHITECTURES, config
 from harness import as32, assert_within_budget, check_gradient, check_module, draw
 
-from mlx_xformer import kernels, layers
+from mlx_xformer import cpu, kernels, layers, runtime
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization, quantize
 from mlx_xformer.parity.decoder_cases import floats
 from mlx_xformer.positions import Rotary, RotaryScaling
@@ -171,6 +171,27 @@ def test_product(shape, biased):
     assert_within_budget(kernels.product(*map(mx.array, as32(arrays))), plain(*arrays), plain(*as32(arrays)))
     if 0 not in shape and len(shape) > 1 and shape[0] < 100:
         check_gradient(kernels.product, plain, *arrays)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, workers):
+    """Equal pieces, shared out among workers where the matrix is large; the whole where its rows have no divisor."""
+    monkeypatch.setattr(runtime, "workers", workers)
+    monkeypatch.setattr(cpu, "_SHARE", 2**12)
+    for size in (3, 96, 1031, 33 * 47):
+        x, weight = signal(rows, 67), signal(size, 67, seed=1)
+
+        def plain(x, weight):
+            return x @ weight.T
+
+        truth, near = plain(x, weight), plain(*as32([x, weight]))
+        assert_within_budget(kernels.product(*map(mx.array, as32([x, weight]))), truth, near)
+    packed = mx.quantize(mx.array(signal(1031, 128, seed=1).astype(np.float32)), group_size=32, bits=4)
+    monkeypatch.setattr(kernels, "_LARGE_PACKED", 2**8)
+    x = mx.array(signal(min(rows, 2), 128).astype(np.float32))
+    whole = mx.quantized_matmul(x, *packed, transpose=True, group_size=32, bits=4)
+    assert (kernels.quantized_product(x, *packed, group_size=32, bits=4) == whole).all()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
