@@ -1,15 +1,20 @@
 """The decoder of every architecture against its NumPy twin: forward, gradients, caches, packed matrices."""
 
 import dataclasses
+import json
+import sys
+import types
 from itertools import pairwise
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from decoders import ARCHITECTURES, config
-from harness import as32, assert_within_budget, check_gradient, check_module, draw
+from harness import as32, assert_within_budget, check_gradient, check_module, draw, set_params
 
 from mlx_xformer import cpu, kernels, layers, runtime
+from mlx_xformer.models import decoder as decoder_module
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization, quantize
 from mlx_xformer.parity.decoder_cases import floats
 from mlx_xformer.positions import Rotary, RotaryScaling
@@ -101,6 +106,72 @@ def test_only_the_last_positions():
         assert some.shape == (2, min(last, 11), 31)
         np.testing.assert_allclose(some, whole[:, 11 - some.shape[1] :], atol=1e-6)
     assert model(tokens[:0]).shape == (0, 11, 31)
+
+
+MUTANTS = {  # bug -> (architecture whose test must see it, source, what it becomes)
+    "no residual": ("llama", "            x = x + y\n", "            x = y\n"),
+    "no residual of the network": ("llama", "return x + self.mlp(self.post", "return self.mlp(self.post"),
+    "norm of another step": (
+        "llama",
+        "self.mlp(self.post_attention_layernorm(x))",
+        "self.mlp(self.input_layernorm(x))",
+    ),
+    "no norm at the end": ("llama", "x = self.model.norm(x)", "x = x"),
+    "biases of queries only": ("qwen2", "bias=config.attention_bias", "bias=config.attention_bias[:1]"),
+    "norm before the sum": (
+        "gemma 3",
+        "x = x + self.post_attention_layernorm(y)",
+        "x = self.post_attention_layernorm(x + y)",
+    ),
+    "sandwich norms change places": (
+        "gemma 3",
+        "self.pre_feedforward_layernorm(x)",
+        "self.post_feedforward_layernorm(x)",
+    ),
+    "gains without their 1": (
+        "gemma 3",
+        "RMSNorm(dims, config.norm_eps, plus_one=config.norm_plus_one)",
+        "RMSNorm(dims, config.norm_eps)",
+    ),
+    "gains of heads without their 1": ("gemma 3", "if config.qk_norm and config.norm_plus_one:", "if False:"),
+    "embeddings not scaled": ("gemma 3", "if self.config.embed_scale is None", "if True"),
+    "scale of the scores": ("gemma 2", "scale=config.attention_scale", "scale=None"),
+    "scores not capped": ("gemma 2", "softcap=config.attention_softcap", "softcap=None"),
+    "logits not capped": ("gemma 2", "y if cap is None", "y if True"),
+    "one rotary base": ("gemma 3", "if self.local_rope_theta is not None and", "if False and"),
+    "rotary not scaled": ("qwen2, yarn", "self.rope_theta, scaling=self.rope_scaling", "self.rope_theta"),
+    "local and global change places": ("gemma 3", '== "local" else None', '== "global" else None'),
+    "the other activation": ("gemma 2", "config.hidden_dim, config.activation,", 'config.hidden_dim, "silu",'),
+    "norms' own eps": ("qwen3", "RMSNorm(dims, config.norm_eps,", "RMSNorm(dims, 1e-2,"),
+    "eps of heads": ("qwen3", "norm_eps=config.norm_eps", "norm_eps=1e-2"),
+    "first positions": ("llama", "x[:, x.shape[1] - last :]", "x[:, :last]"),
+    "caches of the wrong layers": ("qwen2, yarn", "else caches[index]", "else caches[-1 - index]"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(monkeypatch, name):
+    architecture, source, planted = MUTANTS[name]
+    text = Path(decoder_module.__file__).read_text()
+    assert text.count(source) == 1, f"{text.count(source)} times: {source}"
+    copy = types.ModuleType(decoder_module.__name__)
+    copy.__package__ = decoder_module.__package__
+    copy.__dict__["__name__"] = "mutant"
+    monkeypatch.setitem(sys.modules, "mutant", copy)  # where dataclasses look for it
+    exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
+    own = copy.DecoderConfig(
+        **{f.name: getattr(config(architecture), f.name) for f in dataclasses.fields(DecoderConfig)}
+    )
+    with pytest.raises((AssertionError, ValueError)):
+        model = copy.Decoder(own)
+        params = drawn(architecture)[1]
+        set_params(model, params)
+        truth, single = truths(params, config(architecture))
+        caches = model.make_caches()
+        parts = [model(mx.array(TOKENS[:, a:b]), caches=caches, last=2) for a, b in pairwise(range(12))]
+        assert_within_budget(mx.concatenate(parts, axis=1), truth, single)
+        assert_within_budget(model(mx.array(TOKENS)), truth, single)
+        assert_within_budget(model(mx.array(TOKENS), last=3), truth[:, -3:], single[:, -3:])
 
 
 # Caches for layers
@@ -288,8 +359,6 @@ def test_configurations_that_are_refused(changes, reason):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_plain_values_there_and_back(name):
-    import json
-
     own = config(name, dtype="bfloat16", quantization=Quantization(4, 32, {"lm_head": None, "x": (8, 64)}))
     values = json.loads(json.dumps(own.to_dict()))
     again = DecoderConfig.from_dict(values)
