@@ -530,6 +530,8 @@ def test_appends_that_are_refused_change_nothing(bits, k, v, message):
     with pytest.raises(ValueError, match=message):
         cache.append(k, v)
     assert cache.length == 3 and all(x is y for x, y in zip(cache.arrays, before, strict=True))
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        cache.append(*pair(1), window=0)
     with pytest.raises(ValueError, match="k must have the 5 rows that padding names, got 2"):
         KVCache(padding=[0] * 5).append(SINGLE, SINGLE)
 

@@ -98,6 +98,8 @@ class KVCache:
     def append(self, k: mx.array, v: mx.array, *, window: int | None = None) -> View:
         """Adds n >= 1 positions, k (B, G, n, D) and v (B, G, n, Dv), and returns what the queries at these positions
         may see; `window` narrows that. ValueError, with nothing added, for what does not fit."""
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
         new = self._parts(k, v)
         n, before = k.shape[2], self.length
         if self.capacity is not None and before + n > self.capacity:
