@@ -33,6 +33,7 @@ from .folder import Original
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, invert, plan
 from .source import Stored, open_safetensors, scan, sha256_of
+from .torch_pickle import short
 
 FAMILY = "decoder"
 Pair = tuple[int, int] | None  # bits and group size of a packed matrix, or None for floats
@@ -78,8 +79,11 @@ def read_original(source: Path) -> Original:
     found = folder.read(source)
     try:
         config = decoder.config(found.values)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from None
+    except (ArithmeticError, TypeError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}, {short(str(error))}"
+        raise ValueError(f"{source / 'config.json'}: makes no model ({reason})") from None
     table = decoder.TABLE_NAME if decoder.TABLE_NAME in found.tensors else decoder.HEAD_NAME
     return Original(
         source.resolve().name,
@@ -259,6 +263,6 @@ def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[st
             if decoder.config(values) == dataclasses.replace(floats, dtype=None):
                 head = floats.tie_embeddings and before.get("table") == decoder.HEAD_NAME
                 return values, decoder.HEAD_NAME if head else decoder.TABLE_NAME
-        except (ValueError, TypeError):
+        except (ValueError, ArithmeticError, TypeError, AttributeError, KeyError):
             pass  # edited since
     return decoder.original(floats), decoder.TABLE_NAME

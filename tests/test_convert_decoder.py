@@ -426,6 +426,30 @@ def test_the_wrong_folder(tmp_path):
             tmp_path)  # fmt: skip
 
 
+JUNK = [None, -1, 0, 7, 1e30, float("nan"), 0.5, "x", "", [], [1], {}, {"a": 1}, True, ["sliding_attention"]]
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "qwen2, yarn", "gemma 3"])
+def test_values_of_any_kind(tmp_path, name):
+    """Every key with every sort of junk, also one level down: a model whose tensors do not fit, or one line."""
+    own = config(name)
+    write_folder(tmp_path / "hf", own, quantization={"bits": 4, "group_size": 64, "lm_head": False})
+    values = json.loads((tmp_path / "hf/config.json").read_text())
+    values["rope_parameters"] = {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_type": "default"}}
+    cases = [{**values, key: junk} for key in values for junk in JUNK]
+    for outer in ("rope_scaling", "quantization", "rope_parameters"):
+        inner = values.get(outer) or {}
+        cases += [{**values, outer: {**inner, key: junk}} for key in [*inner, "type", "factor"] for junk in JUNK]
+    for case in cases:
+        (tmp_path / "hf/config.json").write_text(json.dumps(case))
+        try:
+            convert(tmp_path / "hf", tmp_path / "out", dry_run=True)
+        except (ValueError, OSError) as error:
+            lines = str(error).splitlines()
+            assert lines[0].startswith(str(tmp_path / "hf")) and len(lines[0]) < 500, error
+            assert len(lines) == 1 or "the tensors do not fit the model" in lines[0], error
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
