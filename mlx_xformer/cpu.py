@@ -192,11 +192,11 @@ def few_rows(x: mx.array, weight: mx.array) -> mx.array:
     M, (O, I) = len(x), weight.shape
     workers = max(1, min(runtime.workers, weight.size // _SHARE))
     size = _divisor(O, max(1, min(_UNCOPIED[0] // (M * I), _UNCOPIED[1] // M, O // workers)))
-    if size < _LEAST:
+    if size < _LEAST or size == O:
         return x @ weight.T
     pieces = weight.reshape(-1, size, I).swapaxes(1, 2)  # (n, I, size)
-    y = x @ pieces if workers == 1 else by_rows(lambda some: x @ some, pieces)
-    return y.swapaxes(0, 1).reshape(M, O)
+    y = x @ pieces if workers == 1 else by_rows(lambda some: x @ some, pieces)  # (n, M, size)
+    return (y if M == 1 else y.swapaxes(0, 1)).reshape(M, O)
 
 
 @lru_cache(maxsize=256)

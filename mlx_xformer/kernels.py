@@ -89,16 +89,20 @@ def quantized_product(
         if x.size > 2 * x.shape[-1]:
             weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
             return product(x, weight, bias).astype(kind)
-    y = _few_packed(x, weight, scales, biases, group_size=group_size, bits=bits)
+    y = _few_packed(x, (weight, scales, biases), group_size, bits)
     return (y if bias is None else y + bias).astype(kind)
 
 
-def _few_packed(x: mx.array, *packed: mx.array, **packing: int) -> mx.array:
+def _few_packed(x: mx.array, packed: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int) -> mx.array:
     """x weight^T for few rows x; the rows of a large weight are shared out among a CPU's workers."""
+
+    def form(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+
     if runtime.workers == 1 or mx.default_device() != _CPU or packed[0].size < _LARGE_PACKED:
-        return mx.quantized_matmul(x, *packed, transpose=True, **packing)
+        return form(x, *packed)
     rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
-    y = cpu.by_rows(lambda *some: mx.quantized_matmul(rows, *some, transpose=True, **packing).T, *packed).T
+    y = cpu.by_rows(lambda *some: form(rows, *some).T, *packed).T
     return y.reshape(*x.shape[:-1], packed[0].shape[0])
 
 
@@ -379,6 +383,18 @@ def expand_norm_glu_add(
     """
     form = _fast_expand if vectorizes(x) else _plain_expand
     return form(x, weight, bias, norm_weight, norm_bias, scale, residual, mx.array(eps))
+
+
+@mx.compile
+def _few_rms(x: mx.array, weight: mx.array, eps: mx.array) -> mx.array:
+    return x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps) * weight
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """rms_normalize for narrow x, by MLX's own form or, where few rows make each operation count, in three."""
+    if vectorizes(x) and x.size <= _FEW * x.shape[-1] and weight.dtype == x.dtype:
+        return _few_rms(x, weight, mx.array(eps))
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
 
 def rms_normalize(x: mx.array, weight: mx.array, eps: float) -> mx.array:

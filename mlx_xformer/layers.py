@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         gain = 1 + self.weight.astype(mx.float32) if self.plus_one else self.weight
         if self.dims <= _SEQUENTIAL:
-            return mx.fast.rms_norm(x, gain, self.eps).astype(x.dtype)
+            return kernels.rms_norm(x, gain, self.eps)
         return kernels.rms_normalize(x, gain, self.eps)
 
 

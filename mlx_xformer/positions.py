@@ -151,6 +151,10 @@ class Rotary:
             raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
         rates = self.rates()  # MLX's own, in float32, are good to 3e-7 only
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        if positions is None and self._by_table(x, offset):
+            cos, sin = _turns(self, offset, x.shape[2])
+            a, b = mx.split(x, 2, axis=-1)
+            return (x * cos + mx.concatenate([b, a], axis=-1) * sin).astype(x.dtype)
         if positions is None:
             freqs = mx.array(1 / rates, mx.float32)
             turned = mx.fast.rope(
@@ -170,6 +174,11 @@ class Rotary:
         turned = mx.flatten(mx.stack([a * cos - b * sin, a * sin + b * cos], axis=axis), -2, -1)
         return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
+    def _by_table(self, x: mx.array, offset: int | mx.array) -> bool:
+        """Whether cosines and sines come from the host: a CPU computes them one by one, and layers can share them."""
+        whole = self.dims == x.shape[-1] and not self.interleaved and x.shape[2] <= _TABLE
+        return whole and isinstance(offset, int) and mx.default_device() == mx.Device(mx.cpu)
+
     def rates(self) -> np.ndarray:
         """(dims / 2,) float64: radians that a pair turns from one position to the next."""
         rates: np.ndarray = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)
@@ -181,6 +190,19 @@ class Rotary:
             return x * magnitude
         turned, rest = mx.split(x, [self.dims], axis=-1)
         return mx.concatenate([turned * magnitude, rest], axis=-1)
+
+
+_TABLE = 1024  # positions of a table, at most
+
+
+@lru_cache(maxsize=8)
+def _turns(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.array]:
+    """(length, dims) each: cosines of pairs (i, i + dims / 2), and sines, those of the first half negative."""
+    phase = (offset + np.arange(length, dtype=np.float64))[:, None] * rotary.rates()
+    cos, sin = np.cos(phase), np.sin(phase)
+    magnitude = 1.0 if rotary.scaling is None else rotary.scaling.magnitude
+    tables = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+    return mx.array((tables[0] * magnitude).astype(np.float32)), mx.array((tables[1] * magnitude).astype(np.float32))
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

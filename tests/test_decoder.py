@@ -18,9 +18,11 @@ from mlx_xformer.models import decoder as decoder_module
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization, quantize
 from mlx_xformer.parity.decoder_cases import floats
 from mlx_xformer.positions import Rotary, RotaryScaling
+from mlx_xformer.reference import attention as twin_attention
 from mlx_xformer.reference import kernels as twin_kernels
 from mlx_xformer.reference import layers as twin_layers
 from mlx_xformer.reference.models.decoder import decoder as twin
+from mlx_xformer.sdpa import attention
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 11))
 
@@ -295,14 +297,29 @@ def test_quantized_product(rows, bits, dtype):
     assert out.dtype == dtype and np.abs(np.array(out.astype(mx.float32)) - truth).max() <= eps * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("heads", [(6, 6), (6, 3), (6, 2), (6, 1)])
+@pytest.mark.parametrize("length", [1, 7, 300])
+def test_one_query_of_grouped_heads(heads, length):
+    """On a CPU the queries of a group are rows of one product."""
+    H, G = heads
+    q, k, v = signal(2, H, 1, 5), signal(2, G, length, 5, seed=1), signal(2, G, length, 11, seed=2)
+
+    def plain(q, k, v):
+        return twin_attention.attention(q, k, v, causal=True)
+
+    found = attention(*map(mx.array, as32([q, k, v])), causal=True)
+    assert_within_budget(found, plain(q, k, v), plain(*as32([q, k, v])))
+
+
 # Layers
 
 
 @pytest.mark.parametrize("dims", [1, 3, 48, 1537])
 @pytest.mark.parametrize("plus_one", [False, True])
-def test_rms_norm(dims, plus_one):
+@pytest.mark.parametrize("rows", [(2, 5), (1, 1)])
+def test_rms_norm(rows, dims, plus_one):
     module = layers.RMSNorm(dims, 1e-3, plus_one)
-    check_module(module, lambda p, x: twin_layers.rms_norm(p, x, 1e-3, plus_one), signal(2, 5, dims))
+    check_module(module, lambda p, x: twin_layers.rms_norm(p, x, 1e-3, plus_one), signal(*rows, dims))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
