@@ -11,13 +11,17 @@ DATA ?= $(MLX_XFORMER_DATA)
 PYTEST = $(BIN)/python -m pytest
 PLAIN := -m "not torch and not real and not browser"
 
-.PHONY: demo test test-torch test-browser test-real check format bench bench-peers clean
+.PHONY: demo test test-nightly test-torch test-browser test-real check format bench bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-xformer separate mlx_xformer/data/demo.flac -n htdemucs_mini
 
 test: $(VENV)/installed
 	$(PYTEST) $(PLAIN)
+
+# The property tests of caches, with new examples; about half an hour.
+test-nightly: $(VENV)/installed
+	MLX_XFORMER_EXAMPLES=10000 $(PYTEST) tests/test_cache_properties.py
 
 # PyTorch and the original packages live in an environment of their own and run in a process of their own.
 test-torch: $(VENV)/installed $(TORCH)/installed

@@ -35,6 +35,7 @@ OFFICIAL = {  # the released htdemucs; every other keyword at its default
 REQUIREMENTS = ROOT / "tests" / "oracle" / "requirements.txt"
 INSTALLS = {  # what `pip install` is called with, one after the other
     "torch": [["torch==2.13.0"], ["--no-deps", "-r", str(REQUIREMENTS)]],
+    "mlx-lm": [["-r", str(BENCH / "requirements-mlx-lm.txt")]],
     "demucs-mlx": [["mlx[cpu]==0.32.4" if sys.platform == "linux" else "mlx==0.32.4", "demucs-mlx==1.6.1"]],
 }
 

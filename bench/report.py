@@ -11,9 +11,11 @@ from typing import Any
 BEGIN, END = "<!-- results: begin (written by bench/report.py) -->", "<!-- results: end -->"
 TITLES = {
     "attention": "Attention, 8 heads of 64",
+    "cache": "One layer's cache (8 heads over 2, of width 64): 256 appends; 512 and 16 x 1 queries at 8k",
     "parts": "Parts, at their official sizes",
     "peers": "One official segment of 7.8 s (htdemucs, float32)",
     "bag": "One stem of a bag of four, a track of 12 s",
+    "language": "A prompt of 512 tokens and 128 after it (Llama of 32.5 million parameters)",
 }
 Record = dict[str, Any]
 
@@ -45,12 +47,14 @@ def table(records: Sequence[Record]) -> str:
     columns = {
         "case": lambda r: r["case"],
         "wall, median": lambda r: _seconds(r["wall_median_s"]),
+        "tokens per second": lambda r: f"{r['tokens'] / r['wall_median_s']:.1f}" if r.get("tokens") else "",
         "ratio": lambda r: f"{r['ratio']:.2f}",
         "fastest": lambda r: _seconds(min(r["wall_s"])),
         "CPU-seconds": lambda r: _seconds(r["cpu_median_s"]),
         "of these in the kernel": lambda r: _seconds(r["kernel_median_s"]) if r.get("kernel_median_s") else "",
         "first run": lambda r: _seconds(r["first_s"]) if r.get("cold") else "",
         "cores busy with others": lambda r: "" if None in r["others"] else f"{statistics.median(r['others']):.1f}",
+        "cache": lambda r: f"{r['cache_mib']:.2f} MiB" if r.get("cache_mib") else "",
         "peak RSS": lambda r: _mib(r["rss_mib"]),
         "peak MLX": lambda r: _mib(r["framework_mib"]),
         "SNR against PyTorch f32": lambda r: f"{r['snr_db']:.1f} dB" if r.get("snr_db") else "",

@@ -4,6 +4,8 @@
     python bench/run.py --peers [--cases demucs-mlx]              one segment against other programs
     python bench/run.py --attention                               windows, causal, the module, against the plain forms
     python bench/run.py --bag                                     one stem of a bag against a single model
+    python bench/run.py --cache [--cases append]                  appends at 1k and 4k; 8 bits against float16 at 8k
+    python bench/run.py --language [--cases decode]               generation by a Llama against mlx-lm
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
 """
@@ -225,11 +227,41 @@ def bag(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> No
     finish("bag", found, wanted)
 
 
+def cache(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
+    """Measures the pairs of cases/cache.py whose names hold one of the words `wanted`."""
+    sys.path.insert(0, str(BENCH / "cases"))
+    from cache import CONTEXT, KV_HEADS, PAIRS, WIDTH, mx
+
+    from mlx_xformer.cache import cache_bytes
+
+    sizes = {"num_kv_heads": KV_HEADS, "head_dim": WIDTH}
+    held = {
+        "append_at_1k": cache_bytes(1024 + 256, **sizes),
+        "append_at_4k": cache_bytes(4096 + 256, **sizes),
+        "float16": cache_bytes(CONTEXT, **sizes, dtype=mx.float16),
+        "8_bits": cache_bytes(CONTEXT, **sizes, dtype=mx.float16, bits=8),
+    }
+    found = []
+    for part, pair in PAIRS.items():
+        if not any(word in part for word in wanted):
+            continue
+        print(f"{part}:")
+        cases = [Case(name.replace("_", " "), "cases/cache.py", name) for name in pair]
+        with tempfile.TemporaryDirectory() as folder:
+            measured = records(measure(cases, Path(folder), rounds, threads, patience), cases[0].name)
+        for name, record in zip(pair, measured, strict=True):
+            size = next(size for ending, size in held.items() if name.endswith(ending))
+            found.append({**record, "cache_mib": size / 2**20})
+    finish("cache", found, wanted)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="a whole segment against PyTorch demucs and demucs-mlx")
     parser.add_argument("--attention", action="store_true", help="attention against the plain forms, 15 rounds")
     parser.add_argument("--bag", action="store_true", help="one stem of a bag against a single model")
+    parser.add_argument("--cache", action="store_true", help="one layer's cache: appends, and 8 bits against float16")
+    parser.add_argument("--language", action="store_true", help="generation by a random Llama against mlx-lm")
     parser.add_argument("--cases", default="", help="only cases whose names hold one of these words, comma-separated")
     parser.add_argument("--rounds", type=int, help="by default 5, or 15 of attention")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4))
@@ -240,10 +272,12 @@ def main() -> None:
     suite = partial(pairs, "parts")
     if options.peers:
         from peers import compare as suite
+    elif options.language:
+        from language import compare as suite
     elif options.attention:
         suite = partial(pairs, "attention")
-    elif options.bag:
-        suite = bag
+    elif options.bag or options.cache:
+        suite = bag if options.bag else cache
     rounds = options.rounds or (15 if options.attention else 5)
     suite(options.cases.split(","), rounds, options.threads, options.patience)
 

@@ -23,7 +23,7 @@ from mlx_xformer.checkpoint import (
 )
 from mlx_xformer.models.htdemucs import BagConfig, HTDemucsConfig
 
-from . import htdemucs
+from . import htdemucs, language
 from .originals import Originals, find_originals
 from .report import Report, make_rows, totals
 from .rules import apply_rules, inverse_shapes, invert
@@ -40,20 +40,34 @@ def convert(
     to: str = "mlx",
     dry_run: bool = False,
     origin: Mapping[str, str] | None = None,
+    quantize: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
 ) -> Report:
-    """Converts a model file, a bag's .yaml, or a folder that holds one of them into the checkpoint folder `out`; with
-    `to="pytorch"`, a checkpoint folder back into the original files.
+    """Converts a model file, a bag's .yaml, a language model's folder or GGUF file, or a folder that holds one of them
+    into the checkpoint folder `out`; with `to="pytorch"`, a checkpoint folder back into the original files.
 
-    Tensors keep their bits and dtype. `family` insists on one; `origin` is added to the provenance. One ValueError (or
-    OSError, for files) says all that does not fit; then nothing is written.
+    Tensors keep their bits and dtype, but for language models where `quantize` (4 or 8 bits in groups of group_size; 0
+    makes floats of packed matrices) or `dtype` (of the floats) asks for others. `family` insists on one; `origin` is
+    added to the provenance. One ValueError (or OSError, for files) says all that does not fit; then nothing is written.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     if to not in ("mlx", "pytorch"):
         raise ValueError(f'to must be "mlx" or "pytorch", got {to!r}')
     source, out = Path(source), Path(out)
+    precision = language.Precision(quantize, group_size, dtype)
     if to == "pytorch":
+        if precision != language.Precision():
+            raise ValueError(
+                "quantize, group_size and dtype are of no use where a checkpoint leads back to its original"
+            )
         return _to_pytorch(source, out, family, dry_run)
+    if language.is_language(source):
+        _check_family(source, family, language.FAMILY)
+        return language.to_mlx(source, out, precision, dry_run=dry_run, origin=origin or {})
+    if precision != language.Precision():
+        raise ValueError("quantize, group_size and dtype are for language models only")
     return _to_mlx(source, out, family, dry_run, dict(origin or {}))
 
 
@@ -112,6 +126,8 @@ def _configuration(originals: Originals, members: Sequence[Source]) -> tuple[str
 def _to_pytorch(source: Path, out: Path, family: str | None, dry_run: bool) -> Report:
     checkpoint = read_checkpoint(source)
     _check_family(source, family, checkpoint.family)
+    if checkpoint.family == language.FAMILY:
+        return language.to_hugging_face(source, out, checkpoint, dry_run=dry_run)
     try:
         config = FAMILIES[checkpoint.family][0].from_dict(checkpoint.config)
         rules = htdemucs.rules(config)

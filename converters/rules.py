@@ -65,7 +65,25 @@ class Expand:
         return Squeeze(self.axis)
 
 
-Layout = Permute | Squeeze | Expand
+@dataclass(frozen=True)
+class Pairs:
+    """The rows of each of `heads` heads: neighbours (2i, 2i + 1) go to (i, i + half of the head); back if `joined`."""
+
+    heads: int
+    joined: bool = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not x.ndim or x.shape[0] % (2 * self.heads):
+            raise ValueError(f"must have an even number of rows for each of {self.heads} heads")
+        half = x.shape[0] // self.heads // 2
+        parts = x.reshape(self.heads, *((2, half) if self.joined else (half, 2)), *x.shape[1:])
+        return parts.swapaxes(1, 2).reshape(x.shape)
+
+    def inverse(self) -> Pairs:
+        return Pairs(self.heads, not self.joined)
+
+
+Layout = Permute | Squeeze | Expand | Pairs
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -19,21 +20,11 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from mlx_xformer.checkpoint import DTYPES
+
 from .torch_file import RawTensor, read_torch
 from .torch_pickle import short
 
-DTYPES = {
-    "F64": mx.float64,
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "I64": mx.int64,
-    "I32": mx.int32,
-    "I16": mx.int16,
-    "I8": mx.int8,
-    "U8": mx.uint8,
-    "BOOL": mx.bool_,
-}
 _NUMPY = {
     "f8": "F64",
     "f4": "F32",
@@ -67,6 +58,19 @@ class Source:
         return [(name, x.shape, dtype_name(x.dtype), x.nbytes) for name, x in sorted(self.tensors.items())]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file that is read when it is asked for."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    read: Callable[[], mx.array]
+
+    def blank(self) -> mx.array:
+        """An array of its shape and dtype, lazy and never to be computed."""
+        return mx.zeros(self.shape, self.dtype)
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """The dtype in the words of safetensors."""
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("mlx.core."))
@@ -81,26 +85,27 @@ def read_source(path: str | Path) -> Source:
         raise ValueError(f"{path}: a model file must end in {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}")
     try:
         with path.open("rb") as file:
-            sha256 = _sha256(file)
+            sha256 = sha256_of(path)
             size = file.seek(0, 2)
             file.seek(0)
-            if path.suffix == ".npz":
-                raw, metadata = _read_npz(file)
-            elif path.suffix == ".safetensors":
-                raw, metadata = _read_safetensors(path, size)
+            if path.suffix == ".safetensors":
+                stored, metadata = open_safetensors(path)
+                tensors = {name: tensor.read() for name, tensor in stored.items()}
             else:
-                raw, metadata = read_torch(file, size)
+                raw, metadata = _read_npz(file) if path.suffix == ".npz" else read_torch(file, size)
+                tensors = {name: _array(tensor) for name, tensor in raw.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    tensors = {name: _array(tensor) for name, tensor in raw.items()}
     mx.eval(tensors)
     return Source(path, tensors, metadata, sha256)
 
 
-def _sha256(file: BinaryIO) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -117,24 +122,31 @@ def _bits(data: bytes, dtype: str, shape: tuple[int, ...]) -> RawTensor:
     return RawTensor(dtype, bits)
 
 
-def _read_safetensors(path: Path, size: int) -> tuple[dict[str, RawTensor], dict[str, str]]:
-    """The library checks the header: its size, its JSON, and that the tensors tile the file without gap or overlap."""
+def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a file, not yet read, and its metadata. The library checks the header: its size, its JSON, and
+    that the tensors tile the file without gap or overlap. ValueError if they do not."""
     try:
         with safe_open(path, framework="numpy"):
             pass
     except SafetensorError as error:
         raise ValueError(f"not a whole safetensors file ({short(error)})") from None
-    content = np.memmap(path, np.uint8, mode="r")
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
-    raw = {}
+    tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{short(name)} must have one of the dtypes {', '.join(DTYPES)}, got {entry['dtype']}")
-        begin, end = entry["data_offsets"]
-        raw[name] = _bits(content[start + begin : start + end].tobytes(), entry["dtype"], tuple(entry["shape"]))
-    return raw, metadata
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if kind not in DTYPES:
+            raise ValueError(f"{short(name)} must have one of the dtypes {', '.join(DTYPES)}, got {kind}")
+
+        def read(kind: str = kind, shape: tuple[int, ...] = shape, at: int = 8 + length + begin, to: int = end - begin):
+            with path.open("rb") as file:
+                file.seek(at)
+                return _array(_bits(file.read(to), kind, shape))
+
+        tensors[name] = Stored(DTYPES[kind], shape, read)
+    return tensors, metadata
 
 
 def _read_npz(file: BinaryIO) -> tuple[dict[str, RawTensor], dict[str, str]]:
@@ -163,7 +175,8 @@ def scan(tensors: dict[str, mx.array]) -> list[str]:
     found = {}
     for name, x in sorted(tensors.items()):
         if mx.issubdtype(x.dtype, mx.floating) and x.size:
-            largest = mx.max(mx.abs(x, stream=cpu), stream=cpu)
+            # without an array of magnitudes beside x
+            largest = mx.maximum(mx.max(x, stream=cpu), mx.negative(mx.min(x, stream=cpu), stream=cpu), stream=cpu)
             found[name] = mx.sum(mx.logical_not(mx.isfinite(x, stream=cpu), stream=cpu), stream=cpu), largest
     mx.eval(found)
     lines = []

@@ -11,20 +11,30 @@ __all__ = [
     "Bag",
     "BagConfig",
     "CrossAttention",
+    "CrossCache",
     "GroupedQueryAttention",
     "HTDemucs",
     "HTDemucsConfig",
     "InferenceMode",
+    "KVCache",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "RewindError",
     "Separator",
+    "Tokenizer",
     "__version__",
     "attention",
     "attention_weights",
+    "batch_generate",
+    "cache_bytes",
     "convert",
+    "generate",
     "get_attention",
     "load",
+    "load_caches",
+    "make_sampler",
     "runtime",
+    "save_caches",
     "separate",
 ]
 
@@ -40,10 +50,14 @@ if runtime.backend_error is None:
         attention_weights,
         get_attention,
     )
+    from .cache import CrossCache, KVCache, RewindError, cache_bytes, load_caches, save_caches
     from .converters.convert import convert
+    from .generate import batch_generate, generate
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
     from .pretrained import load
+    from .samplers import make_sampler
     from .separate import Separator, separate
+    from .tokenizer import Tokenizer
 else:
 
     def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cache import CrossCache, KVCache, View
 from .kernels import Linear
 from .layers import LayerNorm
 from .positions import Rotary, alibi_bias, relative_buckets
@@ -154,25 +155,34 @@ class Attention(nn.Module):
         offset: int | mx.array = 0,
         positions: mx.array | None = None,
         key: mx.array | None = None,
+        cache: KVCache | CrossCache | None = None,
     ) -> mx.array:
         """mask, bias: see attention(). causal: instead of the configuration's. offset, positions: where x is, for
-        rotary positions (see Rotary). key: random, for the dropout of a module in training."""
-        if x.ndim == 2:
+        rotary positions (see Rotary). key: random, for the dropout of a module in training.
+
+        cache: a KVCache has the positions before x, which follow it and attend to them and causally to one another,
+        and then has x too; a CrossCache holds the source, which is projected when it is a new array. With a KVCache
+        mask and bias are of the S positions that it shows, or of all so far."""
+        if x.ndim == 2 and not isinstance(cache, CrossCache):
             lift = lambda y: None if y is None else y[None]  # noqa: E731
             given: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "offset": offset}
-            given |= {"positions": positions, "key": key}
+            given |= {"positions": positions, "key": key, "cache": cache}
             return self(x[None], lift(source), lift(value_source), **given)[0]
-        q, k = self._queries_and_keys(x, source, offset, positions)
-        v = (x if source is None else source) if value_source is None else value_source
-        _check("value_source", v, self.config.v_dim, x)
-        out = attention(
-            q,
-            k,
-            _heads(self.v_proj(v), self.config.kv_heads),
-            **self._options(q, k, mask, bias, causal),
-            dropout=self.config.dropout if self.training else 0.0,
-            key=key,
-        )
+        config = self.config
+        if isinstance(cache, KVCache):
+            self._check_cached(source, value_source, mask, bias, causal, offset, cache)
+            offset, causal = cache.offset, True
+        elif cache is not None and (source is None or value_source is not None):
+            raise ValueError("a CrossCache needs a source and no value_source")
+        q = self._queries(x, source, offset, positions)
+        if isinstance(cache, CrossCache) and source is not None:  # else refused above
+            pair = cache.get(source, lambda memory: self._keys_and_values(x, memory, None, 0, None))
+        else:
+            pair = self._keys_and_values(x, source, value_source, offset, positions)
+        view = cache.append(*pair, window=config.window) if isinstance(cache, KVCache) else View(*pair, {})
+        options = self._options(q, view, mask, bias, causal)
+        dropout = self.config.dropout if self.training else 0.0
+        out = attention(q, view.keys, view.values, **options, dropout=dropout, key=key)
         return self.out_proj(mx.flatten(out.swapaxes(1, 2), 2, 3))  # (B, H, L, Dv) -> (B, L, out_dim)
 
     def weights(
@@ -188,46 +198,85 @@ class Attention(nn.Module):
         average: bool = False,
     ) -> mx.array:
         """The attention weights (B, H, L, S), or averaged over the heads (B, L, S), for x (B, L, E)."""
-        q, k = self._queries_and_keys(x, source, offset, positions)
-        return attention_weights(q, k, **self._options(q, k, mask, bias, causal), average=average)
+        q = self._queries(x, source, offset, positions)
+        k = self._keys(x, source, offset, positions)
+        return attention_weights(q, k, **self._options(q, View(k, k, {}), mask, bias, causal), average=average)
 
-    def _queries_and_keys(
+    def _queries(
         self, x: mx.array, source: mx.array | None, offset: int | mx.array, positions: mx.array | None
-    ) -> tuple[mx.array, mx.array]:
+    ) -> mx.array:
         config = self.config
         _check("x", x, config.embed_dim, x)
-        keys = x if source is None else source
+        if config.rotary is not None and source is not None:
+            raise ValueError("rotary positions need self-attention, got a source")
+        q = _heads(self.q_proj(x), config.num_heads)
+        q = q if config.qk_norm is None else self.q_norm(q)
+        return q if config.rotary is None else config.rotary(q, offset=offset, positions=positions)
+
+    def _keys(
+        self, x: mx.array, source: mx.array | None, offset: int | mx.array, positions: mx.array | None
+    ) -> mx.array:
+        config, keys = self.config, x if source is None else source
         _check("source", keys, config.kv_dim, x)
-        q, k = _heads(self.q_proj(x), config.num_heads), _heads(self.k_proj(keys), config.kv_heads)
-        if config.qk_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.rotary is not None:
-            if source is not None:
-                raise ValueError("rotary positions need self-attention, got a source")
-            q, k = (config.rotary(y, offset=offset, positions=positions) for y in (q, k))
-        return q, k
+        k = _heads(self.k_proj(keys), config.kv_heads)
+        k = k if config.qk_norm is None else self.k_norm(k)
+        return k if config.rotary is None else config.rotary(k, offset=offset, positions=positions)
+
+    def _keys_and_values(
+        self,
+        x: mx.array,
+        source: mx.array | None,
+        value_source: mx.array | None,
+        offset: int | mx.array,
+        positions: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        values = (x if source is None else source) if value_source is None else value_source
+        k = self._keys(x, source, offset, positions)
+        _check("value_source", values, self.config.v_dim, x)
+        return k, _heads(self.v_proj(values), self.config.kv_heads)
+
+    def _check_cached(
+        self,
+        source: mx.array | None,
+        value_source: mx.array | None,
+        mask: mx.array | None,
+        bias: mx.array | None,
+        causal: bool | None,
+        offset: int | mx.array,
+        cache: KVCache,
+    ) -> None:
+        if source is not None or value_source is not None or causal is False:
+            raise ValueError("a KVCache needs causal self-attention, got a source or causal=False")
+        if isinstance(offset, mx.array) or offset:
+            raise ValueError(f"offset must be 0 with a KVCache, which tells it, got {offset}")
+        wide = any(y is not None and y.ndim and y.shape[-1] > 1 for y in (mask, bias))
+        if cache.keep and (wide or self.config.alibi or self.config.relative):
+            raise ValueError(f"a KVCache needs keep 0 for masks and biases that differ by key, got {cache.keep}")
 
     def _options(
-        self, q: mx.array, k: mx.array, mask: mx.array | None, bias: mx.array | None, causal: bool | None
+        self, q: mx.array, view: View, mask: mx.array | None, bias: mx.array | None, causal: bool | None
     ) -> dict[str, Any]:
-        config, (L, S) = self.config, (q.shape[2], k.shape[2])
+        config, (L, S) = self.config, (q.shape[2], view.keys.shape[2])
         causal = config.causal if causal is None else causal
-        parts = [] if bias is None else [bias]
+        parts = [] if bias is None else [_last(bias, S)]
         if config.alibi:
             parts.append(alibi_bias(config.num_heads, L, S))
         if config.relative is not None:
             count, distance = config.relative
             buckets = relative_buckets(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)
             parts.append(self.relative(buckets).transpose(2, 0, 1))  # (L, S, H) -> (H, L, S)
-        return {
+        mask, seen = None if mask is None else _last(mask, S), view.options.get("mask")
+        options = {
             "scale": self.scale,
-            "mask": mask,
             "bias": sum(parts[1:], parts[0]) if parts else None,
             "causal": causal,
             "window": config.window,
             "sinks": self.sinks if config.sinks else None,
             "softcap": config.softcap,
         }
+        if view.options:  # of a cache, which has taken the window into account
+            options |= {"window": None, **view.options}
+        return {**options, "mask": mask if seen is None else seen if mask is None else mask & seen}
 
 
 def initialize(layer: Attention, scheme: str, *, key: mx.array) -> None:
@@ -256,6 +305,11 @@ def _check(name: str, x: mx.array, width: int | None, query: mx.array) -> None:
         raise ValueError(f"{name} must have the batch size of x, {query.shape[0]}, got {x.shape[0]}")
     if x.shape[-1] != width:
         raise ValueError(f"{name} must have {width} channels, got {x.shape[-1]}")
+
+
+def _last(x: mx.array, S: int) -> mx.array:
+    """The last S columns of a mask or bias of all positions so far."""
+    return x[..., -S:] if x.ndim and x.shape[-1] > S else x
 
 
 def _heads(x: mx.array, heads: int) -> mx.array:

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with config.json and model.safetensors.
+"""Checkpoints: a folder with config.json and model.safetensors and, of a language model, the files of its tokenizer.
 
 config.json holds `format`, `family`, `config` (the model's) and `provenance`. Weights keep their stored dtype on disk.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +23,31 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
+    "decoder": (DecoderConfig, Decoder),
+}
+EXTRAS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+DTYPES = {  # in the words of safetensors
+    "F64": mx.float64,
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "I64": mx.int64,
+    "I32": mx.int32,
+    "I16": mx.int16,
+    "I8": mx.int8,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "BOOL": mx.bool_,
 }
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_FILES = {_CONFIG, _WEIGHTS, *EXTRAS}
 _LISTED = 20
 
 
@@ -102,9 +120,9 @@ def _check_replaceable(target: Path, replace: bool) -> None:
     if not target.is_dir():
         raise FileExistsError(f"{target} must be a folder or new, got a file")
     names = {path.name for path in target.iterdir()}
-    if not names or (replace and names <= {_CONFIG, _WEIGHTS} and is_checkpoint(target)):
+    if not names or (replace and names <= _FILES and is_checkpoint(target)):
         return
-    other = sorted(names - {_CONFIG, _WEIGHTS}) or sorted(names)
+    other = sorted(names - _FILES) or sorted(names)
     raise FileExistsError(f"{target} must be new or empty{' or a checkpoint' if replace else ''}, it holds {other[0]}")
 
 
@@ -115,28 +133,66 @@ def save_checkpoint(
     family: str,
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    arrays: Iterable[tuple[str, mx.array]] | None = None,
+    extras: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all. An older checkpoint is replaced; any other folder is refused."""
+    """Writes a checkpoint, whole or not at all. An older checkpoint is replaced; any other folder is refused. `arrays`:
+    see write_safetensors. `extras`: files of EXTRAS by their names."""
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     wide = sorted(name for name, x in weights.items() if x.dtype == mx.float64)
     if wide:
         raise ValueError(f"weights must not be float64, which MLX cannot store, got {wide[0]}")
+    if unknown := sorted((extras or {}).keys() - set(EXTRAS)):
+        raise ValueError(f"extras must be among {', '.join(EXTRAS)}, got {unknown[0]}")
     content = {"format": FORMAT, "family": family, "config": dict(config), "provenance": dict(provenance)}
     text = json.dumps(content, indent=2) + "\n"
     with new_folder(folder, replace=True) as fresh:
-        write_safetensors(fresh / _WEIGHTS, weights, {"format": "mlx"})
+        write_safetensors(fresh / _WEIGHTS, weights, {"format": "mlx"}, arrays)
         (fresh / _CONFIG).write_text(text, "utf-8")
+        for name, extra in (extras or {}).items():
+            (fresh / name).write_bytes(extra)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Writes a file and checks that it is whole. OSError if it is not."""
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    arrays: Iterable[tuple[str, mx.array]] | None = None,
+) -> None:
+    """Writes a file, a tensor after the other, and checks that it is whole. OSError if it is not.
+
+    `arrays` brings the tensors one by one, in the order of `tensors`, whose shapes and dtypes are then all that counts:
+    no more than one of them need be held.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, x in tensors.items() if arrays is None else arrays:
+            like = tensors[name]
+            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != 8 + len(text) + header[name][
+                "data_offsets"
+            ][0]:
+                raise ValueError(f"{name} must be {like.shape} {like.dtype} and in its turn, got {x.shape} {x.dtype}")
+            file.write(_bytes_of(x))
     try:
-        mx.save_safetensors(str(path), dict(tensors), dict(metadata))
         with safe_open(path, framework="numpy"):
             pass
-    except (RuntimeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise OSError(f"{path.name} could not be written whole: {error}") from None
+
+
+def _bytes_of(x: mx.array) -> memoryview:
+    cpu = mx.cpu  # the one device that has float64
+    flat = mx.contiguous(x, stream=cpu).reshape(-1, stream=cpu)
+    return memoryview(cast(Any, mx.view(flat, mx.uint8, stream=cpu)))
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
@@ -189,14 +245,20 @@ def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[
     return _shapes(make_model(family, config))
 
 
+def parameter_count(family: str, config: Mapping[str, Any]) -> int:
+    """How many numbers the model has; those in packed matrices count one by one."""
+    floats = {**config, "quantization": None} if family == "decoder" else config
+    return sum(math.prod(shape) for shape in parameter_shapes(family, floats).values())
+
+
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     return {name: x.shape for name, x in parameters}
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """The model of a checkpoint, in float32 and ready to run. Names and shapes must fit exactly: one ValueError lists
-    what is missing, unexpected or misshapen.
+    """The model of a checkpoint, ready to run, in float32 (a decoder: in its configuration's dtype, or as stored).
+    Names and shapes must fit exactly: one ValueError lists what is missing, unexpected or misshapen.
 
     A bag's weights stay lazy, so that members which are never run are never read; evaluate `model.parameters()`
     before handing a bag to another thread.
@@ -207,8 +269,9 @@ def load_model(folder: str | Path) -> nn.Module:
         _check_fit(checkpoint.weights, _shapes(model))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    wanted = checkpoint.config.get("dtype") if checkpoint.family == "decoder" else "float32"
     floats = {
-        name: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+        name: x.astype(getattr(mx, wanted)) if wanted and mx.issubdtype(x.dtype, mx.floating) else x
         for name, x in checkpoint.weights.items()
     }
     model.load_weights(list(floats.items()), strict=True)

@@ -93,6 +93,21 @@ def gate(a: mx.array, b: mx.array) -> mx.array:
     return _gate(a, b, *_bounds(_LOGISTIC))
 
 
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return gate(x, x)
+
+
+@mx.compile
+def _bent(x: mx.array) -> mx.array:
+    return (x * x * 0.044715 + 1.0) * x * (2 * math.sqrt(2 / math.pi))
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of GELU: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    return gate(x, _bent(x))
+
+
 def add_gate(residual: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """residual + a * sigmoid(b)."""
     return _add_gate(residual, a, b, *_bounds(_LOGISTIC))
@@ -165,6 +180,29 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, step: int | No
     stretches = [slice(first, first + step) for first in range(0, length, step)]
     out = side_by_side([partial(lambda some: function(*(x[some] for x in arrays)), some) for some in stretches])
     return out[0] if len(out) == 1 else mx.concatenate(out)
+
+
+_UNCOPIED = (10**6, 1200)  # multiplications and results of a product up to which OpenBLAS copies no operand (AVX-512)
+_SHARE = 2**18  # numbers of a matrix that are worth a worker
+_LEAST = 32  # rows of a piece
+
+
+def few_rows(x: mx.array, weight: mx.array) -> mx.array:
+    """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight."""
+    M, (O, I) = len(x), weight.shape
+    workers = max(1, min(runtime.workers, weight.size // _SHARE))
+    size = _divisor(O, max(1, min(_UNCOPIED[0] // (M * I), _UNCOPIED[1] // M, O // workers)))
+    if size < _LEAST or size == O:
+        return x @ weight.T
+    pieces = weight.reshape(-1, size, I).swapaxes(1, 2)  # (n, I, size)
+    y = x @ pieces if workers == 1 else by_rows(lambda some: x @ some, pieces)  # (n, M, size)
+    return (y if M == 1 else y.swapaxes(0, 1)).reshape(M, O)
+
+
+@lru_cache(maxsize=256)
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return next(size for size in range(min(n, most), 0, -1) if n % size == 0)
 
 
 _PATCHES = 2**20  # elements of the patches that a block of frames holds at once

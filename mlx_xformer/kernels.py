@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,16 +48,85 @@ def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
 _LARGE = 2**17
 
 
+_FEW = 8  # rows for which a CPU is quicker with pieces of the matrix
+_HALF = (mx.float16, mx.bfloat16)  # a CPU multiplies them in scalar loops
+
+
+def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows with pieces of the
+    weight and many by_rows."""
+    if not x.size:  # CUDA refuses products of no rows
+        return mx.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
+    if mx.default_device() != _CPU:
+        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    if x.dtype in _HALF and weight.dtype == x.dtype:
+        return product(x.astype(mx.float32), weight.astype(mx.float32), bias).astype(x.dtype)
+    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+    if len(rows) <= _FEW:
+        y = cpu.few_rows(rows, weight)
+        y = y if bias is None else y + bias
+    elif bias is None:
+        y = by_rows(lambda rows: rows @ weight.T, rows)
+    else:
+        y = by_rows(lambda rows: mx.addmm(bias, rows, weight.T), rows)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def quantized_product(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
+) -> mx.array:
+    """x weight^T + bias for an affine quantized weight (O, I). A CPU does it in float32, and for three rows or more
+    makes floats of the weight: its quantized product is a scalar loop for each row."""
+    kind = mx.result_type(x, scales)
+    if mx.default_device() == _CPU:
+        x, scales, biases = (y.astype(mx.float32) for y in (x, scales, biases))
+        if x.size > 2 * x.shape[-1]:
+            weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+            return product(x, weight, bias).astype(kind)
+    y = _few_packed(x, (weight, scales, biases), group_size, bits)
+    return (y if bias is None else y + bias).astype(kind)
+
+
+def _few_packed(x: mx.array, packed: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int) -> mx.array:
+    """x weight^T for few rows x; the rows of a large weight are shared out among a CPU's workers."""
+
+    def form(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+
+    if runtime.workers == 1 or mx.default_device() != _CPU or packed[0].size < _LARGE_PACKED:
+        return form(x, *packed)
+    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+    y = cpu.by_rows(lambda *some: form(rows, *some).T, *packed).T
+    return y.reshape(*x.shape[:-1], packed[0].shape[0])
+
+
+_LARGE_PACKED = 2**14  # words
+
+
 class Linear(nn.Linear):
-    """nn.Linear, by_rows."""
+    """nn.Linear, as product() computes it."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim == 1:
-            return super().__call__(x)
-        if not x.size:  # CUDA refuses products of no rows
-            return mx.zeros((*x.shape[:-1], self.weight.shape[0]), x.dtype)
-        rows = by_rows(super().__call__, mx.flatten(x, 0, -2))
-        return rows.reshape(*x.shape[:-1], rows.shape[-1])
+        return product(x, self.weight, self.get("bias"))
+
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
+        """The layer with its matrix quantized."""
+        return QuantizedLinear.from_linear(self, group_size or 64, bits or 4)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """nn.QuantizedLinear in affine mode, as quantized_product() computes it."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        packed: Any = (self.weight, self.scales, self.biases, self.get("bias"))
+        return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
 
 def _fused(chain: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -101,13 +170,16 @@ def gelu(x: mx.array) -> mx.array:
 
 
 @_fused
-def _gelu_tanh(x: mx.array) -> mx.array:
+def _plain_gelu_tanh(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+_fast_gelu_tanh = _with_gradient_of(_plain_gelu_tanh)(cpu.gelu_tanh)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """The tanh approximation of GELU, up to 4.8e-4 from the exact one. Any shape."""
-    return _gelu_tanh(x)
+    return _fast_gelu_tanh(x) if vectorizes(x) else _plain_gelu_tanh(x)
 
 
 def relu(x: mx.array) -> mx.array:
@@ -132,7 +204,20 @@ def glu(x: mx.array) -> mx.array:
     return _fast_glu(x) if vectorizes(x) else _plain_glu(x)
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+@_fused
+def _plain_silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+_fast_silu = _with_gradient_of(_plain_silu)(cpu.silu)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x). Any shape."""
+    return _fast_silu(x) if vectorizes(x) else _plain_silu(x)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "silu": silu}
 
 
 def _plain_conv_glu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -322,6 +407,23 @@ def expand_norm_glu_add(
     """
     form = _fast_expand if vectorizes(x) else _plain_expand
     return form(x, weight, bias, norm_weight, norm_bias, scale, residual, mx.array(eps))
+
+
+@mx.compile
+def _few_rms(x: mx.array, weight: mx.array, eps: mx.array) -> mx.array:
+    return x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps) * weight
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x (..., C) over the root of its mean square plus eps, then scaled by weight (C,); accurate at any width."""
+    if not x.size:
+        return x
+    if x.shape[-1] > _SEQUENTIAL:
+        y = x.astype(mx.float32)
+        return (y * mx.rsqrt(mean(mx.square(y), (-1,)) + eps) * weight).astype(x.dtype)
+    if vectorizes(x) and x.size <= _FEW * x.shape[-1] and weight.dtype == x.dtype:
+        return _few_rms(x, weight, mx.array(eps))  # where few rows make each operation count, in three
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
 
 def overlap_add(pieces: mx.array) -> mx.array:

@@ -5,6 +5,8 @@ Axes: B batch, T time, F frequencies, C channels, O output channels, K kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -22,6 +24,20 @@ class LayerNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467): eps inside the
+    root; weight (E,) is the gain or, with `plus_one`, what the gain is above 1."""
+
+    def __init__(self, dims: int, eps: float = 1e-5, plus_one: bool = False):
+        super().__init__()
+        self.dims, self.eps, self.plus_one = dims, eps, plus_one
+        self.weight = mx.zeros((dims,)) if plus_one else mx.ones((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gain = 1 + self.weight.astype(mx.float32) if self.plus_one else self.weight
+        return kernels.rms_norm(x, gain, self.eps)
 
 
 class GroupNorm(nn.Module):
@@ -71,6 +87,47 @@ class FeedForward(nn.Module):
         activation = kernels.ACTIVATIONS[self.activation]
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens).reshape(x.shape)
+
+
+GATED = {name: kernels.ACTIVATIONS[name] for name in ("silu", "gelu_tanh")}  # what checkpoints gate with
+
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202): (..., E) -> (..., hidden_dim) -> (..., E).
+    Activation: "silu" or "gelu_tanh"."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, activation: str = "silu", bias: bool = False):
+        super().__init__()
+        if activation not in GATED:
+            raise ValueError(f"activation must be one of {', '.join(GATED)}, got {activation!r}")
+        self.activation = activation
+        self.gate_proj = kernels.Linear(embed_dim, hidden_dim, bias=bias)
+        self.up_proj = kernels.Linear(embed_dim, hidden_dim, bias=bias)
+        self.down_proj = kernels.Linear(hidden_dim, embed_dim, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(GATED[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose table also makes logits: as_linear(x) is x weight^T."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., E) -> (..., V)"""
+        return kernels.product(x, self.weight)
+
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
+        """The layer with its table quantized."""
+        return QuantizedEmbedding.from_embedding(self, group_size or 64, bits or 4)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """nn.QuantizedEmbedding in affine mode, likewise."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., E) -> (..., V)"""
+        packed: Any = (self.weight, self.scales, self.biases)
+        return kernels.quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
 
 class DilatedConv1d(nn.Module):

@@ -78,13 +78,65 @@ def _table(length: int, dim: int, offset: int, max_period: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class RotaryScaling:
+    """What makes rotary positions reach further than a model was trained: pairs of channels turn more slowly.
+
+    "linear" (Chen et al. 2023, arXiv 2306.15595): all by `factor`. The others let alone what turns at least `high`
+    times in the `length` positions of the training, slow what turns at most `low` times by the factor, and go from one
+    to the other between: "llama3" (Llama 3.1) in proportion to the turns, "yarn" (Peng et al. 2023, arXiv 2309.00071)
+    to the index of the pair, from whole indices if `truncate`. Queries and keys are multiplied with `magnitude`.
+    """
+
+    kind: str
+    factor: float
+    length: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+    magnitude: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"kind must be one of linear, llama3, yarn, got {self.kind!r}")
+        if not (self.factor > 0 and self.magnitude > 0):
+            raise ValueError(f"factor and magnitude must be above 0, got {self.factor} and {self.magnitude}")
+        if self.kind != "linear" and not (self.length is not None and self.length > 0 and 0 < self.low < self.high):
+            raise ValueError(
+                f"{self.kind} needs a length and 0 < low < high, got {self.length}, {self.low} and {self.high}"
+            )
+
+    def rates(self, rates: np.ndarray, theta: float) -> np.ndarray:
+        """The rates (radians a position, dims / 2 of them, from theta^0 down) as slowed."""
+        if self.length is None or self.kind == "linear":
+            return rates / self.factor
+        turns = self.length * rates / (2 * math.pi)
+        if self.kind == "llama3":
+            kept: np.ndarray = (turns - self.low) / (self.high - self.low)
+        else:
+            first, last = (self._index(number, len(rates), theta) for number in (self.high, self.low))
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, 2 * len(rates) - 1)
+            kept = 1 - (np.arange(len(rates)) - first) / (last - first if last != first else 0.001)
+        kept = np.clip(kept, 0, 1)
+        return rates * kept + rates / self.factor * (1 - kept)
+
+    def _index(self, turns: float, pairs: int, theta: float) -> float:
+        """Of the pair that would turn so many times."""
+        assert self.length is not None  # rates() has asked
+        return pairs * math.log(self.length / (2 * math.pi * turns)) / math.log(theta)
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of the first `dims` channels of a head turn by
-    position * theta^(-2i / dims). Pairs are (i, i + dims / 2), as in Llama, or (2i, 2i + 1) if `interleaved`."""
+    position * theta^(-2i / dims), or slower by `scaling`. Pairs are (i, i + dims / 2), as in Llama, or (2i, 2i + 1) if
+    `interleaved`."""
 
     dims: int
     theta: float = 10000.0
     interleaved: bool = False
+    scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
         if self.dims < 2 or self.dims % 2:
@@ -99,25 +151,60 @@ class Rotary:
             raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
         if not x.size:  # MLX's kernel takes no empty array on CUDA
             return x
-        periods = self.theta ** (np.arange(0, self.dims, 2) / self.dims)  # MLX's own, in float32, are good to 3e-7 only
+        rates = self.rates()  # MLX's own, in float32, are good to 3e-7 only
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        if positions is None and self._by_table(x, offset):
+            cos, sin = _turns(self, offset, x.shape[2])
+            a, b = mx.split(x, 2, axis=-1)
+            return (x * cos + mx.concatenate([b, a], axis=-1) * sin).astype(x.dtype)
         if positions is None:
-            freqs = mx.array(periods, mx.float32)
-            return mx.fast.rope(
+            freqs = mx.array(1 / rates, mx.float32)
+            turned = mx.fast.rope(
                 x, self.dims, traditional=self.interleaved, base=None, scale=1.0, offset=offset, freqs=freqs
             )
+            return turned if magnitude == 1 else self._grown(turned, magnitude)
         if positions.shape[-1] != x.shape[2] or positions.ndim > 2:
             raise ValueError(f"positions must be (L,) or (B, L) with L = {x.shape[2]}, got {positions.shape}")
-        phase = positions[..., None].astype(mx.float32) * mx.array(
-            1 / periods, mx.float32
-        )  # (L, dims / 2) or (B, L, dims / 2)
+        # (L, dims / 2) or (B, L, dims / 2)
+        phase = positions[..., None].astype(mx.float32) * mx.array(rates, mx.float32)
         phase = phase if phase.ndim == 2 else phase[:, None]
-        cos, sin = mx.cos(phase), mx.sin(phase)
+        cos, sin = mx.cos(phase) * magnitude, mx.sin(phase) * magnitude
         turned, rest = mx.split(x, [self.dims], axis=-1)
         parts = mx.unflatten(turned, -1, (-1, 2) if self.interleaved else (2, -1))
         axis = -1 if self.interleaved else -2
         a, b = (mx.squeeze(part, axis) for part in mx.split(parts, 2, axis=axis))
         turned = mx.flatten(mx.stack([a * cos - b * sin, a * sin + b * cos], axis=axis), -2, -1)
         return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+    def _by_table(self, x: mx.array, offset: int | mx.array) -> bool:
+        """Whether cosines and sines come from the host: a CPU computes them one by one, and layers can share them."""
+        whole = self.dims == x.shape[-1] and not self.interleaved and x.shape[2] <= _TABLE
+        return whole and isinstance(offset, int) and mx.default_device() == mx.Device(mx.cpu)
+
+    def rates(self) -> np.ndarray:
+        """(dims / 2,) float64: radians that a pair turns from one position to the next."""
+        rates: np.ndarray = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)
+        return rates if self.scaling is None else self.scaling.rates(rates, self.theta)
+
+    def _grown(self, x: mx.array, magnitude: float) -> mx.array:
+        """x with its turned channels multiplied."""
+        if self.dims == x.shape[-1]:
+            return x * magnitude
+        turned, rest = mx.split(x, [self.dims], axis=-1)
+        return mx.concatenate([turned * magnitude, rest], axis=-1)
+
+
+_TABLE = 1024  # positions of a table, at most
+
+
+@lru_cache(maxsize=8)
+def _turns(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.array]:
+    """(length, dims) each: cosines of pairs (i, i + dims / 2), and sines, those of the first half negative."""
+    phase = (offset + np.arange(length, dtype=np.float64))[:, None] * rotary.rates()
+    cos, sin = np.cos(phase), np.sin(phase)
+    magnitude = 1.0 if rotary.scaling is None else rotary.scaling.magnitude
+    tables = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+    return mx.array((tables[0] * magnitude).astype(np.float32)), mx.array((tables[1] * magnitude).astype(np.float32))
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""load(): a model by its checkpoint folder, by an original file, or by name: the embedded one, or the hub's.
+"""load(): a model by its checkpoint folder, by an original file or folder, or by name: the embedded one, or the hub's.
 
 Conversions and downloads are kept in a cache folder, MLX_XFORMER_CACHE or ~/.cache/mlx-xformer; what lies there is used
 without asking the hub again.
@@ -15,29 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ._version import __version__
-from .checkpoint import is_checkpoint, load_model, parameter_shapes, read_checkpoint
+from .checkpoint import EXTRAS, is_checkpoint, load_model, parameter_count, parameter_shapes, read_checkpoint
+from .converters import folder as hugging_face
+from .converters import language
 from .converters.convert import convert
 from .converters.originals import find_originals
 from .converters.source import dtype_name, plain_name, read_bag
 
 if TYPE_CHECKING:
+    from .models.decoder import Decoder
     from .models.htdemucs import Bag, HTDemucs
 
 NAMES = ("htdemucs", "htdemucs_ft", "htdemucs_6s", "htdemucs_mini")
 EMBEDDED = {"htdemucs_mini": Path(__file__).parent / "data" / "htdemucs_mini"}
 NAMESPACE = "adefossez"
-_NAME = re.compile(r"(?:([A-Za-z0-9][\w.-]*)/)?([A-Za-z0-9]\w*)", re.ASCII)
+_NAME = re.compile(r"([A-Za-z0-9]\w*)|([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", re.ASCII)
+_SMALL = 1 << 26  # bytes up to which a file of a language model is known by its content
 _T = TypeVar("_T")
 
 
-def load(path_or_name: str | Path) -> HTDemucs | Bag:
+def load(path_or_name: str | Path) -> HTDemucs | Bag | Decoder:
     """The model, ready to run. Takes what `resolve` takes."""
-    return cast("HTDemucs | Bag", load_model(resolve(path_or_name)))
+    return cast("HTDemucs | Bag | Decoder", load_model(resolve(path_or_name)))
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The checkpoint folder of a model: of a folder itself; of an original file, bag or folder, converted into the
-    cache; of one of NAMES, or of "namespace/name" on the hub, downloaded on first use.
+    """The checkpoint folder of a model: of a folder itself; of an original file, bag or folder, a GGUF file, or a
+    folder of Hugging Face, converted into the cache; of one of NAMES, or of "namespace/name" on the hub, downloaded on
+    first use.
 
     ValueError or OSError, in one line, says what was tried.
     """
@@ -51,13 +56,22 @@ def resolve(path_or_name: str | Path) -> Path:
     named = _NAME.fullmatch(path_or_name) if isinstance(path_or_name, str) else None
     if not named:
         raise FileNotFoundError(f"{path_or_name}: no such file or folder")
-    namespace, name = named.groups()
-    if namespace is None and name not in NAMES:
+    known, namespace, name = named.groups()
+    if namespace is None and known not in NAMES:
         raise ValueError(
             f"model must be one of {', '.join(NAMES)}, a name on the hub as NAMESPACE/NAME, or a file or folder, "
-            f"got {name!r}"
+            f"got {known!r}"
         )
-    return _from_hub(namespace or NAMESPACE, name)
+    if namespace is None:
+        return _from_hub(NAMESPACE, known)
+    if name.startswith("htdemucs"):
+        return _from_hub(namespace, name)
+    if found := _language_from_hub(f"{namespace}/{name}"):
+        return found
+    try:
+        return _from_hub(namespace, name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the hub has no config.json in {namespace}/{name}, and {error}") from None
 
 
 def describe(path_or_name: str | Path) -> str:
@@ -68,12 +82,13 @@ def describe(path_or_name: str | Path) -> str:
     weights = checkpoint.weights
     dtypes = ", ".join(sorted({dtype_name(x.dtype) for x in weights.values()}))
     members = checkpoint.config.get("members", [checkpoint.config])
+    count = parameter_count(checkpoint.family, checkpoint.config)
     lines = [
         f"{path_or_name}",
         f"  folder      {folder}",
         f"  family      {checkpoint.family}" + (f" of {len(members)}" if len(members) > 1 else ""),
-        f"  sources     {', '.join(members[0].get('sources', []))}",
-        f"  weights     {len(weights)} tensors, {sum(x.size for x in weights.values()):,} parameters, {dtypes}"
+        _made_of(checkpoint.family, members[0]),
+        f"  weights     {len(weights)} tensors, {count:,} parameters, {dtypes}"
         + ("" if {n: x.shape for n, x in weights.items()} == shapes else " (they do not fit the configuration)"),
     ]
     for source in checkpoint.provenance.get("sources", []):
@@ -81,6 +96,15 @@ def describe(path_or_name: str | Path) -> str:
     if repository := checkpoint.provenance.get("repository"):
         lines.append(f"  repository  {repository} at {checkpoint.provenance.get('revision')}")
     return "\n".join(lines)
+
+
+def _made_of(family: str, config: dict[str, Any]) -> str:
+    """The line of what a model is about."""
+    if family != language.FAMILY:
+        return f"  sources     {', '.join(config.get('sources', []))}"
+    packed = config.get("quantization")
+    bits = f", {packed['bits']} bits in groups of {packed['group_size']}" if packed else ""
+    return f"  layers      {config['num_layers']} of width {config['embed_dim']}, {config['vocab_size']} tokens{bits}"
 
 
 def available() -> dict[str, str]:
@@ -105,10 +129,17 @@ def repository(namespace: str, name: str) -> str:
 
 
 def _converted(path: Path) -> Path:
-    """The conversion of an original, kept under the digest of its files."""
+    """The conversion of an original, kept under the digest of its files; a language model's large ones are known by
+    their place, size and time."""
     digest = hashlib.sha256(__version__.encode())
-    for file in find_originals(path).all_files():
-        digest.update(f"\n{file.name} {_hash(file, hashlib.sha256)}".encode())
+    speaks = language.is_language(path)
+    for file in language.all_files(path) if speaks else find_originals(path).all_files():
+        facts = file.stat()
+        if speaks and facts.st_size > _SMALL:
+            known = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        else:
+            known = _hash(file, hashlib.sha256)
+        digest.update(f"\n{file.name} {known}".encode())
     folder = cache_folder() / "converted" / digest.hexdigest()[:16]
     if not is_checkpoint(folder):
         convert(path, folder)
@@ -125,15 +156,12 @@ def _hash(path: Path, algorithm: Callable[[], Any], head: bytes = b"") -> str:
 
 
 def _from_hub(namespace: str, name: str) -> Path:
-    """The conversion of a hub model: the one kept from before, or else downloaded, checked and converted."""
+    """The conversion of a model of demucs: the one kept from before, or else downloaded, checked and converted."""
     repo = repository(namespace, name)
     if kept := _kept(repo, name):
         return kept
     bag_file = f"{name}.yaml"
-    revision = _asked(repo, bag_file, lambda: _metadata(repo, bag_file, None)).commit_hash
-    if not revision or not re.fullmatch("[0-9a-f]{40}", revision):
-        raise ValueError(f"hub repository {repo} must name the commit of {bag_file}, got {revision!r}")
-    staging = cache_folder() / "downloads" / f"{repo.replace('/', '--')}-{revision}"
+    revision, staging = _latest(repo, bag_file)
     bag = _fetch(repo, bag_file, revision, staging)
     for signature in dict.fromkeys(read_bag(bag).signatures):
         _fetch(repo, f"{plain_name(signature)}.safetensors", revision, staging)
@@ -141,6 +169,42 @@ def _from_hub(namespace: str, name: str) -> Path:
     convert(bag, folder, origin={"repository": repo, "revision": revision})
     shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _language_from_hub(repo: str) -> Path | None:
+    """The same of a language model's repository; None where there is no config.json."""
+    name = "model"
+    if kept := _kept(repo, name):
+        return kept
+    try:
+        revision, staging = _latest(repo, "config.json")
+    except FileNotFoundError:
+        return None
+    _fetch(repo, "config.json", revision, staging)
+    for extra in EXTRAS:
+        _fetch_if_there(repo, extra, revision, staging)
+    index = _fetch_if_there(repo, hugging_face.INDEX, revision, staging)
+    for file in [hugging_face.ONE] if index is None else hugging_face.shards(index):
+        _fetch(repo, file, revision, staging)
+    folder = _hub_folder(repo, name) / revision
+    convert(staging, folder, origin={"repository": repo, "revision": revision})
+    shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _latest(repo: str, file: str) -> tuple[str, Path]:
+    """The commit that a repository is at, and where its files are downloaded to."""
+    revision = _asked(repo, file, lambda: _metadata(repo, file, None)).commit_hash
+    if not revision or not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ValueError(f"hub repository {repo} must name the commit of {file}, got {revision!r}")
+    return revision, cache_folder() / "downloads" / f"{repo.replace('/', '--')}-{revision}"
+
+
+def _fetch_if_there(repo: str, file: str, revision: str, staging: Path) -> Path | None:
+    try:
+        return _fetch(repo, file, revision, staging)
+    except FileNotFoundError:
+        return None
 
 
 def _hub_folder(repo: str, name: str) -> Path:

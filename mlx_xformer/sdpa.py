@@ -6,12 +6,14 @@ Axes: B batch, H query heads, G key/value heads, L queries, S keys, D head_dim, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from . import kernels
+from .cache import KeysOrValues, Quantized
 
 _SCORES = 2**20  # scores that a block of rows holds at once
 _SMALL = 2**16  # scores up to which nothing is gained by blocks
@@ -19,6 +21,9 @@ _ROWS = 64  # queries of a block, at least
 # Head widths that Metal's fused kernels take, for more than 8 queries and for up to 8 (MLX 0.32.4: 192 and 256 have a
 # kernel for many queries too, which its heuristics do not choose).
 _FUSED, _FUSED_FEW = (64, 72, 80, 96, 128), (64, 96, 128, 192, 256)
+_BLOCK = 2**17  # scores of a head's block of queries on a CPU
+_FEW = 8  # queries up to which quantized keys and values are not made floats, head by head
+_FEW_ROWS = 16  # and on a CPU those of all heads that share them
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ def plan(
 
 def attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeysOrValues,
+    v: KeysOrValues,
     *,
     scale: float | None = None,
     mask: mx.array | None = None,
@@ -87,10 +92,15 @@ def attention(
     those `window` or more away to either side. `sinks` (H,) are the scores of a key per head that has no value.
     `softcap` c bounds scores to c tanh(score / c). `dropout` is the probability that a weight is dropped, by the
     random `key`. A row that may attend nothing gives 0, with gradient 0. `scale` defaults to 1 / sqrt(D). Causal and
-    banded attention skip what is hidden: with a window, time and memory are linear in L.
+    banded attention skip what is hidden: with a window, time and memory are linear in L. Keys and values may both be
+    Quantized, without dropout; no more than one head of them is ever held as floats.
     """
     _check(q, k, v, mask, bias, causal, window)
     softmax = _softmax(q, scale, sinks, softcap, dropout, key)
+    if isinstance(k, Quantized) or isinstance(v, Quantized):
+        if not (isinstance(k, Quantized) and isinstance(v, Quantized)) or dropout:
+            raise ValueError("quantized keys need quantized values, and no dropout")
+        return _quantized(q, k, v, softmax, mask=mask, bias=bias, causal=causal, window=window)
     hidden = _Hidden(q.shape[2], k.shape[2], mask, bias if bias is None else bias.astype(q.dtype), causal, window)
     L, S = q.shape[2], k.shape[2]
     if not S or not q.size:
@@ -124,6 +134,77 @@ def attention(
 
     blocks = kernels.side_by_side([partial(block, *given) for given in zip(starts, seeds, strict=True)])
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+
+
+def _quantized(
+    q: mx.array,
+    k: Quantized,
+    v: Quantized,
+    softmax: _Softmax,
+    *,
+    mask: mx.array | None,
+    bias: mx.array | None,
+    causal: bool,
+    window: int | None,
+) -> mx.array:
+    """Attention to quantized keys and values: of few queries by quantized products, of many head by head of them."""
+    (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
+    group, gpu = H // max(G, 1), mx.default_device() == mx.Device(mx.gpu)
+    if not S or not q.size:
+        return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
+    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= _SCORES:
+        bias = bias if bias is None else bias.astype(q.dtype)
+        block = _Hidden(L, S, mask, bias, causal, window).block(range(L), range(S))
+        return softmax.explicit((q, k, v), block, None)
+    heads: list[mx.array] = []
+    for row in range(B):
+        for head in range(G):
+            some = slice(row, row + 1), slice(head * group, (head + 1) * group)
+            keys, values = k.head(row, head), v.head(row, head)
+            if heads:  # one head after the other, so that no two are held as floats
+                keys, values = keys.after(heads[-1]), values.after(heads[-1])
+            own = replace(softmax, sinks=None if softmax.sinks is None else softmax.sinks[some[1]])
+            extra = {"mask": _of(mask, *some), "bias": _of(bias, *some)}
+            heads.append(_of_head(q[some], keys, values, own, extra, causal=causal, window=window))
+    return mx.concatenate(heads, axis=1).reshape(B, H, L, -1)  # (1, B H, L, Dv) before
+
+
+def _of_head(
+    q: mx.array,
+    k: Quantized,
+    v: Quantized,
+    softmax: _Softmax,
+    extra: dict[str, mx.array | None],
+    *,
+    causal: bool,
+    window: int | None,
+) -> mx.array:
+    """Attention to one quantized head, (1, 1, S, D), of the queries that share it. On a CPU in blocks of queries, one
+    after the other, so that few scores are held at once."""
+    (_, group, L, _), S = q.shape, k.shape[2]
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    dtype = q.dtype if gpu else mx.float32  # a CPU's half-precision products are slow
+    keys, values = k.dequantized(dtype), v.dequantized(dtype)
+    rows = L if gpu or (window is not None and not causal) else max(16, _BLOCK // (group * S))
+    out: list[mx.array] = []
+    for first in range(0, L, rows):
+        last = min(first + rows, L)
+        stop = S - L + last if causal else S
+        asked = q[:, :, first:last].astype(dtype)
+        if out:
+            (asked,) = mx.depends([asked], out[-1:])
+        part = {name: x if x is None else _part(x, range(first, last), range(stop)) for name, x in extra.items()}
+        options: dict[str, Any] = {"scale": softmax.scale, "sinks": softmax.sinks, "softcap": softmax.softcap, **part}
+        out.append(attention(asked, keys[:, :, :stop], values[:, :, :stop], causal=causal, window=window, **options))
+    return mx.concatenate(out, axis=2).astype(q.dtype)
+
+
+def _of(x: mx.array | None, row: slice, heads: slice) -> mx.array | None:
+    """What is for some heads of a row, of an array that broadcasts to (B, H, L, S)."""
+    if x is None or x.ndim < 3:
+        return x
+    x = x if x.shape[-3] == 1 else x[..., heads, :, :]
+    return x if x.ndim == 3 or x.shape[0] == 1 else x[row]
 
 
 def attention_weights(
@@ -251,17 +332,25 @@ class _Softmax:
             mask = mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))
         if width is not None:
             q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in parts)
+        single = q.shape[2] == 1 and mask is None and self.sinks is None and mx.default_device() == mx.Device(mx.cpu)
+        if single:  # a CPU copies the keys for each product: the queries of a group are rows of one
+            q = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, G, H / G, D)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=self.sinks)
+        out = out.reshape(*parts[0].shape[:3], -1) if single else out
         out = out if width is None else out[..., :value_dim]
         return out if some is None else mx.where(some, out, mx.array(0, out.dtype))
 
-    def explicit(self, parts: _Parts, block: _Block, key: mx.array | None) -> mx.array:
-        """By products, the heads of a group in one; the values have a column of ones at their end."""
+    def explicit(
+        self, parts: tuple[mx.array, KeysOrValues, KeysOrValues], block: _Block, key: mx.array | None
+    ) -> mx.array:
+        """By products, the heads of a group in one; values in floats have a column of ones at their end."""
         q, k, v = parts
         B, G, S, _ = v.shape
         weights, rest = self.weights(q, k, block)
         grouped = weights.reshape(B, G, -1, S)  # (B, G, H / G * L, S)
-        if self.dropout:
+        if isinstance(v, Quantized):
+            out, total = v.weighed(grouped), grouped @ mx.ones((B, G, S, 1))
+        elif self.dropout:
             kept = mx.random.bernoulli(1 - self.dropout, grouped.shape, key)
             out, total = (grouped * kept / (1 - self.dropout)) @ v[..., :-1], grouped @ v[..., -1:]
         else:
@@ -269,11 +358,12 @@ class _Softmax:
         total = total.reshape(*q.shape[:3], 1) + rest
         return (out.reshape(*q.shape[:3], -1) / _filled(total, 0.0, block.safe, 1.0)).astype(q.dtype)
 
-    def weights(self, q: mx.array, k: mx.array, block: _Block) -> tuple[mx.array, mx.array | float]:
+    def weights(self, q: mx.array, k: KeysOrValues, block: _Block) -> tuple[mx.array, mx.array | float]:
         """Weights (B, H, L, S) in float32, over the largest of each row, and what else belongs to their sum."""
         B, G, S, D = k.shape
         q = q.astype(mx.float32) * self.scale
-        scores = q.reshape(B, G, -1, D) @ k.astype(mx.float32).swapaxes(-1, -2)
+        grouped = q.reshape(B, G, -1, D)
+        scores = k.scores(grouped) if isinstance(k, Quantized) else grouped @ k.astype(mx.float32).swapaxes(-1, -2)
         scores = scores.reshape(*q.shape[:3], S)
         if self.softcap is not None:
             scores = mx.tanh(scores / self.softcap) * self.softcap
@@ -317,8 +407,8 @@ def _softmax(
 
 def _check(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeysOrValues,
+    v: KeysOrValues,
     mask: mx.array | None,
     bias: mx.array | None,
     causal: bool,

@@ -69,7 +69,11 @@ class Separator:
 
     def __init__(self, model: str | Path | HTDemucs | Bag = "htdemucs", **options: Any):
         self.options = Options(**options)
-        self.model = model if isinstance(model, (HTDemucs, Bag)) else load(model)
+        found = model if isinstance(model, (HTDemucs, Bag)) else load(model)
+        if not isinstance(found, (HTDemucs, Bag)):
+            kind = type(found).__name__
+            raise ValueError(f"{model}: must be a model that separates, got a {kind} (mlx-xformer generate?)")
+        self.model = found
         for member in members(self.model)[0]:
             self.options.check(member.config)
         self.stems = self.options.names(self.model.config.sources)

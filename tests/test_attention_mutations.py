@@ -163,14 +163,14 @@ MUTANTS = {
     ),
     "rotary queries, plain keys": (
         LAYER,
-        "q, k = (config.rotary(y, offset=offset, positions=positions) for y in (q, k))",
-        "q = config.rotary(q, offset=offset, positions=positions)",
+        "return k if config.rotary is None else config.rotary(k, offset=offset, positions=positions)",
+        "return k",
         "Attention",
     ),
     "norms of queries and keys swapped": (
         LAYER,
-        "self.q_norm(q), self.k_norm(k)",
-        "self.k_norm(q), self.q_norm(k)",
+        "q = q if config.qk_norm is None else self.q_norm(q)",
+        "q = q if config.qk_norm is None else self.k_norm(q)",
         "Attention",
     ),
     "ALiBi the wrong way": (
@@ -188,11 +188,11 @@ MUTANTS = {
     ),
     "values from the keys' source": (
         LAYER,
-        "v = (x if source is None else source) if value_source is None else value_source",
-        "v = x if source is None else source",
+        "values = (x if source is None else source) if value_source is None else value_source",
+        "values = x if source is None else source",
         "Attention",
     ),
-    "bias beside ALiBi forgotten": (LAYER, "parts = [] if bias is None else [bias]", "parts = []", "Attention"),
+    "bias beside ALiBi forgotten": (LAYER, "[] if bias is None else [_last(bias, S)]", "[]", "Attention"),
     "causal mask always lower-right": (
         MASKS,
         'offset = S - L if alignment == "lower_right" else 0',
@@ -219,6 +219,7 @@ MUTANTS = {
         "a * cos + b * sin, b * cos - a * sin",
         "Rotary",
     ),
+    "rotary table the wrong way": (POSITIONS, "np.concatenate([-sin, sin]", "np.concatenate([sin, -sin]", "Rotary"),
     "rotary pairs of the other layout": (
         POSITIONS,
         "traditional=self.interleaved",

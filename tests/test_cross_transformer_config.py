@@ -39,7 +39,7 @@ def test_configuration():
         ({"num_layers": 1001}, "num_layers must be a whole number from 1 to 1000, got 1001"),
         ({"hidden_dim": -13}, "hidden_dim must be a whole number from 1 to 10000000, got -13"),
         ({"ffn_bias": 1}, "ffn_bias must be true or false, got 1"),
-        ({"activation": "tanh"}, "activation must be one of gelu, gelu_tanh, relu, got 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of gelu, gelu_tanh, relu, silu, got 'tanh'"),
         ({"activation": ["gelu"]}, r"activation must be one of .*, got \['gelu'\]"),
         ({"colour": 1}, "the cross-transformer has no option named colour"),
     ],

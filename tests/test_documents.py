@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from language import language_model, word_tokenizer
 
 from mlx_xformer.cli import _parser
 
@@ -70,6 +71,14 @@ def test_example_convert(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert float(answer.stdout.split()[-1]) < 1e-5
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["family"] == "htdemucs"
+
+
+def test_example_generate(tmp_path):
+    folder = word_tokenizer(language_model(tmp_path / "model"))
+    command = [sys.executable, ROOT / "examples" / "generate.py", folder, "w3 w1 w4", "0.5"]
+    answers = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+    assert answers[0].returncode == 0, answers[0].stderr
+    assert answers[0].stdout == answers[1].stdout and len(answers[0].stdout.split()) > 20
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

@@ -66,7 +66,7 @@ def test_feed_forward(activation):
 
 
 def test_feed_forward_error():
-    with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, relu, got 'tanh'"):
+    with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, relu, silu, got 'tanh'"):
         layers.FeedForward(3, 5, "tanh")
 
 

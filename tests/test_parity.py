@@ -49,6 +49,7 @@ def test_everything_passes(report):
 EXEMPT = {
     "hann_window": "a factor of stft and istft",
     "alibi_slopes": "a factor of alibi_bias",
+    "QuantizedEmbedding": "packed matrices are compared with their dequantised values in test_decoder",
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from decoders import config, write_folder
 from htdemucs_options import options
 from mlx_xformer.converters import htdemucs
 from mlx_xformer.converters.convert import convert
@@ -286,3 +287,62 @@ def test_a_download_that_was_interrupted_goes_on(tmp_path, cache, hub):
     before = len(hub.requests)
     assert ask("htdemucs_ft", hub.url, tmp_path / "hf")["kind"] == "Bag"
     assert not any(r.startswith("GET") and "sig0" in r for r in hub.requests[before:])
+
+
+# Language models
+
+
+def share(hub, repo, folder):
+    """Puts the files of a folder on the hub."""
+    for path in folder.iterdir():
+        hub.add(f"{repo}/{path.name}", path.read_bytes(), large=path.suffix == ".safetensors")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_language_model_from_the_hub_and_then_without_it(tmp_path, cache, hub, shards):
+    state = write_folder(tmp_path / "llama", config("llama"), shards=shards)
+    (tmp_path / "llama" / "tokenizer.json").write_text("{}")
+    (tmp_path / "llama" / "pytorch_model.bin").write_text("not asked for")
+    share(hub, "Some-one/Llama-3.2-1B", tmp_path / "llama")
+    answer = ask("Some-one/Llama-3.2-1B", hub.url, tmp_path / "hf")
+    folder = cache / "hub" / "Some-one--Llama-3.2-1B" / "model" / COMMIT
+    assert answer == {"folder": str(folder), "kind": "Decoder"}
+    assert files(cache / "downloads") == [] and "tokenizer.json" in files(folder)
+    assert not any("pytorch_model" in request for request in hub.requests)
+    checkpoint = read_checkpoint(folder)
+    assert (checkpoint.provenance["repository"], checkpoint.provenance["revision"]) == ("Some-one/Llama-3.2-1B", COMMIT)
+    assert sum(x.size for x in checkpoint.weights.values()) == sum(x.size for x in state.values())
+    hub.server.shutdown()
+    assert ask("Some-one/Llama-3.2-1B", "http://127.0.0.1:9", tmp_path / "hf") == answer
+
+
+def test_a_language_model_that_the_hub_has_in_part(tmp_path, cache, hub):
+    write_folder(tmp_path / "llama", config("llama"), shards=3)
+    share(hub, "me/llama", tmp_path / "llama")
+    gone = "model-00002-of-00003.safetensors"
+    content = hub.files.pop(f"me/llama/{gone}")
+    refused(ask("me/llama", hub.url, tmp_path / "hf"), "FileNotFoundError", f"no {gone} in me/llama")
+    hub.files[f"me/llama/{gone}"] = content
+    right = hub.digests[f"me/llama/{gone}"]
+    hub.digests[f"me/llama/{gone}"] = "0" * 64
+    refused(ask("me/llama", hub.url, tmp_path / "hf"), "ValueError", f"{gone} of me/llama", "must be 0000", "try again")
+    hub.digests[f"me/llama/{gone}"] = right
+    assert ask("me/llama", hub.url, tmp_path / "hf")["kind"] == "Decoder"
+
+
+def test_an_index_on_the_hub_cannot_name_a_path(tmp_path, cache, hub):
+    write_folder(tmp_path / "llama", config("llama"))
+    share(hub, "me/llama", tmp_path / "llama")
+    index = {"weight_map": {"model.norm.weight": "../../escaped.safetensors"}}
+    hub.add("me/llama/model.safetensors.index.json", json.dumps(index).encode(), large=False)
+    refused(ask("me/llama", hub.url, tmp_path / "hf"), "ValueError", "plain name")
+    assert not any("escaped" in request for request in hub.requests)
+
+
+def test_a_repository_that_is_neither(tmp_path, cache, hub):
+    answer = ask("me/nothing", hub.url, tmp_path / "hf")
+    refused(answer, "FileNotFoundError", "no config.json in me/nothing", "no nothing.yaml in me/Demucs-nothing")
+    write_folder(tmp_path / "other", config("llama"), model_type="mamba")
+    share(hub, "me/other", tmp_path / "other")
+    refused(ask("me/other", hub.url, tmp_path / "hf"), "ValueError", "model_type must be one of llama")
+    assert not (cache / "hub").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import runtime
 from .._version import __version__
-from . import parity, separate
+from . import generate, parity, separate
 from .common import FAILURES, Help, fail, reason_of
 
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, run, what in (
         ("separate", separate.add, separate.run, "separate songs into stems"),
+        ("generate", generate.add, generate.run, "continue a text with a language model"),
         ("convert", _add_convert, _convert, "convert a checkpoint from or to PyTorch"),
         ("parity", parity.add, parity.run, "prove every layer here, or a model, against NumPy"),
         ("info", _add_info, _info, "what runs here, or what a model is"),
@@ -51,17 +52,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml) or folder")
+    add("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml), GGUF file or folder")
     add("out", type=Path, metavar="OUT", help="the folder to write")
     add("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
     add("--family", metavar="F", help="the family of the source, where it is not recognised")
+    add("--quantize", type=int, choices=[0, 4, 8], help="bits of a language model's matrices; 0: floats of packed ones")
+    add("--group-size", type=int, choices=[32, 64, 128], default=64, help="numbers that share a scale")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of a language model's floats, if not as they are")
     add("--dry-run", action="store_true", help="report what would be written, write nothing")
 
 
 def _convert(options: argparse.Namespace) -> int:
     from ..converters.convert import convert
 
-    print(convert(options.source, options.out, family=options.family, to=options.to, dry_run=options.dry_run))
+    names = ("family", "to", "dry_run", "quantize", "group_size", "dtype")
+    print(convert(options.source, options.out, **{name: getattr(options, name) for name in names}))
     return 0
 
 

@@ -13,7 +13,21 @@ import numpy as np
 from .. import kernels, layers
 from ..reference import kernels as twin_kernels
 from ..reference import layers as twin
-from .samples import NO_QUOTIENT, NOTHING, Arrays, Case, Options, Rng, Sample, described, drawn, function, layer, signal
+from .samples import (
+    NO_QUOTIENT,
+    NOTHING,
+    Arrays,
+    Case,
+    Options,
+    Rng,
+    Sample,
+    described,
+    drawn,
+    function,
+    layer,
+    signal,
+    with_params,
+)
 
 _KINK = "relu has no derivative at 0"
 
@@ -79,6 +93,19 @@ def _layer_norm(rng: Rng) -> Iterator[Sample]:
     yield _of_module(rng, layers.LayerNorm, {"dims": 1537}, 7, 1537, what="mean 10", level=10)
 
 
+def _rms_norm(rng: Rng) -> Iterator[Sample]:
+    for dims in (1, 3, 48, 255, 1024, 1025, 1537):
+        for shape in ((2, 5), (1,), (3, 2, 1, 2)):
+            for plus_one in (False, True):
+                yield _of_module(rng, layers.RMSNorm, {"dims": dims, "plus_one": plus_one}, *shape, dims)
+    yield _of_module(rng, layers.RMSNorm, {"dims": 7}, 3, 0, 7)
+    yield _of_module(rng, layers.RMSNorm, {"dims": 48, "eps": 0.1}, 7, 48)
+    yield _of_module(rng, layers.RMSNorm, {"dims": 48}, 7, 48, strided=True)
+    odd = _of_module(rng, layers.RMSNorm, {"dims": 48}, 7, 48, what="NaN", skip_vjp=NO_QUOTIENT)
+    odd.arrays["x"][3, 5] = np.nan
+    yield odd
+
+
 def _group_norm(rng: Rng) -> Iterator[Sample]:
     for groups in (1, 2, 6):
         for axes in (None, (1,), (1, 2)):
@@ -140,6 +167,22 @@ def _feed_forward(rng: Rng) -> Iterator[Sample]:
             samples.append(_of_module(rng, layers.FeedForward, {**options, "bias": False}, 2, 5, 7))
         yield from samples
     yield _of_module(rng, layers.FeedForward, options, 0, 7)
+
+
+def _gated(rng: Rng) -> Iterator[Sample]:
+    for activation in layers.GATED:
+        options = {"embed_dim": 7, "hidden_dim": 13, "activation": activation}
+        for shape in ((2, 5), (1,), (101,), (), (3, 2, 1, 2)):
+            yield _of_module(rng, layers.GatedFeedForward, options, *shape, 7)
+        yield _of_module(rng, layers.GatedFeedForward, {**options, "bias": True}, 2, 5, 7)
+        yield _of_module(rng, layers.GatedFeedForward, options, 2, 5, 7, strided=True)
+    wide = {"embed_dim": 67, "hidden_dim": 131}
+    yield _of_module(rng, layers.GatedFeedForward, wide, 211, 67)
+
+
+def _embedding(rng: Rng) -> Iterator[Sample]:
+    for shape in ((2, 5), (1,), (101,), (), (3, 2, 1, 2)):
+        yield _of_module(rng, layers.Embedding, {"num_embeddings": 13, "dims": 7}, *shape, 7)
 
 
 def _dilated(rng: Rng) -> Iterator[Sample]:
@@ -236,12 +279,25 @@ def _twin_layer_norm(params: Arrays, arrays: Arrays, options: Options) -> np.nda
     return twin.layer_norm(params, arrays["x"], eps=options.get("eps", 1e-5))
 
 
+def _twin_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.rms_norm(params, arrays["x"], options.get("eps", 1e-5), options.get("plus_one", False))
+
+
+def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    activation = getattr(twin_kernels, options.get("activation", "silu"))
+    return twin.gated_feed_forward(params, arrays["x"], activation=activation)
+
+
+def _as_linear(params: dict, arrays: dict, options: Options) -> Any:
+    return with_params(layers.Embedding(**options), params).as_linear(**arrays)
+
+
 def _twin_feed_forward(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     return twin.feed_forward(params, arrays["x"], activation=getattr(twin_kernels, options["activation"]))
 
 
 CASES = {
-    **{name: _activation(name) for name in ("gelu", "gelu_tanh", "relu", "glu")},
+    **{name: _activation(name) for name in ("gelu", "gelu_tanh", "relu", "silu", "glu")},
     "mean_var": Case(
         _mean_var, function(kernels.mean_var), function(twin_kernels.mean_var), result="float32", by_input=True
     ),
@@ -250,9 +306,12 @@ CASES = {
         _expand, function(kernels.expand_norm_glu_add), function(_twin_expand), result="float32"
     ),
     "LayerNorm": Case(_layer_norm, layer(layers.LayerNorm), _twin_layer_norm),
+    "RMSNorm": Case(_rms_norm, layer(layers.RMSNorm), _twin_rms_norm),
     "GroupNorm": Case(_group_norm, layer(layers.GroupNorm, "axes"), _twin_group_norm),
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
+    "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
+    "Embedding": Case(_embedding, _as_linear, lambda p, x, _: twin.linear(p, **x)),
     "DilatedConv1d": Case(_dilated, layer(layers.DilatedConv1d), _twin_dilated),
     "ConvTranspose1d": Case(
         _transposed,

@@ -15,12 +15,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint import load_model
+from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
 from ..reference.layers import linear
 from ..reference.models.htdemucs import htdemucs
 from ..reference.models.htdemucs.layers import decoder_layer, encoder_layer
 from ..reference.models.htdemucs.model import levels
 from ..reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
+from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
@@ -36,8 +38,10 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
             for index, member in enumerate(model.models)
             for name, case in _htdemucs_cases(member).items()
         }
+    if isinstance(model, Decoder):
+        return decoder_cases(model)
     if not isinstance(model, HTDemucs):
-        raise ValueError(f"{folder}: the family must be htdemucs or htdemucs_bag, got {type(model).__name__}")
+        raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)
 
 

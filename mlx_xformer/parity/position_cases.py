@@ -103,14 +103,33 @@ def _rotary(rng: Rng) -> Iterator[Sample]:
                 yield Sample(what, {"x": rng.normal(size=(B, H, L, D))}, {**given, **place}, strided=L == 7 and D == 6)
 
 
+SCALINGS: tuple[dict[str, Any], ...] = (
+    {"kind": "linear", "factor": 4.0},
+    {"kind": "llama3", "factor": 8.0, "length": 97},
+    {"kind": "llama3", "factor": 3.0, "length": 1009, "low": 0.7, "high": 11.0},
+    {"kind": "yarn", "factor": 4.0, "length": 997, "high": 32.0, "magnitude": 1.1386},
+    {"kind": "yarn", "factor": 2.5, "length": 211, "low": 0.3, "high": 5.0, "truncate": False},
+)
+
+
+def _scaled(rng: Rng) -> Iterator[Sample]:
+    for (D, dims), scaling in product(((2, 2), (11, 8), (64, 64)), SCALINGS):
+        given = {"dims": dims, "theta": float(rng.choice([100.0, 1e4, 5e5])), "interleaved": False, "scaling": scaling}
+        for place in ({}, {"offset": int(rng.integers(1, 2000))}, {"positions": rng.integers(0, 2000, (2, 7))}):
+            what = described(x=(2, 3, 7, D), **given, **dict.fromkeys(place, True))
+            yield Sample(what, {"x": rng.normal(size=(2, 3, 7, D))}, {**given, **place})
+
+
 def _ours(params: dict, arrays: dict, options: Any) -> mx.array:
-    rotary = positions.Rotary(options["dims"], options["theta"], options["interleaved"])
+    scaling = options.get("scaling")
+    scaling = scaling and positions.RotaryScaling(**scaling)
+    rotary = positions.Rotary(options["dims"], options["theta"], options["interleaved"], scaling)
     return rotary(arrays["x"], offset=options.get("offset", 0), positions=options.get("positions"))
 
 
 def _twin(params: dict, arrays: dict, options: Any) -> np.ndarray:
     x = arrays["x"]
-    kept = {name: options[name] for name in ("dims", "theta", "interleaved")}
+    kept = {name: options[name] for name in ("dims", "theta", "interleaved", "scaling") if name in options}
     start = np.reshape(options.get("offset", 0), (-1, 1))
     places = np.broadcast_to(options.get("positions", start + np.arange(x.shape[2])), (len(x), x.shape[2]))
     return twin.rotary(x, places, **kept)
@@ -132,4 +151,5 @@ CASES = {
     "alibi_bias": _table(_alibi, positions.alibi_bias, twin.alibi_bias),
     "relative_buckets": _table(_buckets, positions.relative_buckets, twin.relative_buckets),
     "Rotary": Case(_rotary, _ours, _twin),
+    "RotaryScaling": Case(_scaled, _ours, _twin),
 }

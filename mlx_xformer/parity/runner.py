@@ -14,13 +14,29 @@ import numpy as np
 
 from .. import runtime
 from .._version import __version__
-from . import attention_cases, attention_layer_cases, layer_cases, position_cases, spectral_cases, torch_layout_cases
+from . import (
+    attention_cases,
+    attention_layer_cases,
+    cache_cases,
+    layer_cases,
+    position_cases,
+    spectral_cases,
+    torch_layout_cases,
+)
 from .judge import DTYPES, Trial, Verdict
 from .model_cases import model_cases
 from .report import Place, Report, Row
 from .samples import Case, Rng, Sample
 
-_PARTS = (attention_cases, attention_layer_cases, position_cases, layer_cases, spectral_cases, torch_layout_cases)
+_PARTS = (
+    attention_cases,
+    attention_layer_cases,
+    torch_layout_cases,
+    cache_cases,
+    position_cases,
+    layer_cases,
+    spectral_cases,
+)
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
 NAMES = tuple(CASES)
 _FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, KeyError, AttributeError)
@@ -97,7 +113,7 @@ def _prove(name: str, case: Case, dtypes: Sequence[str], seeds: Sequence[int]) -
     if case.constant:
         dtypes = ("float32",)
     values = {dtype: Row(name, "exact" if case.constant else dtype) for dtype in dtypes}
-    products = {} if case.constant else {dtype: Row(name, f"{dtype} vjp") for dtype in dtypes}
+    products = {} if case.constant or not case.vjp else {dtype: Row(name, f"{dtype} vjp") for dtype in dtypes}
     for seed in seeds:
         for index, sample in enumerate(case.samples(generator(name, seed))):
             for dtype in dtypes:

@@ -42,7 +42,7 @@ class Sample:
 class Case:
     """An operation, its twin and their samples. half, half_vjp: the factors c of the half-precision budgets (judge.py).
     by_input: budgets are in units of the largest input as well. result: the dtype of the result, where it is not
-    that of the input. constant: the samples have no floats."""
+    that of the input. constant: the samples have no floats. vjp: whether products are checked."""
 
     samples: Callable[[Rng], Iterator[Sample]]
     ours: Form
@@ -52,6 +52,7 @@ class Case:
     by_input: bool = False
     result: str | None = None
     constant: bool = False
+    vjp: bool = True
 
 
 def function(called: Callable[..., Any]) -> Form:

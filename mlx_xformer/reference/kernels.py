@@ -102,6 +102,11 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
 
 
+def silu(x: np.ndarray) -> np.ndarray:
+    """x times its sigmoid."""
+    return x * sigmoid(x)
+
+
 def glu(x: np.ndarray, axis: int = -1) -> np.ndarray:
     """The first half of `axis` gated by the sigmoid of the second half."""
     if x.shape[axis] % 2:

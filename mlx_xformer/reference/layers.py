@@ -31,6 +31,13 @@ def layer_norm(params: Params, x: np.ndarray, eps: float = 1e-5) -> np.ndarray:
     return (x - mean) / np.sqrt(var + eps) * params["weight"] + params["bias"]
 
 
+def rms_norm(params: Params, x: np.ndarray, eps: float = 1e-5, plus_one: bool = False) -> np.ndarray:
+    """Each (..., C) vector to a mean square of 1, then weight (C), or 1 + weight."""
+    weight = params["weight"].astype(x.dtype)
+    square = np.mean(np.square(x), axis=-1, keepdims=True)
+    return x / np.sqrt(square + np.asarray(eps, x.dtype)) * (1 + weight if plus_one else weight)
+
+
 def group_norm(
     params: Params, x: np.ndarray, *, num_groups: int, axes: Sequence[int] | None = None, eps: float = 1e-5
 ) -> np.ndarray:
@@ -56,6 +63,13 @@ def layer_scale(params: Params, x: np.ndarray) -> np.ndarray:
 def feed_forward(params: Params, x: np.ndarray, *, activation: Activation) -> np.ndarray:
     """linear1, activation, linear2."""
     return linear(sub(params, "linear2"), activation(linear(sub(params, "linear1"), x)))
+
+
+def gated_feed_forward(params: Params, x: np.ndarray, *, activation: Activation) -> np.ndarray:
+    """down_proj of activation(gate_proj) times up_proj."""
+    return linear(
+        sub(params, "down_proj"), activation(linear(sub(params, "gate_proj"), x)) * linear(sub(params, "up_proj"), x)
+    )
 
 
 def conv1d(params: Params, x: np.ndarray, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> np.ndarray:

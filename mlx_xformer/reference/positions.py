@@ -1,6 +1,7 @@
 """Position tables, computed in float64; whoever adds one casts it to the dtype of its input."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -54,17 +55,65 @@ def sinusoidal(length: int, dim: int, *, offset: int = 0, max_period: float = 10
 
 
 def rotary(
-    x: np.ndarray, positions: np.ndarray, *, dims: int, theta: float = 10000.0, interleaved: bool = False
+    x: np.ndarray,
+    positions: np.ndarray,
+    *,
+    dims: int,
+    theta: float = 10000.0,
+    interleaved: bool = False,
+    scaling: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    """x (B, H, L, D) with its first `dims` channels turned, pair by pair, by the positions (B, L)."""
+    """x (B, H, L, D) with its first `dims` channels turned, pair by pair, by the positions (B, L). scaling: the fields
+    of RotaryScaling."""
     out = x.copy()
+    magnitude = np.asarray(1.0 if scaling is None else scaling.get("magnitude", 1.0), x.dtype)
     for i in range(dims // 2):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + dims // 2)
-        rate = np.asarray(theta ** (-2 * i / dims), x.dtype)
-        phase = (positions.astype(x.dtype) * rate)[:, None, :]  # (B, 1, L)
-        out[..., a] = x[..., a] * np.cos(phase) - x[..., b] * np.sin(phase)
-        out[..., b] = x[..., a] * np.sin(phase) + x[..., b] * np.cos(phase)
+        rate = theta ** (-2 * i / dims)
+        if scaling is not None:
+            kept = _kept(rate, i, dims, theta, **scaling)
+            rate = kept * rate + (1 - kept) * rate / scaling["factor"]
+        phase = (positions.astype(x.dtype) * np.asarray(rate, x.dtype))[:, None, :]  # (B, 1, L)
+        cos, sin = magnitude * np.cos(phase), magnitude * np.sin(phase)
+        out[..., a] = x[..., a] * cos - x[..., b] * sin
+        out[..., b] = x[..., a] * sin + x[..., b] * cos
     return out
+
+
+def _kept(
+    rate: float,
+    i: int,
+    dims: int,
+    theta: float,
+    *,
+    kind: str,
+    length: int | None = None,
+    low: float = 1.0,
+    high: float = 4.0,
+    truncate: bool = True,
+    **_: Any,
+) -> float:
+    """How much of its own rate pair i keeps: 1 for all of it, 0 where it is divided by the factor."""
+    if kind == "linear" or length is None:
+        return 0.0
+    if kind == "llama3":
+        wavelength = 2 * math.pi / rate
+        if wavelength < length / high:
+            return 1.0
+        if wavelength > length / low:
+            return 0.0
+        return (length / wavelength - low) / (high - low)
+
+    def pair_that_turns(times: float) -> float:
+        return dims * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(high), pair_that_turns(low)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    if first == last:
+        last += 0.001
+    return 1 - min(max((i - first) / (last - first), 0.0), 1.0)
 
 
 def alibi_bias(num_heads: int, L: int, S: int) -> np.ndarray:

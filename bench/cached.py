@@ -1,0 +1,155 @@
+"""What a cache saves: generation with and without one, by length and by heads, and how far their logits are apart.
+
+    python bench/cached.py [--lengths 16,128,512,2048] [--rounds N]
+
+Two layers of width 64, eight query heads, random weights; the tokens are given, so that both see the same. Without a
+cache every step computes everything before it again; beyond 128 tokens every 32nd of these steps is measured and stands
+for its neighbours. Prints a table, appends JSON lines to results/cached.jsonl and renews its part of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from report import append
+from run import BENCH, RESULTS, commit, machine, settle
+
+from mlx_xformer import runtime
+from mlx_xformer.models.decoder import Decoder, DecoderConfig
+
+mx = runtime.mx
+BEGIN, END = "<!-- cached: begin (written by bench/cached.py) -->", "<!-- cached: end -->"
+KINDS = {"MHA": 8, "GQA": 2, "MQA": 1}  # key/value heads
+STRIDE = 32
+
+
+def model_of(kv_heads: int) -> Decoder:
+    """With matrices of unit gain."""
+    config = DecoderConfig(
+        vocab_size=256, embed_dim=64, num_layers=2, num_heads=8, num_kv_heads=kv_heads, hidden_dim=192
+    )
+    model = Decoder(config)
+    rng = np.random.default_rng(0)
+    shapes = {name: x.shape for name, x in _flat(model)}
+    drawn = {
+        name: rng.uniform(0.7, 1.3, shape) if len(shape) == 1 else rng.standard_normal(shape) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
+    }
+    model.load_weights([(name, mx.array(x.astype(np.float32))) for name, x in drawn.items()])
+    mx.eval(model.parameters())
+    return model
+
+
+def _flat(model: Decoder) -> Any:
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(model.parameters())
+
+
+def sampled(length: int) -> range:
+    """The steps without a cache that are measured: how many tokens each computes."""
+    return range(1, length + 1) if length <= 128 else range(STRIDE // 2, length + 1, STRIDE)
+
+
+def with_cache(model: Decoder, tokens: Any) -> tuple[float, dict[int, np.ndarray]]:
+    """Seconds, and the logits of the sampled steps."""
+    caches, wanted, found = model.make_caches(), set(sampled(tokens.shape[1])), {}
+    start = time.perf_counter()
+    for n in range(1, tokens.shape[1] + 1):
+        logits = model(tokens[:, n - 1 : n], caches=caches, last=1)
+        mx.eval(logits)
+        if n in wanted:
+            found[n] = logits
+    seconds = time.perf_counter() - start
+    return seconds, {n: np.array(logits) for n, logits in found.items()}
+
+
+def without_cache(model: Decoder, tokens: Any) -> tuple[float, dict[int, np.ndarray]]:
+    """Seconds of all steps by the sampled ones, and their logits."""
+    found, steps = {}, sampled(tokens.shape[1])
+    start = time.perf_counter()
+    for n in steps:
+        found[n] = model(tokens[:, :n], last=1)
+        mx.eval(found[n])
+    seconds = time.perf_counter() - start
+    return seconds * tokens.shape[1] / len(steps), {n: np.array(logits) for n, logits in found.items()}
+
+
+def measure(lengths: list[int], rounds: int) -> Iterator[dict[str, Any]]:
+    """One record for each kind and length: medians over the rounds, the two taken in turns."""
+    for kind, heads in KINDS.items():
+        model = model_of(heads)
+        for length in lengths:
+            tokens = mx.array(np.random.default_rng(length).integers(0, 256, (1, length)), mx.int32)
+            with_cache(model, tokens[:, :16])
+            without_cache(model, tokens[:, :16])
+            cached, uncached, error = [], [], 0.0
+            for _ in range(rounds):
+                settle(15)
+                seconds, ours = with_cache(model, tokens)
+                cached.append(seconds)
+                seconds, plain = without_cache(model, tokens)
+                uncached.append(seconds)
+                error = max(float(np.abs(ours[n] - plain[n]).max() / np.abs(plain[n]).max()) for n in plain)
+            yield {
+                "kind": kind,
+                "length": length,
+                "cached_s": statistics.median(cached),
+                "uncached_s": statistics.median(uncached),
+                "error": error,
+                "steps": len(sampled(length)),
+                "rounds": rounds,
+            }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| heads | N | with a cache | without | times as fast | largest error of a logit |", "|" + "---|" * 6]
+    for r in found:
+        faster, steps = (
+            r["uncached_s"] / r["cached_s"],
+            "" if r["steps"] == r["length"] else f" (of {r['steps']} steps)",
+        )
+        lines.append(
+            f"| {r['kind']} | {r['length']} | {r['cached_s']:.3f} s | {r['uncached_s']:.3f} s{steps} | {faster:.1f} |"
+            f" {r['error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="16,128,512,2048")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    found = list(measure([int(n) for n in options.lengths.split(",")], options.rounds))
+    shared = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("mlx", "mlx-xformer")},
+        "blas": runtime.blas,
+        "threads": runtime.workers,
+    }
+    append(RESULTS / "cached.jsonl", [{"suite": "cached", "whole": False, **shared, **record} for record in found])
+    print(table(found))
+    readme, first = BENCH / "README.md", shared["machine"]
+    head, rest = readme.read_text().split(BEGIN)
+    versions = ", ".join(f"{name} {number}" for name, number in shared["versions"].items())
+    about = (
+        f"{first['cpu']}, {first['cores']} cores, {first['memory_gib']} GiB, {first['system']}; {shared['threads']}"
+        f" threads; {options.rounds} rounds; {shared['date']}; commit {shared['commit'] or 'none yet'}. {versions}."
+        f" BLAS: {shared['blas']}."
+    )
+    readme.write_text(head + BEGIN + f"\n{table(found)}\n\n{about}\n" + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()

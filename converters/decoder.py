@@ -1,0 +1,319 @@
+"""Decoders: rules from Hugging Face's names, and the configuration from a config.json of theirs and back.
+
+Sources: transformers 5.23 (models/llama, mistral, qwen2, qwen3, gemma2, gemma3: names, defaults), whose older keys are
+read too; mlx-lm's `quantization`. A key that is neither understood nor known to make no difference is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Container, Mapping
+from typing import Any
+
+from mlx_xformer.models.decoder import DecoderConfig, Quantization
+from mlx_xformer.positions import RotaryScaling
+
+from .rules import Rule
+from .torch_pickle import short
+
+_LAYER = "model.layers.{i}."
+_PACKED = "{leaf:weight|bias|scales|biases}"
+TABLE_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+TABLE, HEAD = "model.embed_tokens.{leaf:weight|scales|biases}", "lm_head.{leaf:weight|scales|biases}"
+
+# Hugging Face's key -> ours, where the value means the same.
+_SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "mlp_bias": "mlp_bias",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_UNDERSTOOD = {
+    *_SAME,
+    *("model_type", "hidden_act", "hidden_activation", "attention_bias", "query_pre_attn_scalar"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "max_position_embeddings"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"),
+    *("_sliding_window_pattern", "quantization", "quantization_config"),
+}
+# What makes no difference to the answers of a loaded model.
+HARMLESS = {
+    *("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "attention_dropout"),
+    *("pretraining_tp", "cache_implementation", "transformers.js_config", "is_llama_config", "unsloth_fixed"),
+    *("unsloth_version", "hidden_dropout", "attn_implementation", "_attn_implementation_autoset", "return_dict"),
+    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "task"),
+    *(
+        "torchscript",
+        "finetuning_task",
+        "keys_to_ignore_at_inference",
+        "max_length",
+        "min_length",
+        "_from_model_config",
+    ),
+}
+# Keys of which we understand one value.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1, None),
+    "use_bidirectional_attention": (False, None),
+    "use_qk_norm": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+}
+_GEMMA = {"norm_plus_one": True, "sandwich_norms": True, "tie_embeddings": True}
+_TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself, and defaults of its keys
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"attention_bias": ("q", "k", "v")},
+    "qwen3": {"qk_norm": True},
+    "gemma2": _GEMMA,
+    "gemma3_text": {**_GEMMA, "qk_norm": True},
+}
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def rules(config: DecoderConfig, names: Container[str] = (TABLE_NAME,)) -> list[Rule]:
+    """The table from Hugging Face's names, with packed matrices under mlx-lm's. A tied head is dropped where the table
+    of embeddings is among the `names`, and is that table where not."""
+    tied = [Rule(TABLE, TABLE), Rule(HEAD, None)] if TABLE_NAME in names else [Rule(HEAD, TABLE)]
+    attention, norms = _LAYER + "self_attn.", "{norm:input|post_attention|pre_feedforward|post_feedforward}_layernorm."
+    return [
+        *(tied if config.tie_embeddings else [_same(TABLE), _same(HEAD)]),
+        *(_same(attention + part) for part in ("{p:q_proj|k_proj|v_proj}." + _PACKED, "{norm:q_norm|k_norm}.weight")),
+        Rule(attention + "o_proj." + _PACKED, attention + "out_proj." + _PACKED),
+        Rule(attention + "rotary_emb.inv_freq", None),
+        _same(_LAYER + "mlp.{p:gate_proj|up_proj|down_proj}." + _PACKED),
+        _same(_LAYER + norms + "weight"),
+        _same("model.norm.weight"),
+    ]
+
+
+def _same(template: str) -> Rule:
+    return Rule(template, template)
+
+
+def config(values: Mapping[str, Any]) -> DecoderConfig:
+    """The configuration that a config.json of Hugging Face means. ValueError names what is not understood."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ValueError(f"model_type must be one of {', '.join(_TYPES)}, got {short(str(kind))}")
+    _check_keys(values, kind)
+    given = {ours: values[theirs] for theirs, ours in _SAME.items() if values.get(theirs) is not None}
+    given = {**_TYPES[kind], **given, **_rotary(values, kind), **_windows(values, kind)}
+    activation = values.get("hidden_activation") or values.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {short(str(activation))}")
+    given["activation"] = _ACTIVATIONS[activation]
+    if values.get("attention_bias"):
+        given["attention_bias"] = ("q", "k", "v", "out")
+    if kind.startswith("gemma"):
+        given["embed_scale"] = math.sqrt(values["hidden_size"])
+        given["attention_scale"] = values["query_pre_attn_scalar"] ** -0.5
+    packing = values.get("quantization") or values.get("quantization_config")
+    return DecoderConfig(**given, quantization=None if packing is None else _quantization(packing))
+
+
+def _check_keys(values: Mapping[str, Any], kind: str) -> None:
+    unknown = sorted(key for key in values if key not in _UNDERSTOOD | HARMLESS | _ONLY.keys())
+    if unknown:
+        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
+    for key, known in _ONLY.items():
+        if key in values and values[key] not in known:
+            raise ValueError(f"{key} must be {json.dumps(known[0])}, got {short(str(values[key]))}")
+    required = [*_REQUIRED, *([] if kind == "llama" else ["num_key_value_heads"])]
+    required += ["head_dim", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
+    missing = [key for key in required if values.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json must have {', '.join(missing)}")
+    for key in ("hidden_size", "query_pre_attn_scalar"):
+        if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
+            raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
+
+
+def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """rope_theta, rope_scaling and local_rope_theta, from the keys of any age."""
+    given = values.get("rope_parameters") or {}
+    local: Any = values.get("rope_local_base_freq", 10000.0 if kind == "gemma3_text" else None)
+    if not isinstance(given, Mapping):
+        raise ValueError("rope_parameters must be an object")
+    if _FULL in given:  # one object for each kind of layer
+        sliding = given.get(_SLIDING) or {}
+        if sliding.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type of {_SLIDING} must be default, got {short(str(sliding['rope_type']))}")
+        local, given = sliding.get("rope_theta", local), given[_FULL]
+    theta = given.get("rope_theta", values.get("rope_theta", 1e6 if kind == "gemma3_text" else 10000.0))
+    scaling = _scaling({**given, **(values.get("rope_scaling") or {})}, values.get("max_position_embeddings"))
+    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local}
+
+
+_SCALINGS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+        *("mscale", "mscale_all_dim"),
+    },
+}
+
+
+def _scaling(given: Mapping[str, Any], trained: Any) -> RotaryScaling | None:
+    """The scaling; `trained`: positions of the training, where it names none."""
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind in ("default", None):
+        return None
+    if kind not in _SCALINGS:
+        raise ValueError(f"rope_type must be one of default, {', '.join(_SCALINGS)}, got {short(str(kind))}")
+    unknown = sorted(given.keys() - _SCALINGS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    if unknown or given.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"rope_scaling has keys that are not handled: {short(', '.join(unknown) or 'partial_rotary_factor')}"
+        )
+    length = given.get("original_max_position_embeddings") or trained
+    numbers = {key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")}
+    if not all(isinstance(x, (int, float)) for x in (*numbers.values(), length or 1)) or "factor" not in given:
+        raise ValueError(f"rope_scaling must have a factor and hold numbers, got {short(str(dict(given)))}")
+    if kind == "linear":
+        return RotaryScaling(kind, given["factor"])
+    if kind == "llama3":
+        return RotaryScaling(kind, given["factor"], length, given["low_freq_factor"], given["high_freq_factor"])
+    return RotaryScaling(
+        kind,
+        given["factor"],
+        length,
+        given.get("beta_slow") or 1,
+        given.get("beta_fast") or 32,
+        _magnitude(given),
+        bool(given.get("truncate", True)),
+    )
+
+
+def _magnitude(given: Mapping[str, Any]) -> float:
+    """YaRN's factor of queries and keys."""
+    factor = given["factor"]
+    if given.get("attention_factor") is not None:
+        return given["attention_factor"]
+
+    def grown(by: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return grown(given["mscale"]) / grown(given["mscale_all_dim"])
+    return grown(1.0)
+
+
+def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """window and layer_types."""
+    window, count = values.get("sliding_window"), values["num_hidden_layers"]
+    if kind in ("llama",) and window is not None:
+        raise ValueError("sliding_window must be null in a llama")
+    if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
+        window = None
+    if window is None:
+        return {}
+    types = values.get("layer_types")
+    if types is None and kind in ("qwen2", "qwen3"):
+        first = values.get("max_window_layers", 28)
+        types = [_SLIDING if index >= first else _FULL for index in range(count)]
+    elif types is None and kind.startswith("gemma"):
+        every = values.get("sliding_window_pattern", values.get("_sliding_window_pattern", 6))
+        every = 2 if kind == "gemma2" else every
+        types = [_SLIDING if (index + 1) % every else _FULL for index in range(count)]
+    names = {_SLIDING: "local", _FULL: "global"}
+    if types is not None and not (isinstance(types, list) and all(name in names for name in types)):
+        raise ValueError(f"layer_types must be {' or '.join(names)} for each layer, got {short(str(types))}")
+    return {"window": window, "layer_types": None if types is None else tuple(names[name] for name in types)}
+
+
+def _quantization(given: Any) -> Quantization:
+    """mlx-lm's: bits and group_size, and the same or false under the names of single layers."""
+    if (
+        not isinstance(given, Mapping)
+        or not {"bits", "group_size"} <= given.keys()
+        or given.get("mode", "affine") != "affine"
+    ):
+        raise ValueError(f"quantization must be of bits and group_size in affine mode, got {short(str(given))}")
+    layers: dict[str, tuple[int, int] | None] = {}
+    for name, own in given.items():
+        if name in ("bits", "group_size", "mode"):
+            continue
+        ours = name.replace(".o_proj", ".out_proj")
+        if own is False:
+            layers[ours] = None
+        elif (
+            isinstance(own, Mapping)
+            and own.keys() <= {"bits", "group_size", "mode"}
+            and own.get("mode", "affine") == "affine"
+        ):
+            layers[ours] = (own.get("bits", given["bits"]), own.get("group_size", given["group_size"]))
+        else:
+            raise ValueError(f"quantization has a key that is not handled: {short(name)}")
+    return Quantization(given["bits"], given["group_size"], layers)
+
+
+def original(own: DecoderConfig) -> dict[str, Any]:
+    """A config.json of Hugging Face that means the same, floats throughout. ValueError if none of theirs does."""
+    kind = _kind(own)
+    theirs = {theirs: getattr(own, ours) for theirs, ours in _SAME.items()}
+    words = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    values: dict[str, Any] = {"model_type": kind, **theirs, "hidden_act": words[own.activation]}
+    values["attention_bias"] = set(own.attention_bias) == {"q", "k", "v", "out"}
+    values |= {"rope_theta": own.rope_theta, "rope_scaling": _scaling_of(own.rope_scaling)}
+    if own.window is not None:
+        values |= {"sliding_window": own.window, "use_sliding_window": True}
+        if own.layer_types is not None:
+            values["layer_types"] = [_SLIDING if name == "local" else _FULL for name in own.layer_types]
+    if kind.startswith("gemma"):
+        values["query_pre_attn_scalar"] = round((own.attention_scale or 1.0) ** -2)
+        values["rope_local_base_freq"] = own.local_rope_theta
+        values["hidden_activation"] = values.pop("hidden_act")
+    values = {key: value for key, value in values.items() if value is not None}
+    plain = dataclasses.replace(own, dtype=None, quantization=None)
+    try:
+        again = config(values)
+    except ValueError as error:
+        raise ValueError(f"no architecture of Hugging Face has this configuration ({error})") from None
+    if not _alike(again, plain):
+        raise ValueError("no architecture of Hugging Face has this configuration")
+    return values
+
+
+def _alike(a: DecoderConfig, b: DecoderConfig) -> bool:
+    """Whether two configurations are one, but for the rounding of a square root."""
+    scales = (a.attention_scale or 0.0), (b.attention_scale or 0.0)
+    return math.isclose(*scales) and dataclasses.replace(a, attention_scale=b.attention_scale) == b
+
+
+def _kind(config: DecoderConfig) -> str:
+    if config.sandwich_norms:
+        return "gemma3_text" if config.qk_norm else "gemma2"
+    if config.qk_norm:
+        return "qwen3"
+    if set(config.attention_bias) == {"q", "k", "v"}:
+        return "qwen2"
+    return "llama" if config.window is None else "mistral"
+
+
+def _scaling_of(scaling: RotaryScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        values["original_max_position_embeddings"] = scaling.length
+        low, high = ("low_freq_factor", "high_freq_factor") if scaling.kind == "llama3" else ("beta_slow", "beta_fast")
+        values |= {low: scaling.low, high: scaling.high}
+    if scaling.kind == "yarn":
+        values |= {"attention_factor": scaling.magnitude, "truncate": scaling.truncate}
+    return values

@@ -1,0 +1,19 @@
+"""Caches of keys and values: KVCache of the positions so far, CrossCache of a memory; their sizes; their files."""
+
+from .cross import CrossCache
+from .files import load_caches, save_caches
+from .kv import KVCache, RewindError, View
+from .quantized import KeysOrValues, Quantized
+from .sizes import cache_bytes
+
+__all__ = [
+    "CrossCache",
+    "KVCache",
+    "KeysOrValues",
+    "Quantized",
+    "RewindError",
+    "View",
+    "cache_bytes",
+    "load_caches",
+    "save_caches",
+]

@@ -1,0 +1,45 @@
+"""CrossCache: the keys and values of a memory that decoders attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+
+class CrossCache:
+    """Keys and values of a memory, such as an encoder's output, projected once."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the memory."""
+        self._memory: mx.array | None = None
+        self._pair: tuple[mx.array, ...] = ()
+
+    def get(
+        self, memory: mx.array, project: Callable[[mx.array], tuple[mx.array, mx.array]]
+    ) -> tuple[mx.array, mx.array]:
+        """project(memory), which is called again where memory is another array than last time. (An array changed in
+        place is still the same: reset() first.)"""
+        if not self._pair or memory is not self._memory:
+            pair = project(memory)
+            self._memory, self._pair = memory, pair
+        k, v = self._pair
+        return k, v
+
+    @property
+    def length(self) -> int:
+        """Positions of the memory; 0 for none."""
+        return self._pair[0].shape[2] if self._pair else 0
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array it holds, for mx.eval."""
+        return list(self._pair)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(x.nbytes for x in self._pair)

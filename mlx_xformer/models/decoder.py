@@ -1,0 +1,302 @@
+"""A decoder-only language model: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and Gemma 3 (text) by configuration.
+
+Sources: the architectures as Hugging Face's transformers has them, whose names the weights keep (only o_proj is
+out_proj here). Axes: B batch, L tokens, E embed_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import kernels
+from ..attention import Attention
+from ..cache import KVCache
+from ..layers import GATED, Embedding, GatedFeedForward, RMSNorm
+from ..positions import Rotary, RotaryScaling
+
+# Far beyond any model, and below what would keep a reader of a hostile file busy.
+_LARGEST = {
+    "vocab_size": 10**8,
+    "embed_dim": 10**6,
+    "num_layers": 1000,
+    "num_heads": 10**5,
+    "num_kv_heads": 10**5,
+    "head_dim": 10**5,
+    "hidden_dim": 10**7,
+}
+_ABOVE_0 = (
+    *("rope_theta", "local_rope_theta", "norm_eps", "embed_scale"),
+    *("attention_scale", "attention_softcap", "logit_softcap"),
+)
+_FLAGS = ("mlp_bias", "qk_norm", "norm_plus_one", "sandwich_norms", "tie_embeddings")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Affine quantization of the matrices: bits and group_size; `layers` names those that have others, or None for
+    floats."""
+
+    bits: int
+    group_size: int
+    layers: dict[str, tuple[int, int] | None] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [(self.bits, self.group_size), *(pair for pair in self.layers.values() if pair is not None)]
+        for bits, group_size in given:
+            if bits not in (2, 3, 4, 5, 6, 8) or group_size not in (32, 64, 128):
+                raise ValueError(
+                    f"quantization must be of 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128, "
+                    f"got {bits!r:.20} and {group_size!r:.20}"
+                )
+
+    def of(self, name: str) -> tuple[int, int] | None:
+        """(bits, group_size) of a layer."""
+        return self.layers.get(name, (self.bits, self.group_size))
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a Decoder is. ValueError names the field that is unknown, of the wrong type or out of range.
+
+    window: positions that the "local" layers of layer_types see, the token's own among them; without layer_types, all
+    are. local_rope_theta: their rotary base, without scaling, if they have their own. attention_bias: names among q, k,
+    v, out. qk_norm, norm_plus_one, sandwich_norms: RMS norms of each head's queries and keys; their gain is 1 + weight;
+    another after each attention and feed-forward network. embed_scale, attention_scale: what embeddings and scores are
+    multiplied with (1; 1 / sqrt(head_dim)). dtype: what floats are cast to when loaded; None leaves them as stored.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: tuple[str, ...] = ()
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: RotaryScaling | None = None
+    local_rope_theta: float | None = None
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    sandwich_norms: bool = False
+    activation: str = "silu"
+    embed_scale: float | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    tie_embeddings: bool = False
+    dtype: str | None = None
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None and type(self.embed_dim) is type(self.num_heads) is int and self.num_heads > 0:
+            if self.embed_dim % self.num_heads:
+                raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        for name, limit in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        for name in _ABOVE_0:
+            value = getattr(self, name)
+            known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+            if not known and not (value is None and _DEFAULTS[name] is None):
+                raise ValueError(f"{name} must be a number above 0, got {value!r:.80}")
+        for name in _FLAGS:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        if not isinstance(self.activation, str) or self.activation not in GATED:
+            raise ValueError(f"activation must be one of {', '.join(GATED)}, got {self.activation!r:.80}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
+        if not set(self.attention_bias) <= {"q", "k", "v", "out"}:
+            raise ValueError(f"attention_bias must be names among q, k, v, out, got {self.attention_bias!r:.80}")
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise ValueError(f"window must be a whole number from 1, got {self.window!r:.80}")
+        types = self.layer_types
+        if types is not None and (len(types) != self.num_layers or not set(types) <= {"local", "global"}):
+            raise ValueError(
+                f"layer_types must be local or global for each of {self.num_layers} layers, got {types!r:.80}"
+            )
+        if types is not None and "local" in types and self.window is None:
+            raise ValueError("local layers need a window, got none")
+
+    def layer_window(self, index: int) -> int | None:
+        """How many positions layer `index` sees; None: all."""
+        return self.window if self.layer_types is None or self.layer_types[index] == "local" else None
+
+    def rotary(self, index: int) -> Rotary:
+        """The positions of layer `index`."""
+        assert self.head_dim is not None  # for the type checker: it has been set
+        if self.local_rope_theta is not None and self.layer_window(index) is not None:
+            return Rotary(self.head_dim, self.local_rope_theta)
+        return Rotary(self.head_dim, self.rope_theta, scaling=self.rope_scaling)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
+        """The configuration from plain values."""
+        fields = dataclasses.fields(cls)
+        unknown = sorted(values.keys() - {field.name for field in fields})
+        if unknown:
+            raise ValueError(f"the decoder has no option named {', '.join(unknown)}")
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        for name, kind in (("rope_scaling", RotaryScaling), ("quantization", Quantization)):
+            if isinstance(values.get(name), dict):
+                values[name] = kind(**values[name])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
+
+
+class Block(nn.Module):
+    """Attention, then a gated feed-forward network, each on a norm of its own (and, with sandwich norms, through
+    another) and added to what came in."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        E, norm = config.embed_dim, lambda dims: RMSNorm(dims, config.norm_eps, plus_one=config.norm_plus_one)
+        self.self_attn = Attention(
+            E,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            qk_norm="rms" if config.qk_norm else None,
+            norm_eps=config.norm_eps,
+            rotary=config.rotary(index),
+            causal=True,
+            window=config.layer_window(index),
+            softcap=config.attention_softcap,
+            scale=config.attention_scale,
+        )
+        if config.qk_norm and config.norm_plus_one:
+            self.self_attn.q_norm, self.self_attn.k_norm = norm(config.head_dim), norm(config.head_dim)
+        self.mlp = GatedFeedForward(E, config.hidden_dim, config.activation, bias=config.mlp_bias)
+        self.input_layernorm, self.post_attention_layernorm = norm(E), norm(E)
+        self.sandwich = config.sandwich_norms
+        if self.sandwich:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(E), norm(E)
+
+    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+        """x (B, L, E) -> the same; `cache` has what came before."""
+        y = self.self_attn(self.input_layernorm(x), cache=cache)
+        if not self.sandwich:
+            x = x + y
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Layers(nn.Module):
+    """The embeddings' table, the blocks and the norm at the end."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.embed_dim)
+        self.layers = [Block(config, index) for index in range(config.num_layers)]
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, plus_one=config.norm_plus_one)
+
+    def __call__(self, x: mx.array, caches: Sequence[KVCache] | None = None) -> mx.array:
+        """Embedded tokens (B, L, E) through the blocks, not yet normed."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, None if caches is None else caches[index])
+        return x
+
+
+class Decoder(nn.Module):
+    """Tokens to the logits of the tokens after them."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = Layers(config)
+        if not config.tie_embeddings:
+            self.lm_head = kernels.Linear(config.embed_dim, config.vocab_size, bias=False)
+        if config.quantization is not None:
+            quantize(self, config.quantization)
+
+    def __call__(
+        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
+    ) -> mx.array:
+        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have
+        the tokens before, and get these."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        if caches is not None and len(caches) != self.config.num_layers:
+            raise ValueError(f"caches must be one a layer, {self.config.num_layers}, got {len(caches)}")
+        if last is not None and last < 0:
+            raise ValueError(f"last must be at least 0, got {last}")
+        x = self.model(self.embed(tokens), caches)
+        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, L) -> (B, L, E)"""
+        x = self.model.embed_tokens(tokens)
+        return x if self.config.embed_scale is None else x * self.config.embed_scale
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What the last block gives, (B, L, E) -> (B, L, V)."""
+        x = self.model.norm(x)
+        y = self.model.embed_tokens.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
+        cap = self.config.logit_softcap
+        return y if cap is None else mx.tanh(y / cap) * cap
+
+    def make_caches(
+        self,
+        *,
+        window: int | None = None,
+        keep: int = 0,
+        slack: int = 0,
+        bits: int | None = None,
+        capacity: int | None = None,
+        padding: Sequence[int] | None = None,
+    ) -> list[KVCache]:
+        """A cache for each layer. A layer's own window goes before a larger one, and keeps no first positions."""
+        caches = []
+        for index in range(self.config.num_layers):
+            own, kept = self.config.layer_window(index), keep
+            if own is not None and (window is None or own <= window):
+                kept = 0
+            else:
+                own = window
+            caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
+        return caches
+
+
+def quantize(model: nn.Module, quantization: Quantization) -> None:
+    """Makes quantized layers of the matrices. ValueError for rows that the groups do not divide."""
+
+    def choice(name: str, module: nn.Module) -> bool | dict[str, int]:
+        pair = quantization.of(name) if hasattr(module, "to_quantized") else None
+        if pair is None:
+            return False
+        bits, group_size = pair
+        if module.weight.shape[-1] % group_size:
+            raise ValueError(f"group_size must divide the rows of {name}, {module.weight.shape[-1]}, got {group_size}")
+        return {"bits": bits, "group_size": group_size}
+
+    nn.quantize(model, class_predicate=choice)

