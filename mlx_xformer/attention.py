@@ -70,7 +70,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        if self.num_heads < 1 or (self.head_dim is None and self.embed_dim % self.num_heads):
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {self.num_heads}")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
         for name, value in (
             ("num_kv_heads", self.num_heads),
@@ -87,6 +89,8 @@ class AttentionConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, {self.num_heads}, got {self.num_kv_heads}")
+        if not isinstance(self.bias, (bool, tuple, list)):
+            raise ValueError(f"bias must be True, False or names among {', '.join(_PROJECTIONS)}, got {self.bias!r}")
         biases = _PROJECTIONS if self.bias is True else () if self.bias is False else tuple(self.bias)
         if not set(biases) <= set(_PROJECTIONS):
             raise ValueError(f"bias must be True, False or names among {', '.join(_PROJECTIONS)}, got {self.bias}")
@@ -95,6 +99,18 @@ class AttentionConfig:
             raise ValueError(f"qk_norm must be one of {', '.join(_NORMS)}, got {self.qk_norm!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be above 0, got {self.softcap}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.relative is not None:
+            try:
+                buckets, distance = self.relative
+                relative_buckets(1, 1, num_buckets=buckets, max_distance=distance, bidirectional=not self.causal)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"relative must be (num_buckets, max_distance), got {self.relative}: {error}"
+                ) from None
         if self.rotary is not None and self.rotary.dims > self.widths[0]:
             raise ValueError(f"rotary dims must be at most head_dim, {self.head_dim}, got {self.rotary.dims}")
 
@@ -164,6 +180,9 @@ class Attention(nn.Module):
         and then has x too; a CrossCache holds the source, which is projected when it is a new array. With a KVCache
         mask and bias are of the S positions that it shows, or of all so far."""
         if x.ndim == 2 and not isinstance(cache, CrossCache):
+            for name, y in (("source", source), ("value_source", value_source)):
+                if y is not None and y.ndim != 2:
+                    raise ValueError(f"{name} must be (length, channels), as x is, got shape {y.shape}")
             lift = lambda y: None if y is None else y[None]  # noqa: E731
             given: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "offset": offset}
             given |= {"positions": positions, "key": key, "cache": cache}
@@ -197,7 +216,12 @@ class Attention(nn.Module):
         positions: mx.array | None = None,
         average: bool = False,
     ) -> mx.array:
-        """The attention weights (B, H, L, S), or averaged over the heads (B, L, S), for x (B, L, E)."""
+        """The attention weights (B, H, L, S), or averaged over the heads (B, L, S), for x (B, L, E). Without a batch
+        axis in x and source the result has none either."""
+        if x.ndim == 2:
+            given: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "offset": offset}
+            given |= {"positions": positions, "average": average}
+            return self.weights(x[None], None if source is None else source[None], **given)[0]
         q = self._queries(x, source, offset, positions)
         k = self._keys(x, source, offset, positions)
         return attention_weights(q, k, **self._options(q, View(k, k, {}), mask, bias, causal), average=average)
@@ -209,6 +233,8 @@ class Attention(nn.Module):
         _check("x", x, config.embed_dim, x)
         if config.rotary is not None and source is not None:
             raise ValueError("rotary positions need self-attention, got a source")
+        if config.rotary is None and positions is not None:
+            raise ValueError("positions need an Attention with rotary positions, got one without")
         q = _heads(self.q_proj(x), config.num_heads)
         q = q if config.qk_norm is None else self.q_norm(q)
         return q if config.rotary is None else config.rotary(q, offset=offset, positions=positions)
@@ -233,6 +259,8 @@ class Attention(nn.Module):
         values = (x if source is None else source) if value_source is None else value_source
         k = self._keys(x, source, offset, positions)
         _check("value_source", values, self.config.v_dim, x)
+        if values.shape[1] != k.shape[2]:
+            raise ValueError(f"value_source must have the length of source, {k.shape[2]}, got {values.shape[1]}")
         return k, _heads(self.v_proj(values), self.config.kv_heads)
 
     def _check_cached(
@@ -348,7 +376,7 @@ _KINDS: dict[str, Callable[..., Attention]] = {
 
 
 def get_attention(kind: str, embed_dim: int, num_heads: int, **options: Any) -> Attention:
-    """The Attention of a kind: "mha", "mqa", "gqa" or "cross". num_kv_heads is of use to "gqa" only."""
+    """The Attention of a kind: "mha", "mqa", "gqa" or "cross". num_kv_heads is of no use to the first two."""
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     if kind in ("mha", "mqa"):

@@ -161,7 +161,8 @@ def test_arguments_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": (B, H, L)}, r"q must be \(batch, heads, length, dim\), got shape \(2, 6, 5\)"),
+        ({"q": (B, H, L)}, r"q must be \(batch, heads, length, dim\) with dim above 0, got shape \(2, 6, 5\)"),
+        ({"q": (B, H, L, 0), "k": (B, G, S, 0)}, r"q must be .* dim above 0, got shape \(2, 6, 5, 0\)"),
         ({"k": (3, G, S, D)}, "k must have the batch size of q, 2, got 3"),
         ({"k": (B, G, S, 12)}, "k must have the head_dim of q, 11, got 12"),
         ({"v": (B, G, 8, DV)}, r"v must have the heads and length of k, \(3, 7\), got \(3, 8\)"),
@@ -283,6 +284,10 @@ def test_without_a_batch_axis():
     x, source, values = (mx.random.normal((n, width)) for n, width in ((5, 18), (7, 10), (7, 11)))
     out = module(x, source, values, mask=mx.ones((5, 7), mx.bool_))
     assert out.shape == (5, 18) and mx.allclose(out, module(x[None], source[None], values[None])[0], atol=1e-6)
+    weights = module.weights(x, source, average=True)
+    assert weights.shape == (5, 7) and mx.allclose(weights, module.weights(x[None], source[None], average=True)[0])
+    with pytest.raises(ValueError, match="positions need an Attention with rotary positions"):
+        module(x, source, values, positions=mx.arange(5))
 
 
 def test_scale():
@@ -373,13 +378,18 @@ def test_one_token_takes_the_general_way(groups):
     ("sizes", "options", "message"),
     [
         ((18, 4), {}, "embed_dim must be a multiple of num_heads, 4, got 18"),
-        ((18, 0), {}, "embed_dim must be a multiple of num_heads, 0, got 18"),
+        ((18, 0), {}, "num_heads must be at least 1, got 0"),
         ((18, 6), {"num_kv_heads": 4}, "num_kv_heads must divide num_heads, 6, got 4"),
         ((18, 6), {"num_kv_heads": 0}, "num_kv_heads must divide num_heads, 6, got 0"),
         ((18, 6), {"value_dim": 0}, "value_dim must be at least 1, got 0"),
         ((18, 6), {"bias": ("q", "o")}, "bias must be True, False or names among q, k, v, out, got"),
         ((18, 6), {"qk_norm": "batch"}, "qk_norm must be one of rms, layer, got 'batch'"),
         ((18, 6), {"window": 0}, "window must be at least 1, got 0"),
+        ((18, 6), {"bias": None}, "bias must be True, False or names among q, k, v, out, got None"),
+        ((18, 6), {"softcap": -1}, "softcap must be above 0, got -1"),
+        ((18, 6), {"dropout": 2}, "dropout must be at least 0 and below 1, got 2"),
+        ((18, 6), {"relative": (7, 20)}, r"relative must be \(num_buckets, max_distance\), got \(7, 20\): .* even"),
+        ((18, 6), {"relative": (8, 2)}, r"relative must be .*, got \(8, 2\): max_distance must be above 2"),
         ((18, 6), {"rotary": Rotary(4)}, "rotary dims must be at most head_dim, 3, got 4"),
     ],
 )
@@ -396,7 +406,8 @@ def test_attention_layer_errors(sizes, options, message):
         (((2, 5, 18), (2, 7, 18)), {"kv_dim": 10}, "source must have 10 channels, got 18"),
         (((2, 5, 18), (3, 7, 18)), {}, "source must have the batch size of x, 2, got 3"),
         (((2, 5, 18), (2, 7, 18), (2, 7, 18)), {"v_dim": 9}, "value_source must have 9 channels, got 18"),
-        (((2, 5, 18), (2, 7, 18), (2, 8, 18)), {}, "v must have the heads and length of k"),
+        (((2, 5, 18), (2, 7, 18), (2, 8, 18)), {}, "value_source must have the length of source, 7, got 8"),
+        (((5, 18), (1, 7, 18)), {}, r"source must be \(length, channels\), as x is, got shape \(1, 7, 18\)"),
         (((2, 8, 18), (2, 7, 18)), {"causal": True}, "causal needs at most as many queries as keys, 7, got 8"),
         (((2, 5, 18), (2, 7, 18)), {"rotary": Rotary(2)}, "rotary positions need self-attention, got a source"),
     ],

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlx_xformer"
-SDPA, LAYER, MASKS, POSITIONS = "sdpa", "attention", "masks", "positions"
+SDPA, SCORES, LAYER, MASKS, POSITIONS = "sdpa", "scores", "attention", "masks", "positions"
 
 # name: (module, source, planted, the operation that must fail)
 MUTANTS = {
     "unscaled scores": (
-        SDPA,
+        SCORES,
         "1 / math.sqrt(q.shape[-1]) if scale is None else scale",
         "1.0 if scale is None else scale",
         "attention",
     ),
     "scale ignored": (
-        SDPA,
+        SCORES,
         "1 / math.sqrt(q.shape[-1]) if scale is None else scale",
         "1 / math.sqrt(q.shape[-1])",
         "attention",
@@ -32,111 +32,123 @@ MUTANTS = {
     "scale ignored where there is nothing else": (
         SDPA,
         "kernels.unmasked_attention(q, k, v, softmax.scale)",
-        "kernels.unmasked_attention(q, k, v, 1 / math.sqrt(q.shape[-1]))",
+        "kernels.unmasked_attention(q, k, v, q.shape[-1] ** -0.5)",
         "attention",
     ),
     "inverted mask": (
-        SDPA,
+        SCORES,
         "part if allowed is None else part & allowed",
         "~part if allowed is None else ~part & allowed",
         "attention",
     ),
     "mask or causal": (
-        SDPA,
+        SCORES,
         "part if allowed is None else part & allowed",
         "part if allowed is None else part | allowed",
         "attention",
     ),
     "causal hides the query's own key": (
-        SDPA,
+        SCORES,
         "at >= 0 if self.causal else None",
         "at > 0 if self.causal else None",
         "attention",
     ),
     "causal shows the next key": (
-        SDPA,
+        SCORES,
         "at >= 0 if self.causal else None",
         "at >= -1 if self.causal else None",
         "attention",
     ),
     "causal is upper-left": (
-        SDPA,
+        SCORES,
         "        shift = self.S - self.L\n        ahead",
         "        shift = 0\n        ahead",
         "attention",
     ),
     "causal unmasked where it hides one key": (
-        SDPA,
+        SCORES,
         "(self.causal and ahead > 0)",
         "(self.causal and ahead > 1)",
         "attention",
     ),
-    "window one wider": (SDPA, "near = mx.abs(at) < self.window", "near = mx.abs(at) <= self.window", "attention"),
-    "window to one side": (SDPA, "near = mx.abs(at) < self.window", "near = at < self.window", "attention"),
+    "window one wider": (SCORES, "near = mx.abs(at) < self.window", "near = mx.abs(at) <= self.window", "attention"),
+    "window to one side": (SCORES, "near = mx.abs(at) < self.window", "near = at < self.window", "attention"),
     "window unmasked where it hides one key": (
-        SDPA,
+        SCORES,
         "max(ahead, behind) >= self.window",
         "max(ahead, behind) > self.window",
         "attention",
     ),
-    "window alone ignored": (SDPA, "and not self.causal and self.window is None", "and not self.causal", "attention"),
+    "window alone ignored": (SCORES, "and not self.causal and self.window is None", "and not self.causal", "attention"),
     "band begins late": (
-        SDPA,
+        SCORES,
         "max(0, first - self.window + 1)",
         "max(0, first - self.window + 2)",
         "attention",
     ),
     "band ends early": (
-        SDPA,
+        SCORES,
         "min(self.S, last + self.window)",
         "min(self.S, last + self.window - 1)",
         "attention",
     ),
     "causal block ends early": (
-        SDPA,
+        SCORES,
         "min(stop, last + 1) if self.causal",
         "min(stop, last) if self.causal",
         "attention",
     ),
     "mask's rows of the first block": (
-        SDPA,
+        SCORES,
         "x[..., rows.start : rows.stop, :]",
         "x[..., : len(rows), :]",
         "attention",
     ),
-    "mask's keys of the first band": (SDPA, "x[..., keys.start : keys.stop]", "x[..., : len(keys)]", "attention"),
+    "mask's keys of the first band": (SCORES, "x[..., keys.start : keys.stop]", "x[..., : len(keys)]", "attention"),
     "blind rows of MLX's function leak": (
-        SDPA,
+        SCORES,
         "return out if some is None else mx.where(some, out, mx.array(0, out.dtype))",
         "return out",
         "attention",
     ),
     "blind rows of the products are NaN": (
-        SDPA,
-        "_filled(top if sinks is None else mx.maximum(top, sinks), -mx.inf, block.safe, 0.0)",
+        SCORES,
+        "filled(top if sinks is None else mx.maximum(top, sinks), -mx.inf, block.safe, 0.0)",
         "top if sinks is None else mx.maximum(top, sinks)",
         "attention",
     ),
     "every row said to see a key": (
-        SDPA,
-        "_Block(allowed, bias, self.mask is None and self.bias is None)",
-        "_Block(allowed, bias, True)",
+        SCORES,
+        "safe = self.mask is None and self.bias is None",
+        "safe = True",
         "attention",
     ),
-    "a bias of -inf leaks": (
-        SDPA,
-        "mask = mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))",
-        "mask = block.bias",
+    "causal by name where a window hides too": (
+        SCORES,
+        "near = self.window is None or behind < self.window",
+        "near = True",
+        "attention",
+    ),
+    "causal by name beside a mask": (
+        SCORES,
+        "safe and self.causal and near and allowed is not None",
+        "self.causal and near and allowed is not None",
+        "attention",
+    ),
+    "a bias of -inf is one of 0": (
+        SCORES,
+        "open_ if allowed is None else allowed & open_",
+        "mx.ones_like(open_) if allowed is None else allowed",
         "attention",
     ),
     "soft cap not scaled back": (
-        SDPA,
+        SCORES,
         "mx.tanh(scores / self.softcap) * self.softcap",
         "mx.tanh(scores / self.softcap)",
         "attention",
     ),
     "soft cap over the bias": (
-        SDPA,
+        SCORES,
         "        if self.softcap is not None:\n"
         "            scores = mx.tanh(scores / self.softcap) * self.softcap\n"
         "        if block.bias is not None:\n"
@@ -147,10 +159,15 @@ MUTANTS = {
         "            scores = mx.tanh(scores / self.softcap) * self.softcap\n",
         "attention",
     ),
-    "sinks of MLX's function forgotten": (SDPA, "mask=mask, sinks=self.sinks)", "mask=mask, sinks=None)", "attention"),
-    "sinks of the products are 0": (SDPA, "mx.exp(sinks - top)", "mx.exp(-top)", "attention"),
+    "sinks of MLX's function forgotten": (
+        SCORES,
+        "mask=mask, sinks=self.sinks)",
+        "mask=mask, sinks=None)",
+        "attention",
+    ),
+    "sinks of the products are 0": (SCORES, "mx.exp(sinks - top)", "mx.exp(-top)", "attention"),
     "groups reversed": (
-        SDPA,
+        SCORES,
         "@ k.astype(mx.float32).swapaxes(-1, -2)",
         "@ k[:, ::-1].astype(mx.float32).swapaxes(-1, -2)",
         "attention",

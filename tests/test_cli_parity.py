@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 import mlx_xformer
-from mlx_xformer import parity, sdpa
+from mlx_xformer import parity, scores
 from mlx_xformer.cli import main
 
 MINI = Path(mlx_xformer.__file__).parent / "data" / "htdemucs_mini"
@@ -33,8 +33,8 @@ def test_json_and_list(capsys):
 
 def test_a_planted_bug_is_named(capsys, monkeypatch):
     """A mask taken for its opposite: exit code 1, and the worst case by seed, sample and words."""
-    part = sdpa._part
-    monkeypatch.setattr(sdpa, "_part", lambda x, *at: ~part(x, *at) if x.dtype == mx.bool_ else part(x, *at))
+    part = scores.part_of
+    monkeypatch.setattr(scores, "part_of", lambda x, *at: ~part(x, *at) if x.dtype == mx.bool_ else part(x, *at))
     assert main(["parity", "attention", "--seeds", "1", "--dtype", "float32"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (failed,) = [line for line in lines if line.startswith("FAILED   attention float32:")]

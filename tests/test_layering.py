@@ -13,6 +13,7 @@ LAYERS = [
     ["kernels"],
     ["masks", "positions", "layers", "spectral"],
     ["cache"],
+    ["scores"],
     ["sdpa"],
     ["attention"],
     ["moe", "torch_layout"],

@@ -14,7 +14,7 @@ import pytest
 from children import bag_checkpoint, checkpoint
 
 import mlx_xformer
-from mlx_xformer import kernels, layers, masks, parity, positions, sdpa, spectral, torch_layout
+from mlx_xformer import kernels, layers, masks, parity, positions, scores, sdpa, spectral, torch_layout
 from mlx_xformer.models.htdemucs import layers as htdemucs_layers
 from mlx_xformer.parity import runner
 from mlx_xformer.parity.judge import Trial, compare
@@ -286,7 +286,7 @@ def fails(names, **options):
 
 def test_a_worst_case_is_found_again(monkeypatch):
     """A causal mask that shows one key too many: named by seed and sample, and only where it is causal."""
-    band = sdpa._Hidden._band
+    band = scores.Hidden._band
 
     def late(self, rows, keys):
         return (
@@ -295,7 +295,7 @@ def test_a_worst_case_is_found_again(monkeypatch):
             else band(self, rows, keys)
         )
 
-    monkeypatch.setattr(sdpa._Hidden, "_band", late)
+    monkeypatch.setattr(scores.Hidden, "_band", late)
     found = fails(["attention"])
     row = found.rows[0]
     assert row.place.why and row.failures and all("causal" in place.what for place in row.failures)
@@ -307,8 +307,8 @@ def test_a_worst_case_is_found_again(monkeypatch):
 
 
 def test_planted_polarity_scale_and_refusal(monkeypatch):
-    part = sdpa._part
-    monkeypatch.setattr(sdpa, "_part", lambda x, *at: ~part(x, *at) if x.dtype == mx.bool_ else part(x, *at))
+    part = scores.part_of
+    monkeypatch.setattr(scores, "part_of", lambda x, *at: ~part(x, *at) if x.dtype == mx.bool_ else part(x, *at))
     assert all("mask" in place.what or "sequence" in place.what or "attend" in place.what or "random" in place.what
                or "NaN" in place.what for place in fails(["attention"]).rows[0].failures)  # fmt: skip
     monkeypatch.undo()

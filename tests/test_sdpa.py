@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from harness import assert_within_budget, check_forward, check_gradient
 
-from mlx_xformer import sdpa
+from mlx_xformer import scores, sdpa
 from mlx_xformer.masks import causal_mask, segment_mask, sliding_mask
 from mlx_xformer.reference import attention as twin
 from mlx_xformer.sdpa import attention, attention_weights, plan
@@ -271,6 +271,83 @@ def test_refusals(given, message):
     q, k, v = (mx.array(x.astype(np.float32)) for x in tensors((given.pop("L", 5), 7)))
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, **given)
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.bool_])
+def test_only_floats_attend(dtype):
+    q, k, v = (mx.array(x.astype(np.float32)) for x in tensors(FEW))
+    with pytest.raises(ValueError, match=f"q must be a float, got {dtype}"):
+        attention(q.astype(dtype), k, v, softcap=1.0)
+    with pytest.raises(ValueError, match=r"mask must be an mx\.array, got ndarray"):
+        attention(q, k, v, mask=np.ones((5, 7), bool))
+
+
+@pytest.mark.parametrize("case", [(), ("mask",), ("softcap",), ("bias",)], ids="+".join)
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=str)
+def test_the_dtype_is_that_of_the_queries(sizes, case):
+    q, k, v = (mx.array(x.astype(np.float32)) for x in tensors(sizes))
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        assert ours(options(sizes, *case))(q.astype(dtype), k, v).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_has_scores_in_float32(dtype):
+    """Scores that float16 does not hold, and a large bias that is the same for all keys and so changes nothing."""
+    q, k, v = (mx.array(x.astype(np.float32)).astype(dtype) for x in tensors(FEW))
+    wide = attention(*(x.astype(mx.float32) for x in (q * 1e3, k * 1e2, v)))
+    assert mx.abs(attention(q * 1e3, k * 1e2, v).astype(mx.float32) - wide).max() <= 2.0**-7 * mx.abs(wide).max()
+    shifted, plain = (attention(q, k, v, bias=mx.full((1, 7), x)).astype(mx.float32) for x in (1000.0, 0.0))
+    assert mx.abs(shifted - plain).max() <= {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}[dtype] * mx.abs(plain).max()
+
+
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=str)
+@pytest.mark.parametrize("given", [{"mask": True}, {"causal": True}, {"causal": True, "window": 3}], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_nan_in_a_hidden_key_stays_hidden(sizes, given, bias):
+    L, S = sizes
+    q, k, v = (mx.array(x.astype(np.float32)) for x in tensors(sizes))
+    if "mask" in given:
+        given = {"mask": mx.arange(S) < S - 1}
+    bad = mx.concatenate([k[:, :, :-1], mx.full((B, G, 1, D), mx.nan)], axis=2)
+    extra = {"bias": mx.zeros((L, S))} if bias else {}
+    some, all_ = (np.array(attention(q, x, v, **given, **extra)) for x in (bad, k))
+    seeing = slice(L) if "mask" in given else slice(L - 1)
+    assert np.abs(some[:, :, seeing] - all_[:, :, seeing]).max() < 1e-6
+
+
+def test_blocks_skip_what_is_hidden():
+    """The keys of a block end with its last query, and begin with the window of its first."""
+    hidden = scores.Hidden(100, 130, None, None, True, None)
+    assert hidden.keys(range(0, 10)) == range(0, 40) and hidden.keys(range(90, 100)) == range(0, 130)
+    hidden = scores.Hidden(100, 130, None, None, True, 7)
+    assert hidden.keys(range(0, 10)) == range(24, 40) and hidden.keys(range(90, 100)) == range(114, 130)
+    assert scores.Hidden(100, 130, None, None, False, 7).keys(range(0, 10)) == range(24, 46)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"causal": True}, "causal"),
+        ({"causal": True, "sinks": mx.zeros(H)}, "causal"),
+        ({"causal": True, "window": 300}, "causal"),
+        ({"causal": True, "window": 3}, None),
+        ({"causal": True, "mask": mx.ones((1, 211), mx.bool_)}, None),
+        ({"window": 300}, None),
+    ],
+    ids=str,
+)
+def test_causal_by_name_on_a_gpu(monkeypatch, given, name):
+    """What Metal's and CUDA's kernels are told, run here: by name they skip the blocks above the diagonal."""
+    told, function = [], mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa, "plan", lambda q, *_, **__: sdpa.Plan(q[2], False, None))
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda *x, **o: told.append(o["mask"]) or function(*x, **o)
+    )
+    q, k, v = (mx.array(x.astype(np.float32)) for x in tensors(MANY))
+    out = attention(q, k, v, **given)
+    assert [mask if isinstance(mask, str) else None for mask in told] == [name]
+    monkeypatch.undo()
+    assert mx.abs(out - attention(q, k, v, **given)).max() < 1e-5
 
 
 def test_nothing_to_attend_or_to_ask():
