@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .. import parity
+DTYPES = ("float32", "float16", "bfloat16")  # parity is imported where it runs: it needs a backend
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its arguments."""
     add = parser.add_argument
     add("what", nargs="*", metavar="NAME|MODEL", help="operations and layers, or a model's folder; everything if none")
-    add("--dtype", action="append", choices=tuple(parity.DTYPES), help="only this dtype; may be repeated")
+    add("--dtype", action="append", choices=DTYPES, help="only this dtype; may be repeated")
     add("--seeds", type=int, default=2, metavar="N", help="how many draws of the samples")
     add("--device", choices=["cpu", "gpu"], help="what computes; by default the GPU where there is one")
     add("--json", action="store_true", help="print everything as JSON instead of a table")
@@ -22,6 +22,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the table; 0 if everything was proven."""
     from tqdm import tqdm
+
+    from .. import parity
 
     if options.list:
         print("\n".join(parity.NAMES))
