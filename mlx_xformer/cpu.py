@@ -183,7 +183,8 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, step: int | No
 
 
 _UNCOPIED = (10**6, 1200)  # multiplications and results of a product up to which OpenBLAS copies no operand (AVX-512)
-_SHARE = 2**18  # numbers of a matrix that are worth a worker
+# Numbers of a matrix that are worth a worker: few where each is copied for a product, at a nanosecond or so.
+_SHARE = 2**20 if runtime.blas_kernels in ("skylakex", "cooperlake", "sapphirerapids") else 2**18
 _LEAST = 32  # rows of a piece
 
 

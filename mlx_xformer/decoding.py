@@ -34,15 +34,19 @@ class Settings:
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
     """(token, logprob) in turn. The next step is queued before a token is read."""
     history = mx.array(list(prompt), mx.int32)[None]
-    logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk)
-    for count in range(1, settings.limit + 1):
+
+    def drawn(logits: mx.array, history: mx.array) -> list[mx.array]:
         token, history = next_tokens(logits, history, settings.sampler)
-        score = _logprobs(logits, token) if settings.logprobs else None
+        found = [token, history, *([_logprobs(logits, token)] if settings.logprobs else [])]
+        mx.async_eval(found, arrays(caches))
+        return found
+
+    following = drawn(read_prompt(model, history[:, caches[0].length :], caches, settings.chunk), history)
+    for count in range(1, settings.limit + 1):
+        token, history, *score = following
         if count < settings.limit:
-            mx.async_eval(token)  # which can then be read before the next step is done
-            logits = model(token[:, None], caches=caches, last=1)[:, -1]
-            mx.async_eval(logits, history, *arrays(caches))
-        yield _number(token), None if score is None else _number(score)
+            following = drawn(model(token[:, None], caches=caches, last=1)[:, -1], history)
+        yield _number(token), _number(score[0]) if score else None
 
 
 def together(
@@ -58,12 +62,14 @@ def together(
     history = mx.array([[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts], mx.int32)
     rows = list(range(len(prompts)))  # those that have not ended
     logits = read_prompt(model, mx.maximum(history, 0), caches, settings.chunk)
+    following, history = next_tokens(logits, history, settings.sampler)
+    mx.async_eval(following, history, arrays(caches))
     for count in range(1, settings.limit + 1):
-        tokens, history = next_tokens(logits, history, settings.sampler)
+        tokens = following
         if count < settings.limit:
-            mx.async_eval(tokens)
             logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
-            mx.async_eval(logits, history, *arrays(caches))
+            following, history = next_tokens(logits, history, settings.sampler)
+            mx.async_eval(following, history, arrays(caches))
         read = cast("list[int]", tokens.tolist())
         going = [i for i, (row, token) in enumerate(zip(rows, read, strict=True)) if not ended(row, token)]
         if not going:
@@ -71,7 +77,7 @@ def together(
         if len(going) < len(rows):
             caches = [cache.select(going) for cache in caches]
             rows, index = [rows[i] for i in going], mx.array(going)
-            logits, history = logits[index], history[index]
+            following, history = following[index], history[index]
 
 
 def with_draft(

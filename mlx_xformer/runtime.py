@@ -22,33 +22,36 @@ _CACHE_FRACTION = 8  # MLX may keep an eighth of the memory in freed buffers
 _MOST_WORKERS = 8
 
 
-def _load_openblas() -> tuple[str, int]:
-    """Loads OpenBLAS into the global symbol scope; returns what serves, in words, and the number of workers.
+def _load_openblas() -> tuple[str, int, str]:
+    """Loads OpenBLAS into the global symbol scope; returns what serves, in words, the number of workers, and for which
+    processor OpenBLAS's kernels are, in lower case.
 
     MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins.
     An OpenBLAS beside PyTorch slows PyTorch, hence the check for it. Its threads would share single products only, and
     all else that MLX does take one core. They are given up for as many streams of MLX, each with products of its own.
     """
     if sys.platform != "linux":
-        return "Accelerate" if sys.platform == "darwin" else "MLX's own", 1
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own", 1, ""
     if os.environ.get("MLX_XFORMER_BLAS") == "0":
-        return "MLX's own (MLX_XFORMER_BLAS=0)", 1
+        return "MLX's own (MLX_XFORMER_BLAS=0)", 1, ""
     if "mlx.core" in sys.modules:
-        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)", 1
+        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)", 1, ""
     if "torch" in sys.modules:
-        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)", 1
+        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)", 1, ""
     for name in _OPENBLAS:
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             threads = int(library.openblas_get_num_threads())  # OPENBLAS_NUM_THREADS, or the cores
             library.openblas_set_num_threads(1)
+            library.openblas_get_corename.restype = ctypes.c_char_p
+            kernels = library.openblas_get_corename().decode().lower()
         except (OSError, AttributeError):
             continue
-        return f"OpenBLAS ({name})", max(1, min(threads, _MOST_WORKERS))
-    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1
+        return f"OpenBLAS ({name}, {kernels})", max(1, min(threads, _MOST_WORKERS)), kernels
+    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1, ""
 
 
-blas, workers = _load_openblas()
+blas, workers, blas_kernels = _load_openblas()
 
 
 def _keep_freed_memory() -> bool:

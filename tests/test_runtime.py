@@ -21,8 +21,9 @@ def run(code, **environment):
 FAKE = """
 import ctypes, types
 told = []
+def name(): return b"Zen"
 ctypes.CDLL = lambda *a, **k: types.SimpleNamespace(
-    openblas_get_num_threads=lambda: 3, openblas_set_num_threads=told.append)
+    openblas_get_num_threads=lambda: 3, openblas_set_num_threads=told.append, openblas_get_corename=name)
 """
 
 
@@ -34,7 +35,7 @@ ctypes.CDLL = lambda *a, **k: types.SimpleNamespace(
         ("import mlx.core", {}, "whatever served when mlx.core was imported"),
         ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "MLX's own (PyTorch is loaded"),
         ("import ctypes\ndef missing(*a, **k): raise OSError\nctypes.CDLL = missing", {}, "MLX's own (slow; install"),
-        (FAKE, {}, "OpenBLAS (libopenblas.so.0)"),
+        (FAKE, {}, "OpenBLAS (libopenblas.so.0, zen)"),
     ],
 )
 def test_choice_of_blas(before, environment, expected):
