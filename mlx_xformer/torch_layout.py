@@ -5,6 +5,7 @@ This is the one place where True in a mask means "ignore". Axes: N batch, L quer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -172,7 +173,7 @@ class MultiheadAttention(nn.Module):
         return heads
 
 
-def _checked(name: str, mask: mx.array, shapes: list[tuple[int, ...]]) -> mx.array:
+def _checked(name: str, mask: mx.array, shapes: Sequence[tuple[int, ...]]) -> mx.array:
     if mask.shape not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {mask.shape}")
     if mask.dtype != mx.bool_ and not mx.issubdtype(mask.dtype, mx.floating):
