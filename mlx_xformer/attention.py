@@ -16,7 +16,7 @@ import mlx.nn as nn
 from .cache import CrossCache, KVCache, View
 from .kernels import Linear
 from .layers import LayerNorm
-from .positions import Rotary, alibi_bias, relative_buckets
+from .positions import Rotary, alibi_by_distance, buckets_by_distance
 from .sdpa import attention, attention_weights
 
 __all__ = [
@@ -106,7 +106,7 @@ class AttentionConfig:
         if self.relative is not None:
             try:
                 buckets, distance = self.relative
-                relative_buckets(1, 1, num_buckets=buckets, max_distance=distance, bidirectional=not self.causal)
+                buckets_by_distance(1, 1, num_buckets=buckets, max_distance=distance, bidirectional=not self.causal)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"relative must be (num_buckets, max_distance), got {self.relative}: {error}"
@@ -286,17 +286,18 @@ class Attention(nn.Module):
     ) -> dict[str, Any]:
         config, (L, S) = self.config, (q.shape[2], view.keys.shape[2])
         causal = config.causal if causal is None else causal
-        parts = [] if bias is None else [_last(bias, S)]
+        far = []
         if config.alibi:
-            parts.append(alibi_bias(config.num_heads, L, S))
+            far.append(alibi_by_distance(config.num_heads, L, S))
         if config.relative is not None:
             count, distance = config.relative
-            buckets = relative_buckets(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)
-            parts.append(self.relative(buckets).transpose(2, 0, 1))  # (L, S, H) -> (H, L, S)
+            buckets = buckets_by_distance(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)
+            far.append(self.relative(buckets).T)  # (H, S + L - 1)
         mask, seen = None if mask is None else _last(mask, S), view.options.get("mask")
         options = {
             "scale": self.scale,
-            "bias": sum(parts[1:], parts[0]) if parts else None,
+            "bias": None if bias is None else _last(bias, S),
+            "by_distance": sum(far[1:], far[0]) if far else None,
             "causal": causal,
             "window": config.window,
             "sinks": self.sinks if config.sinks else None,

@@ -224,24 +224,40 @@ def alibi_bias(num_heads: int, L: int, S: int) -> mx.array:
     return -mx.array(alibi_slopes(num_heads), mx.float32)[:, None, None] * distance
 
 
+def alibi_by_distance(num_heads: int, L: int, S: int) -> mx.array:
+    """(H, S + L - 1): alibi_bias by how far a key is ahead of the query, from -(S - 1) to L - 1."""
+    return -mx.array(alibi_slopes(num_heads), mx.float32)[:, None] * mx.abs(mx.arange(1 - S, L))
+
+
 def relative_buckets(
     L: int, S: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
 ) -> mx.array:
     """(L, S) numbers of T5's relative-position buckets (Raffel et al. 2020, arXiv 1910.10683): the near distances one
     each, the far ones in logarithmic steps up to max_distance; keys after the query have the upper half if
     `bidirectional`, and share bucket 0 if not. The queries are the last L of the S positions."""
+    _check_buckets(num_buckets, max_distance, bidirectional)
+    ahead = np.arange(S)[None] - (np.arange(L)[:, None] + S - L)  # of the query, where positive
+    return mx.array(_buckets(ahead, num_buckets, max_distance, bidirectional))
+
+
+def buckets_by_distance(
+    L: int, S: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> mx.array:
+    """(S + L - 1,): relative_buckets by how far a key is ahead of the query, from -(S - 1) to L - 1."""
+    _check_buckets(num_buckets, max_distance, bidirectional)
+    return mx.array(_buckets(np.arange(1 - S, L), num_buckets, max_distance, bidirectional))
+
+
+def _check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
     least = 4 if bidirectional else 2
     if num_buckets < least or num_buckets % (2 if bidirectional else 1):
         raise ValueError(f"num_buckets must be at least {least}, and even if bidirectional, got {num_buckets}")
     exact = num_buckets // (4 if bidirectional else 2)
     if max_distance <= exact:
         raise ValueError(f"max_distance must be above {exact}, got {max_distance}")
-    return mx.array(_buckets(L, S, num_buckets, max_distance, bidirectional))
 
 
-@lru_cache(maxsize=16)
-def _buckets(L: int, S: int, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
-    ahead = np.arange(S)[None] - (np.arange(L)[:, None] + S - L)  # of the query, where positive
+def _buckets(ahead: np.ndarray, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
     count = num_buckets // 2 if bidirectional else num_buckets
     base = np.where(ahead > 0, count, 0) if bidirectional else 0
     distance = np.abs(ahead) if bidirectional else np.maximum(-ahead, 0)

@@ -37,10 +37,12 @@ class Hidden:
     bias: mx.array | None
     causal: bool
     window: int | None
+    by_distance: mx.array | None = None
 
     @property
     def nothing(self) -> bool:
-        return self.mask is None and self.bias is None and not self.causal and self.window is None
+        shifted = self.bias is not None or self.by_distance is not None
+        return self.mask is None and not shifted and not self.causal and self.window is None
 
     def keys(self, rows: range) -> range:
         """The keys that any of the queries `rows` may see."""
@@ -61,9 +63,13 @@ class Hidden:
             allowed = open_ if allowed is None else allowed & open_
             bias = mx.where(open_, bias, mx.array(0, bias.dtype))
         safe = self.mask is None and self.bias is None
+        if self.by_distance is not None:
+            ahead = mx.arange(keys.start, keys.stop)[None] - mx.arange(rows.start, rows.stop)[:, None]  # and S - L more
+            part = mx.take(self.by_distance, ahead + (self.L - 1), axis=1)  # (H, rows, keys)
+            bias = part if bias is None else bias + part
         behind = rows.stop - 1 + self.S - self.L - keys.start  # how far the first key is behind the last query
         near = self.window is None or behind < self.window
-        return Block(allowed, bias, safe, safe and self.causal and near and allowed is not None)
+        return Block(allowed, bias, safe, safe and bias is None and self.causal and near and allowed is not None)
 
     def _band(self, rows: range, keys: range) -> mx.array | None:
         """What causal and window leave of a block, (rows, keys); None for all of it."""
@@ -111,8 +117,8 @@ class Softmax:
             some = mx.any(mask, axis=-1, keepdims=True)
             mask = mask | ~some
         if block.bias is not None:
-            assert isinstance(mask, mx.array)  # a bias tells what is open
-            mask = mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))
+            assert not isinstance(mask, str)  # a block with a bias is not causal by name
+            mask = block.bias if mask is None else mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))
         if width is not None:
             q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in parts)
         single = q.shape[2] == 1 and mask is None and self.sinks is None and mx.default_device() == mx.Device(mx.cpu)
@@ -194,9 +200,11 @@ def check(
     v: KeysOrValues,
     mask: mx.array | None,
     bias: mx.array | None,
+    by_distance: mx.array | None,
     causal: bool,
     window: int | None,
 ) -> None:
+    """ValueError for what does not fit together, by the name of the argument."""
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4 or array.shape[-1] == 0:
             raise ValueError(f"{name} must be (batch, heads, length, dim) with dim above 0, got shape {array.shape}")
@@ -215,6 +223,9 @@ def check(
         raise ValueError(f"{what} needs at most as many queries as keys, {k.shape[2]}, got {q.shape[2]}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    distances = (q.shape[1], k.shape[2] + q.shape[2] - 1)
+    if by_distance is not None and by_distance.shape != distances:
+        raise ValueError(f"by_distance must be (heads, S + L - 1) = {distances}, got shape {by_distance.shape}")
     scores = (*q.shape[:3], k.shape[2])
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and not isinstance(extra, mx.array):

@@ -78,6 +78,7 @@ def attention(
     scale: float | None = None,
     mask: mx.array | None = None,
     bias: mx.array | None = None,
+    by_distance: mx.array | None = None,
     causal: bool = False,
     window: int | None = None,
     sinks: mx.array | None = None,
@@ -90,33 +91,39 @@ def attention(
     q (B, H, L, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, L, Dv); G divides H, and query head h reads key/value
     head h // (H // G). `mask` is boolean, True = attend, and `bias` is an additive float; both broadcast to
     (B, H, L, S). The queries are the last L of the S positions: `causal` hides the keys after a query's own, `window`
-    those `window` or more away to either side. `sinks` (H,) are the scores of a key per head that has no value.
-    `softcap` c bounds scores to c tanh(score / c). `dropout` is the probability that a weight is dropped, by the
-    random `key`. A row that may attend nothing gives 0, with gradient 0. `scale` defaults to 1 / sqrt(D). Causal and
+    those `window` or more away to either side, and `by_distance` (H, S + L - 1) is a finite bias by how far a key is
+    ahead of the query, from -(S - 1) to L - 1: ALiBi and T5's, in little memory. `sinks` (H,) are the scores of a key
+    per head that has no value. `softcap` c bounds scores to c tanh(score / c). `dropout` is the probability that a
+    weight is dropped, by the random `key`. A row that may attend nothing gives 0, with gradient 0. `scale` defaults to
+    1 / sqrt(D). Softmax and sums are in float32. Causal and
     banded attention skip what is hidden: with a window, time and memory are linear in L. Keys and values may both be
-    Quantized, without dropout; no more than one head of them is ever held as floats. Softmax and sums are in float32.
+    Quantized, without dropout; no more than one head of them is ever held as floats.
     On a GPU, NaN in a hidden key shows where there is a bias.
     """
-    check(q, k, v, mask, bias, causal, window)
+    check(q, k, v, mask, bias, by_distance, causal, window)
     softmax = make_softmax(q, scale, sinks, softcap, dropout, key)
     if isinstance(k, Quantized) or isinstance(v, Quantized):
         if not (isinstance(k, Quantized) and isinstance(v, Quantized)) or dropout:
             raise ValueError("quantized keys need quantized values, and no dropout")
-        return _quantized(q, k, v, softmax, mask=mask, bias=bias, causal=causal, window=window)
+        hidden = Hidden(q.shape[2], k.shape[2], mask, bias, causal, window, by_distance)
+        return _quantized(q, k, v, softmax, hidden)
     L, S, gpu = q.shape[2], k.shape[2], mx.default_device() == mx.Device(mx.gpu)
     if not S or not q.size:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
     bias = bias if bias is None else bias.astype(q.dtype)
     if not gpu and q.dtype in _HALF:  # which a CPU multiplies in scalar loops, and rounds every score to
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "key": key}
-        options |= {"mask": mask, "bias": bias, "causal": causal, "window": window, "sinks": sinks}
+        options |= {"mask": mask, "bias": bias, "by_distance": by_distance, "sinks": sinks}
+        options |= {"causal": causal, "window": window}
         return attention(*(x.astype(mx.float32) for x in (q, k, v)), **options).astype(q.dtype)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    hidden = Hidden(L, S, mask, bias, causal, window)
+    by_distance = by_distance if by_distance is None else by_distance.astype(q.dtype)
+    hidden = Hidden(L, S, mask, bias, causal, window, by_distance)
     if softmax.plain and hidden.nothing:
         return kernels.unmasked_attention(q, k, v, softmax.scale)
     # MLX's function adds a bias to hidden scores too, where NaN would stay NaN.
-    explicit = softmax.softcap is not None or softmax.dropout > 0 or (bias is not None and not gpu)
+    shifted = bias is not None or by_distance is not None
+    explicit = softmax.softcap is not None or softmax.dropout > 0 or (shifted and not gpu)
     how = plan(
         q.shape,
         k.shape,
@@ -144,26 +151,15 @@ def attention(
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 
 
-def _quantized(
-    q: mx.array,
-    k: Quantized,
-    v: Quantized,
-    softmax: Softmax,
-    *,
-    mask: mx.array | None,
-    bias: mx.array | None,
-    causal: bool,
-    window: int | None,
-) -> mx.array:
+def _quantized(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
     """Attention to quantized keys and values: of few queries by quantized products, of many head by head of them."""
     (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
     group, gpu = H // max(G, 1), mx.default_device() == mx.Device(mx.gpu)
     if not S or not q.size:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
     if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= _SCORES:
-        bias = bias if bias is None else bias.astype(q.dtype)
-        block = Hidden(L, S, mask, bias, causal, window).block(range(L), range(S))
-        return softmax.explicit((q, k, v), block, None)
+        hidden = replace(hidden, bias=hidden.bias if hidden.bias is None else hidden.bias.astype(q.dtype))
+        return softmax.explicit((q, k, v), hidden.block(range(L), range(S)), None)
     heads: list[mx.array] = []
     for row in range(B):
         for head in range(G):
@@ -172,28 +168,21 @@ def _quantized(
             if heads:  # one head after the other, so that no two are held as floats
                 keys, values = keys.after(heads[-1]), values.after(heads[-1])
             own = replace(softmax, sinks=None if softmax.sinks is None else softmax.sinks[some[1]])
-            extra = {"mask": _of(mask, *some), "bias": _of(bias, *some)}
-            heads.append(_of_head(q[some], keys, values, own, extra, causal=causal, window=window))
+            far = None if hidden.by_distance is None else hidden.by_distance[some[1]]
+            part = replace(hidden, mask=_of(hidden.mask, *some), bias=_of(hidden.bias, *some), by_distance=far)
+            heads.append(_of_head(q[some], keys, values, own, part))
     return mx.concatenate(heads, axis=1).reshape(B, H, L, -1)  # (1, B H, L, Dv) before
 
 
-def _of_head(
-    q: mx.array,
-    k: Quantized,
-    v: Quantized,
-    softmax: Softmax,
-    extra: dict[str, mx.array | None],
-    *,
-    causal: bool,
-    window: int | None,
-) -> mx.array:
+def _of_head(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
     """Attention to one quantized head, (1, 1, S, D), of the queries that share it. On a CPU in blocks of queries, one
     after the other, so that few scores are held at once."""
-    (_, group, L, _), S = q.shape, k.shape[2]
+    (_, group, L, _), S, causal = q.shape, k.shape[2], hidden.causal
     gpu = mx.default_device() == mx.Device(mx.gpu)
     dtype = q.dtype if gpu else mx.float32  # a CPU's half-precision products are slow
     keys, values = k.dequantized(dtype), v.dequantized(dtype)
-    rows = L if gpu or (window is not None and not causal) else max(16, _BLOCK // (group * S))
+    placed = hidden.window is not None or hidden.by_distance is not None  # where a query is counts, causal or not
+    rows = L if gpu or (placed and not causal) else max(16, _BLOCK // (group * S))
     out: list[mx.array] = []
     for first in range(0, L, rows):
         last = min(first + rows, L)
@@ -201,9 +190,13 @@ def _of_head(
         asked = q[:, :, first:last].astype(dtype)
         if out:
             (asked,) = mx.depends([asked], out[-1:])
-        part = {name: x if x is None else part_of(x, range(first, last), range(stop)) for name, x in extra.items()}
-        options: dict[str, Any] = {"scale": softmax.scale, "sinks": softmax.sinks, "softcap": softmax.softcap, **part}
-        out.append(attention(asked, keys[:, :, :stop], values[:, :, :stop], causal=causal, window=window, **options))
+        options: dict[str, Any] = {"scale": softmax.scale, "sinks": softmax.sinks, "softcap": softmax.softcap}
+        for name, x in (("mask", hidden.mask), ("bias", hidden.bias)):
+            options[name] = x if x is None else part_of(x, range(first, last), range(stop))
+        if hidden.by_distance is not None:
+            options["by_distance"] = hidden.by_distance[:, S - stop : S + last - first - 1]
+        some = keys[:, :, :stop], values[:, :, :stop]
+        out.append(attention(asked, *some, causal=causal, window=hidden.window, **options))
     return mx.concatenate(out, axis=2).astype(q.dtype)
 
 
@@ -222,6 +215,7 @@ def attention_weights(
     scale: float | None = None,
     mask: mx.array | None = None,
     bias: mx.array | None = None,
+    by_distance: mx.array | None = None,
     causal: bool = False,
     window: int | None = None,
     sinks: mx.array | None = None,
@@ -230,13 +224,13 @@ def attention_weights(
 ) -> mx.array:
     """The weights that attention() gives to the values, (B, H, L, S), or (B, L, S) averaged over the heads. Rows sum
     to 1 (to less with `sinks`), or to 0 where nothing may be attended. Arguments as in attention()."""
-    check(q, k, k, mask, bias, causal, window)
+    check(q, k, k, mask, bias, by_distance, causal, window)
     softmax = make_softmax(q, scale, sinks, softcap, 0.0, None)
     L, S = q.shape[2], k.shape[2]
     if not S or not q.size:
         return mx.zeros((q.shape[0], L, S) if average else (*q.shape[:3], S), q.dtype)
-    hidden = Hidden(L, S, mask, bias if bias is None else bias.astype(q.dtype), causal, window)
-    block = hidden.block(range(L), range(S))
+    bias = bias if bias is None else bias.astype(q.dtype)
+    block = Hidden(L, S, mask, bias, causal, window, by_distance).block(range(L), range(S))
     weights, rest = softmax.weights(q, k, block)
     total = weights @ mx.ones((S, 1)) + rest
     weights = (weights / filled(total, 0.0, block.safe, 1.0)).astype(q.dtype)

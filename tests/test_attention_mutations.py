@@ -131,8 +131,8 @@ MUTANTS = {
     ),
     "causal by name beside a mask": (
         SCORES,
-        "safe and self.causal and near and allowed is not None",
-        "self.causal and near and allowed is not None",
+        "safe and bias is None and self.causal and near",
+        "bias is None and self.causal and near",
         "attention",
     ),
     "a bias of -inf is one of 0": (
@@ -192,8 +192,8 @@ MUTANTS = {
     ),
     "ALiBi the wrong way": (
         LAYER,
-        "parts.append(alibi_bias(config.num_heads, L, S))",
-        "parts.append(-alibi_bias(config.num_heads, L, S))",
+        "far.append(alibi_by_distance(config.num_heads, L, S))",
+        "far.append(-alibi_by_distance(config.num_heads, L, S))",
         "Attention",
     ),
     "buckets for the wrong direction": (LAYER, "bidirectional=not causal", "bidirectional=causal", "Attention"),
@@ -209,7 +209,9 @@ MUTANTS = {
         "values = x if source is None else source",
         "Attention",
     ),
-    "bias beside ALiBi forgotten": (LAYER, "[] if bias is None else [_last(bias, S)]", "[]", "Attention"),
+    "bias beside ALiBi forgotten": (SCORES, "part if bias is None else bias + part", "part", "attention"),
+    "distances of other lengths": (SCORES, "ahead + (self.L - 1)", "ahead + (self.S - 1)", "attention"),
+    "behind taken for ahead": (SCORES, "ahead + (self.L - 1)", "self.S - 1 - ahead", "attention"),
     "causal mask always lower-right": (
         MASKS,
         'offset = S - L if alignment == "lower_right" else 0',

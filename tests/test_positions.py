@@ -195,6 +195,17 @@ def test_alibi(num_heads):
         assert bias[0, 0].tolist() == [-1.5, -1.0, -0.5, 0.0, -0.5, -1.0, -1.5] and bias[7, 3, 5] == -(2.0**-8)
 
 
+@pytest.mark.parametrize(("L", "S"), [(1, 1), (3, 7), (7, 3), (150, 200)])
+def test_tables_by_distance(L, S):
+    """What the tables of all pairs hold, once for each distance."""
+    index = np.arange(S)[None] - np.arange(L)[:, None] + L - 1
+    assert (np.array(positions.alibi_by_distance(6, L, S))[:, index] == np.array(positions.alibi_bias(6, L, S))).all()
+    for bidirectional in (True, False):
+        given = {"num_buckets": 32, "max_distance": 128, "bidirectional": bidirectional}
+        found = np.array(positions.buckets_by_distance(L, S, **given))
+        assert (found[index] == np.array(positions.relative_buckets(L, S, **given))).all()
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("L", "S"), [(300, 300), (1, 211), (7, 13)])
 def test_relative_buckets(L, S, bidirectional):

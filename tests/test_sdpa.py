@@ -9,6 +9,7 @@ import pytest
 from harness import assert_within_budget, check_forward, check_gradient
 
 from mlx_xformer import scores, sdpa
+from mlx_xformer.attention import Attention
 from mlx_xformer.masks import causal_mask, segment_mask, sliding_mask
 from mlx_xformer.reference import attention as twin
 from mlx_xformer.sdpa import attention, attention_weights, plan
@@ -35,6 +36,7 @@ def options(sizes, *names):
         "mask": mask,
         "bias": bias,
         "sinks": rng.normal(size=H),
+        "by_distance": rng.normal(size=(H, S + L - 1)),
         "softcap": 1.7,
         "scale": 0.41,
     }
@@ -56,7 +58,7 @@ def theirs(given, function=twin.attention):
     return call
 
 
-NAMES = ["causal", "window", "mask", "bias", "sinks", "softcap"]
+NAMES = ["causal", "window", "mask", "bias", "by_distance", "sinks", "softcap"]
 CASES = [
     (),
     *((n,) for n in NAMES),
@@ -190,6 +192,21 @@ def test_memory_of_a_window_is_linear():
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 2.2 * peaks[0] and peaks[2] < 2.2 * peaks[1]
     assert peaks[2] < 2 * 8192 * 8192 * 4 / 8
+
+
+@pytest.mark.parametrize("options", [{"alibi": True}, {"relative": (32, 128)}], ids=str)
+def test_memory_of_a_window_with_distances_is_linear(options):
+    """ALiBi and T5's bias of a windowed layer are never held for all pairs."""
+    layer, peaks = Attention(32, 2, causal=True, window=256, **options), []
+    for L in (2048, 4096):
+        x = mx.random.normal((1, L, 32))
+        mx.eval(x, layer.parameters())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(layer(x))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 2.2 * peaks[0] and peaks[1] < 2 * 4096 * 4096 * 4 / 4
 
 
 METAL = {"vectorizes": False, "gpu": True}

@@ -18,7 +18,7 @@ from .samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described,
 
 FEW = {"B": 2, "H": 6, "G": 3, "L": 5, "S": 7, "D": 11, "Dv": 13}
 MANY = {**FEW, "L": 197, "S": 211}  # blocks of rows, bands, and the softmax of cpu.py
-OPTIONS = ("mask", "bias", "causal", "window", "sinks", "softcap", "scale")
+OPTIONS = ("mask", "bias", "by_distance", "causal", "window", "sinks", "softcap", "scale")
 _NO_HALF = "random scores of 1e4 are multiples of 8 in half precision, which tells no weights apart"
 
 _SETTLED = (
@@ -43,6 +43,8 @@ def _sample(rng: Rng, *names: str, what: str = "", sizes: dict[str, int] = FEW, 
     if "bias" in names:
         arrays["bias"] = rng.normal(size=(H, L, S))
         arrays["bias"][-1, :1] = -np.inf
+    if "by_distance" in names and L + S > 0:
+        arrays["by_distance"] = rng.normal(size=(H, S + L - 1))
     if "sinks" in names:
         arrays["sinks"] = rng.normal(size=H)
     drawn = {"causal": True, "window": int(rng.integers(1, 5)) if S < 100 else 31, "softcap": 1.7, "scale": 0.41}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -85,6 +85,11 @@ def _buckets(rng: Rng) -> Iterator[Sample]:
         yield _called({"L": L, "S": S, **given})
 
 
+def _by_distance(samples: Callable[[Rng], Iterator[Sample]]) -> Callable[[Rng], Iterator[Sample]]:
+    """Those with a query and a key."""
+    return lambda rng: (sample for sample in samples(rng) if sample.options["L"] and sample.options["S"])
+
+
 def _rotary(rng: Rng) -> Iterator[Sample]:
     for (D, dims), interleaved in product(((2, 2), (6, 4), (11, 8), (64, 64)), (False, True)):
         for B, H, L in ((2, 3, 7), (1, 1, 1), (2, 1, 0)):
@@ -149,6 +154,8 @@ CASES = {
     "sinusoidal_2d": _table(_sinusoidal_2d, positions.sinusoidal_2d, twin.sinusoidal_2d),
     "sinusoidal": _table(_sinusoidal, positions.sinusoidal, twin.sinusoidal),
     "alibi_bias": _table(_alibi, positions.alibi_bias, twin.alibi_bias),
+    "alibi_by_distance": _table(_by_distance(_alibi), positions.alibi_by_distance, twin.alibi_by_distance),
+    "buckets_by_distance": _table(_by_distance(_buckets), positions.buckets_by_distance, twin.buckets_by_distance),
     "relative_buckets": _table(_buckets, positions.relative_buckets, twin.relative_buckets),
     "Rotary": Case(_rotary, _ours, _twin),
     "RotaryScaling": Case(_scaled, _ours, _twin),

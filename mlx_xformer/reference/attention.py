@@ -32,6 +32,7 @@ def attention_weights(
     scale: float | None = None,
     mask: np.ndarray | None = None,
     bias: np.ndarray | None = None,
+    by_distance: np.ndarray | None = None,
     causal: bool = False,
     window: int | None = None,
     sinks: np.ndarray | None = None,
@@ -41,7 +42,8 @@ def attention_weights(
     without keys is 0.
 
     q (B, H, L, D), k (B, Hkv, S, D); query head h uses key head h // (H // Hkv). `mask` (boolean, True = attend) and
-    `bias` (float) broadcast to (B, H, L, S); the queries are the last L of the S positions. `sinks` (H,) are scores
+    `bias` (float) broadcast to (B, H, L, S); `by_distance` (H, S + L - 1) is a bias by how far a key is ahead of the
+    query, from -(S - 1); the queries are the last L of the S positions. `sinks` (H,) are scores
     that take part in the sum only. `softcap` c bounds scores to c tanh(score / c). `scale` is D ** -0.5 by default.
     """
     _check(q, k, k, mask, causal, window)
@@ -51,6 +53,9 @@ def attention_weights(
     if window is not None:
         visible = visible & sliding_mask(L, S, window)
     visible = np.broadcast_to(visible if mask is None else visible & mask, (B, H, L, S))
+    if by_distance is not None:
+        ahead = np.arange(S)[None] - (S - L + np.arange(L))[:, None]  # (L, S)
+        bias = by_distance[:, ahead + S - 1] + (0 if bias is None else bias)
     added = None if bias is None else np.broadcast_to(bias.astype(q.dtype, copy=False), (B, H, L, S))
     weights = np.zeros((B, H, L, S), dtype=q.dtype)
     for b in range(B):

@@ -143,3 +143,13 @@ def relative_buckets(
             distance = min(count // 2 + int(share * (count - count // 2)), count - 1)
         buckets[i, j] = distance + (count if bidirectional and ahead > 0 else 0)
     return buckets
+
+
+def alibi_by_distance(num_heads: int, L: int, S: int) -> np.ndarray:
+    """alibi_bias by how far a key is ahead of the query, from -(S - 1) to L - 1: (H, S + L - 1)."""
+    return alibi_bias(num_heads, S + L - 1, S + L - 1)[:, S - 1] if S + L > 1 else np.zeros((num_heads, 0))
+
+
+def buckets_by_distance(L: int, S: int, **options: Any) -> np.ndarray:
+    """relative_buckets by how far a key is ahead of the query, from -(S - 1) to L - 1: (S + L - 1,)."""
+    return relative_buckets(S + L - 1, S + L - 1, **options)[S - 1]
