@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) $(PLAIN)
 
-# The property tests of caches, with new examples; about half an hour.
+# The property tests of caches, with new examples; about a quarter of an hour.
 test-nightly: $(VENV)/installed
 	MLX_XFORMER_EXAMPLES=10000 $(PYTEST) tests/test_cache_properties.py
 

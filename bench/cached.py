@@ -1,6 +1,6 @@
 """What a cache saves: generation with and without one, by length and by heads, and how far their logits are apart.
 
-    python bench/cached.py [--lengths 16,128,512,2048] [--rounds N]
+    python bench/cached.py [--lengths 16,128,512,2048] [--rounds N] [--patience S]
 
 Two layers of width 64, eight query heads, random weights; the tokens are given, so that both see the same. Without a
 cache every step computes everything before it again; beyond 128 tokens every 32nd of these steps is measured and stands
@@ -82,8 +82,8 @@ def without_cache(model: Decoder, tokens: Any) -> tuple[float, dict[int, np.ndar
     return seconds * tokens.shape[1] / len(steps), {n: np.array(logits) for n, logits in found.items()}
 
 
-def measure(lengths: list[int], rounds: int) -> Iterator[dict[str, Any]]:
-    """One record for each kind and length: medians over the rounds, the two taken in turns."""
+def measure(lengths: list[int], rounds: int, patience: float) -> Iterator[dict[str, Any]]:
+    """One record for each kind and length: medians over the rounds, the two taken in turns. patience: see settle."""
     for kind, heads in KINDS.items():
         model = model_of(heads)
         for length in lengths:
@@ -92,7 +92,7 @@ def measure(lengths: list[int], rounds: int) -> Iterator[dict[str, Any]]:
             without_cache(model, tokens[:, :16])
             cached, uncached, error = [], [], 0.0
             for _ in range(rounds):
-                settle(15)
+                settle(patience)
                 seconds, ours = with_cache(model, tokens)
                 cached.append(seconds)
                 seconds, plain = without_cache(model, tokens)
@@ -128,8 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="16,128,512,2048")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=15, help="seconds to wait for a quiet machine")
     options = parser.parse_args()
-    found = list(measure([int(n) for n in options.lengths.split(",")], options.rounds))
+    found = list(measure([int(n) for n in options.lengths.split(",")], options.rounds, options.patience))
     shared = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),

@@ -117,7 +117,7 @@ def programs(draw, ragged):
     options = {"window": draw(st.integers(1, 13)), "keep": draw(st.integers(1, 4)), "slack": draw(st.integers(0, 6))}
     options["padding"] = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)) if ragged else None
     names = st.sampled_from(OPERATIONS)
-    some = st.integers(1, 9) | st.integers(1, 30) if step == 4 else st.sampled_from([1, 2, 5, 60, 130, 250, 700])
+    some = st.integers(1, 9) | st.integers(1, 30) if step == 4 else st.sampled_from([1, 2, 5, 60, 130, 250, 300])
     steps = draw(st.lists(st.tuples(names, some, st.integers(0, 2**16)), min_size=3, max_size=14))
     return step, options, steps, draw(st.integers(0, 2**20))
 

@@ -42,8 +42,9 @@ def openblas() -> str:
     """Loads OpenBLAS where all later libraries see it (Linux)."""
     if sys.platform != "linux":
         return "Accelerate"
-    ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-    return "OpenBLAS"
+    library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    return f"OpenBLAS (libopenblas.so.0, {library.openblas_get_corename().decode().lower()})"
 
 
 class _Tensor:
