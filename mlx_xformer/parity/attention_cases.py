@@ -143,6 +143,8 @@ def _samples(rng: Rng) -> Iterator[Sample]:
     for name in OPTIONS:
         yield _sample(rng, name)
     yield _sample(rng, *OPTIONS)
+    for other in ("window", "mask", "sinks"):
+        yield _sample(rng, "causal", other)
     for G in (1, 6):
         yield _sample(rng, "mask", "bias", "causal", G=G)
     yield from _blind(rng)
