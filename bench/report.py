@@ -39,7 +39,7 @@ def _seconds(value: float) -> str:
 
 
 def _mib(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f} MiB"
+    return "" if value is None else f"{value:.0f} MiB" if value >= 10 or value == int(value) else f"{value:.2f} MiB"
 
 
 def table(records: Sequence[Record]) -> str:
@@ -54,7 +54,7 @@ def table(records: Sequence[Record]) -> str:
         "of these in the kernel": lambda r: _seconds(r["kernel_median_s"]) if r.get("kernel_median_s") else "",
         "first run": lambda r: _seconds(r["first_s"]) if r.get("cold") else "",
         "cores busy with others": lambda r: "" if None in r["others"] else f"{statistics.median(r['others']):.1f}",
-        "cache": lambda r: f"{r['cache_mib']:.2f} MiB" if r.get("cache_mib") else "",
+        "cache": lambda r: _mib(r.get("cache_mib")),
         "peak RSS": lambda r: _mib(r["rss_mib"]),
         "peak MLX": lambda r: _mib(r["framework_mib"]),
         "SNR against PyTorch f32": lambda r: f"{r['snr_db']:.1f} dB" if r.get("snr_db") else "",

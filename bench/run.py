@@ -248,10 +248,11 @@ def cache(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> 
         print(f"{part}:")
         cases = [Case(name.replace("_", " "), "cases/cache.py", name) for name in pair]
         with tempfile.TemporaryDirectory() as folder:
-            measured = records(measure(cases, Path(folder), rounds, threads, patience), cases[0].name)
-        for name, record in zip(pair, measured, strict=True):
+            workers = measure(cases, Path(folder), rounds, threads, patience)
+        for name, worker, record in zip(pair, workers, records(workers, cases[0].name), strict=True):
             size = next(size for ending, size in held.items() if name.endswith(ending))
-            found.append({**record, "cache_mib": size / 2**20})
+            peak = round(worker.rounds[-1]["framework_mib"], 2)
+            found.append({**record, "cache_mib": size / 2**20, "framework_mib": peak})
     finish("cache", found, wanted)
 
 
