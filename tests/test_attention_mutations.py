@@ -1,18 +1,12 @@
 """Planted bugs in the attention code: parity.run, as a user runs it, must name each of them.
 
-A mutant replaces a piece of source that occurs exactly once. Two child processes import the package anew for every
-mutant, through a finder that hands out the changed source, and stop at the first sample that fails. What changes
-nothing has no place here: an offset of rotary positions, say, turns queries and keys alike.
+A run stops at the first sample that fails. What changes nothing has no place here: an offset of rotary positions, say,
+turns queries and keys alike.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from planted import outcomes, source_of, task
 
-PACKAGE = Path(__file__).parent.parent / "mlx_xformer"
 SDPA, SCORES, LAYER, MASKS, POSITIONS = "sdpa", "scores", "attention", "masks", "positions"
 
 # name: (module, source, planted, the operation that must fail)
@@ -255,19 +249,7 @@ MUTANTS = {
     "sinusoids with the exponent doubled": (POSITIONS, "-(channel // 2 * 2)", "-(channel // 2 * 4)", "sinusoidal"),
 }
 
-CHILD = """
-import importlib.machinery, importlib.util, json, sys
-
-class Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, name):
-        return compile(planted[name], self.path, "exec")
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name in planted:
-            file = paths[name]
-            return importlib.util.spec_from_file_location(name, file, loader=Loader(name, file))
-
+CHECK = """
 class Caught(BaseException):
     pass
 
@@ -276,53 +258,22 @@ def stop(row, ratio, place):
         raise Caught(f"{row.name} {row.check}: seed {place.seed} sample {place.sample}, {place.what}: {place.why}")
     row.attempted, row.passed = row.attempted + 1, row.passed + 1
 
-import mlx_xformer
-planted, paths = {}, {}
-sys.meta_path.insert(0, Finder())
-for line in sys.stdin:
-    name, module, text, operation = json.loads(line)
-    planted.clear()
-    planted[f"mlx_xformer.{module}"] = text
-    paths[f"mlx_xformer.{module}"] = sys.modules[f"mlx_xformer.{module}"].__file__
-    for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == "mlx_xformer"]:
-        del sys.modules[loaded]
+def found(operation):
     from mlx_xformer import parity
     from mlx_xformer.parity.report import Row
     Row.add = stop
     try:
         parity.run([operation], dtypes=["float32"], seeds=1)
-        print(json.dumps([name, None]), flush=True)
     except Caught as caught:
-        print(json.dumps([name, str(caught)]), flush=True)
+        return str(caught)
 """
-
-
-def planted(name):
-    """The module, its changed source and the operation."""
-    module, source, text, operation = MUTANTS[name]
-    whole = (PACKAGE / f"{module}.py").read_text()
-    assert whole.count(source) == 1, f"{module}.py holds {whole.count(source)} times: {source}"
-    return name, module, whole.replace(source, text), operation
 
 
 @pytest.fixture(scope="module")
 def caught():
     """What parity said of each mutant, and of the unchanged source."""
-    tasks = [("nothing", SDPA, (PACKAGE / "sdpa.py").read_text(), "causal_mask"), *map(planted, MUTANTS)]
-    children = []
-    for share in (tasks[::2], tasks[1::2]):
-        pipe = subprocess.PIPE
-        child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        child.stdin.write("".join(json.dumps(task) + "\n" for task in share))
-        child.stdin.close()
-        child.stdin = None
-        children.append(child)
-    answers = {}
-    for child in children:
-        out, errors = child.communicate(timeout=300)
-        assert child.returncode == 0, errors
-        answers |= dict(map(json.loads, out.splitlines()))
-    return answers
+    tasks = [("nothing", SDPA, source_of(SDPA), "causal_mask")]
+    return outcomes([*tasks, *(task(name, *mutant) for name, mutant in MUTANTS.items())], CHECK)
 
 
 def test_the_unchanged_source_passes(caught):

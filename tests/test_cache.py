@@ -273,6 +273,14 @@ def test_trap_1_10_bytes():
     slots = 4608  # 256, 512, 768, 1024, 1280, ... 2048, 2560, ..., a quarter more each time
     assert table["MHA"] == 2 * 32 * 32 * slots * 128 * 2 and table["GQA"] * 4 == table["MHA"] == table["MQA"] * 32
     assert cache_bytes(1024, num_kv_heads=8, head_dim=64) == 2 * 8 * 1024 * 64 * 4
+    assert cache_bytes(3, num_kv_heads=8, head_dim=64, capacity=1000) == 2 * 8 * 1024 * 64 * 4
+    for given, message in (
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"slack": -3}, "slack must be at least 0, got -3"),
+        ({"capacity": 2}, "capacity must be at least 3, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache_bytes(3, num_kv_heads=8, head_dim=64, **given)
     assert cache_bytes(0, num_kv_heads=8, head_dim=64) == 0
     half = cache_bytes(1024, num_kv_heads=8, head_dim=64, dtype=mx.float16)
     assert cache_bytes(1024, num_kv_heads=8, head_dim=64, dtype=mx.float16, bits=8) == half * (64 + 4) // 128

@@ -175,6 +175,7 @@ def unreadable(path):
         (changed({"bits": "8"}), "'8' is missing"),
         (changed({"window": 0}), "window must be at least 1, got 0"),
         (changed({"window": "5"}), "a damaged file of caches"),
+        (changed({"longest": 10**20}), "a damaged file of caches"),
         (changed({"length": 21}), "length must be from 1 to 18"),
         (changed({"length": 17}), "length must be from 1 to 18"),
         (changed({"longest": 10**6}), "length must be from 1 to 1000000"),

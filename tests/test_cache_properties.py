@@ -54,16 +54,23 @@ class Pair:
         assert all(x.shape[2] % sizes.STEP == 0 for x in cache._lines)
         if self.simple and cache.length:
             keys = expected.keys
-            kind = {"window": cache.window, "keep": cache.keep, "slack": cache.slack, "bits": cache.bits}
+            kind = {name: getattr(cache, name) for name in ("window", "keep", "slack", "bits", "capacity")}
             told = cache_bytes(
                 expected.longest, num_kv_heads=keys.shape[1], head_dim=D, value_dim=DV, batch=len(keys), **kind
             )
             assert cache.nbytes == told
 
     def append(self, rng, H, n, narrower):
-        """n positions; the attention of their queries against the twin's."""
+        """n positions, and the attention of their queries against the twin's; or none, where there is no room."""
         B, G = len(self.expected.padding), self.expected.keys.shape[1]
         q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, H, n, D), (B, G, n, D), (B, G, n, DV)))
+        limit, size = self.cache.capacity, self.cache.length + n
+        if limit is not None and size > limit:
+            before = [self.cache.length, *map(id, self.cache.arrays)]
+            with pytest.raises(ValueError, match=f"its capacity is {limit} positions, got {size}"):
+                self.cache.append(mx.array(k), mx.array(v), window=narrower)
+            assert [self.cache.length, *map(id, self.cache.arrays)] == before
+            return None
         view = self.cache.append(mx.array(k), mx.array(v), window=narrower)
         out = np.array(attention(mx.array(q), view.keys, view.values, **view.options))
         bits = self.cache.bits
@@ -116,6 +123,7 @@ def programs(draw, ragged):
     step = draw(st.sampled_from([4, 4, 4, 256]))
     options = {"window": draw(st.integers(1, 13)), "keep": draw(st.integers(1, 4)), "slack": draw(st.integers(0, 6))}
     options["padding"] = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)) if ragged else None
+    options["capacity"] = draw(st.none() | (st.integers(20, 90) if step == 4 else st.integers(200, 900)))
     names = st.sampled_from(OPERATIONS)
     some = st.integers(1, 9) | st.integers(1, 30) if step == 4 else st.sampled_from([1, 2, 5, 60, 130, 250, 300])
     steps = draw(st.lists(st.tuples(names, some, st.integers(0, 2**16)), min_size=3, max_size=14))
@@ -172,7 +180,7 @@ def run(kind, program, folder):
         elif name == "trim":
             pair.trim(min(n, pair.cache.length + 1))
         elif name == "hold":  # a view outlives what becomes of its cache
-            held.append(pair.append(rng, H, n, None))
+            held += [view] if (view := pair.append(rng, H, n, None)) else []
         elif name == "reset":
             pair.cache.reset()
             # an empty cache is one row, but where padding tells of more
@@ -185,6 +193,7 @@ def run(kind, program, folder):
                 pairs[at : at + len(made)] = made
         for pair in pairs:
             pair.check()
+            assert pair.cache.capacity == options["capacity"]
     for view, keys in held:
         assert (np.array(view.keys.dequantized() if bits else view.keys) == keys).all()
 

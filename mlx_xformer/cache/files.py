@@ -78,7 +78,7 @@ def load_caches(path: str | Path) -> tuple[list[KVCache], dict[str, str]]:
         if tensors:
             raise ValueError(f"no cache has a tensor {min(tensors)}")
         mx.eval([cache.arrays for cache in caches])  # the file may change from now on
-    except (ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path}: a damaged file of caches: {reason}") from None
     return caches, metadata

@@ -92,7 +92,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare slots among them; cache_bytes() tells it beforehand."""
+        """Bytes held, spare slots among them; without padding cache_bytes() tells it beforehand."""
         return sum(x.nbytes for x in self.arrays)
 
     def append(self, k: mx.array, v: mx.array, *, window: int | None = None) -> View:

@@ -44,18 +44,21 @@ def cache_bytes(
     keep: int = 0,
     slack: int = 0,
     bits: int | None = None,
+    capacity: int | None = None,
     batch: int = 1,
     layers: int = 1,
 ) -> int:
     """The nbytes of `layers` KVCaches that have held up to `length` positions of a batch without padding. value_dim is
     head_dim by default; dtype is that of the keys and values appended."""
-    for name, value in (("length", length), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("batch", batch)):
-        if value < (name != "length"):
-            raise ValueError(f"{name} must be at least {int(name != 'length')}, got {value}")
+    least = {"length": (length, 0), "num_kv_heads": (num_kv_heads, 1), "head_dim": (head_dim, 1), "batch": (batch, 1)}
+    least |= {"window": (window, 1), "keep": (keep, 0), "slack": (slack, 0), "capacity": (capacity, max(1, length))}
+    for name, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
     if bits is not None and bits not in BITS:
         raise ValueError(f"bits must be None or one of {', '.join(map(str, BITS))}, got {bits}")
     kept = keep if lost(length, window, slack) > keep else 0
-    positions = slots(length, window, keep, slack) + kept
+    positions = slots(length, window, keep, slack, capacity) + kept
     widths = (head_dim, head_dim if value_dim is None else value_dim)
     return layers * batch * num_kv_heads * positions * sum(_bytes(width, dtype, bits) for width in widths)
 
