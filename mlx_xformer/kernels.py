@@ -318,6 +318,8 @@ def normalize(
     Statistics are accurate at any length and taken in float32; eps stands inside the root. `axes` leaves out the
     channel axis. weight and bias are (C,).
     """
+    if not x.size:
+        return x
     shape = (num_groups, x.shape[-1] // num_groups)
     axes = tuple(axis % x.ndim for axis in axes)
     grouped = mx.unflatten(x.astype(mx.float32), -1, shape)

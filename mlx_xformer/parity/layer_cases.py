@@ -15,7 +15,6 @@ from ..reference import kernels as twin_kernels
 from ..reference import layers as twin
 from .samples import (
     NO_QUOTIENT,
-    NOTHING,
     Arrays,
     Case,
     Options,
@@ -131,8 +130,6 @@ def _of_module(
     made = make(**{name: value for name, value in options.items() if name not in called})
     facts = described(shape=shape, **options, strided=flags.get("strided"))
     arrays = {"x": rng.normal(size=shape) * 1.7 + level}
-    if 0 in shape:
-        flags["skip_vjp"] = NOTHING
     return Sample(f"{facts} ({what})" if what else facts, arrays, options, drawn(made, rng), **flags)
 
 
