@@ -18,17 +18,20 @@ if TYPE_CHECKING:
     from .models.decoder import Decoder
 
 Steps = Generator["tuple[int, float | None]", None, None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """limit: how many tokens to make. chunk: tokens of a prompt at a time. ahead: how many a draft model guesses."""
+    """limit: how many tokens to make. chunk: tokens of a prompt at a time. ahead: how many a draft model guesses.
+    progress: see read_prompt."""
 
     sampler: Sampler
     limit: int
     chunk: int
     ahead: int = 0
     logprobs: bool = False
+    progress: Progress | None = None
 
 
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
@@ -41,7 +44,8 @@ def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], set
         mx.async_eval(found, arrays(caches))
         return found
 
-    following = drawn(read_prompt(model, history[:, caches[0].length :], caches, settings.chunk), history)
+    logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
+    following = drawn(logits, history)
     for count in range(1, settings.limit + 1):
         token, history, *score = following
         if count < settings.limit:
@@ -96,7 +100,7 @@ def with_draft(
     known = list(prompt)
     end = len(prompt) + settings.limit
     history = mx.array(known, mx.int32)[None]
-    logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk)
+    logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
     tokens, scores = _drawn(logits[:, None], history, settings)
     while True:
         known.append(tokens[0])
@@ -125,7 +129,9 @@ def _guessed(draft: Decoder, caches: list[KVCache], known: list[int], guesses: i
     """What is known, and as many tokens more as the draft model guesses: (1, n + guesses)."""
     history = mx.array(known, mx.int32)[None]
     for _ in range(guesses):
-        logits = read_prompt(draft, history[:, caches[0].length :], caches, settings.chunk)
+        new = history[:, caches[0].length :]
+        progress = settings.progress if new.shape[1] > 2 else None  # after the prompt it lags by two at most
+        logits = read_prompt(draft, new, caches, settings.chunk, progress)
         _, history = next_tokens(logits, history, settings.sampler)
     return history
 
@@ -140,13 +146,23 @@ def _drawn(logits: mx.array, history: mx.array, settings: Settings) -> tuple[lis
     return [_number(token) for token in tokens], [_number(score) for score in scores] or [None] * m
 
 
-def read_prompt(model: Decoder, tokens: mx.array, caches: list[KVCache], chunk: int) -> mx.array:
-    """Appends (B, n) tokens to the caches, `chunk` at a time; the logits after the last, (B, V)."""
-    last = (tokens.shape[1] - 1) // chunk * chunk
+def read_prompt(
+    model: Decoder, tokens: mx.array, caches: list[KVCache], chunk: int, progress: Progress | None = None
+) -> mx.array:
+    """Appends (B, n) tokens to the caches, `chunk` at a time; the logits after the last, (B, V). progress(done, n) is
+    told after each chunk, when the caches hold it."""
+    size = tokens.shape[1]
+    last = (size - 1) // chunk * chunk
     for start in range(0, last, chunk):
         model(tokens[:, start : start + chunk], caches=caches, last=1)
         mx.eval(arrays(caches))  # and no logits
-    return model(tokens[:, last:], caches=caches, last=1)[:, -1]
+        if progress is not None:
+            progress(start + chunk, size)
+    logits = model(tokens[:, last:], caches=caches, last=1)[:, -1]
+    if progress is not None:
+        mx.eval(logits, arrays(caches))
+        progress(size, size)
+    return logits
 
 
 def next_tokens(logits: mx.array, history: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:

@@ -1,17 +1,18 @@
 """Text generation, from one prompt or from several of any lengths.
 
-What is generated is a function of model, prompt and sampler: chunks, caches, batches and draft models change the time
-that it takes.
+What is generated is a function of model, prompt, sampler and kind of cache: a window or packed caches change the text.
+Chunks of the prompt, what a cache holds of it already and draft models change the time that it takes, and no more than
+how sums are rounded; so do batches, but a sampler that draws gives a row of a batch other tokens than its prompt alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .decoding import Settings, Steps, one_by_one, together, with_draft
+from .decoding import Progress, Settings, Steps, one_by_one, together, with_draft
 from .samplers import Sampler, greedy
 from .tokenizer import TextStream, Tokenizer
 
@@ -46,31 +47,35 @@ def generate(
     draft_caches: list[KVCache] | None = None,
     ahead: int = 4,
     logprobs: bool = False,
-) -> Iterator[Token]:
+    progress: Progress | None = None,
+) -> Generator[Token, None, None]:
     """The tokens that follow `prompt`, `max_tokens` at most, or as many as caches of a fixed capacity have room for.
 
     tokenizer: for texts, stop strings and, unless given, eos. stop: strings that end the text, which ends before them.
     caches: from model.make_caches, empty or holding the first tokens of the prompt already. Whenever a token is yielded
     they hold the first caches[0].length tokens of the prompt and what was yielded. prefill: how many tokens of the
     prompt at a time. draft: a smaller model of the same vocabulary, which guesses `ahead` tokens that the model then
-    checks at once; the tokens stay the same. Caches with a window need a slack of `ahead` for that. ValueError, before
-    anything is computed, for what cannot be.
+    checks at once; the tokens stay the same. Caches with a window need a slack of `ahead` for that, draft_caches of a
+    fixed capacity room for all that comes. progress(done, total): told after each chunk how many tokens have been read
+    of those that the caches lacked; after the first token it is told anew of the draft model's reading. ValueError,
+    before anything is computed, for what cannot be.
     """
     _check_sizes(max_tokens=max_tokens, prefill=prefill, ahead=ahead)
     _check_prompt(model, prompt)
     slack = 0 if draft is None else ahead
-    caches = model.make_caches(slack=slack) if caches is None else caches
+    caches = _checked("caches", model, caches, slack)
     limit = min(max_tokens, _room(caches, prompt))
     reader = _Reader(prompt, tokenizer, eos, stop, limit)
-    settings = Settings(sampler, limit, prefill, ahead, logprobs)
+    settings = Settings(sampler, limit, prefill, ahead, logprobs, progress)
     if draft is None:
         return _read(one_by_one(model, caches, prompt, settings), reader)
-    draft_caches = draft.make_caches(slack=slack) if draft_caches is None else draft_caches
+    draft_caches = _checked("draft_caches", draft, draft_caches, slack)
     _check_draft(model, draft, [*caches, *draft_caches], ahead)
+    _check_draft_room(draft_caches, len(prompt), limit)
     return _read(with_draft(model, caches, draft, draft_caches, prompt, settings), reader)
 
 
-def _read(steps: Steps, reader: _Reader) -> Iterator[Token]:
+def _read(steps: Steps, reader: _Reader) -> Generator[Token, None, None]:
     with closing(steps):
         for token, logprob in steps:
             text, finish = reader.read(token)
@@ -94,7 +99,8 @@ def batch_generate(
     """What follows each of several prompts of any lengths: the tokens that generate yields for it, computed together.
 
     A row that has ended is dropped. A sampler that draws gives a row of a batch other tokens than a prompt alone.
-    options: window, keep, bits and capacity of the caches, see make_caches.
+    options: window, keep, bits and capacity of the caches, see make_caches. Padding takes room as well: every row gets
+    as many tokens as a capacity leaves the longest prompt, a shorter one fewer than generate would give it.
     """
     _check_sizes(max_tokens=max_tokens, prefill=prefill)
     for prompt in prompts:
@@ -174,6 +180,25 @@ def _check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
         raise ValueError(f"prompt must hold tokens from 0 to {size - 1}, got {wrong[0]}")
 
 
+def _checked(name: str, model: Decoder, caches: list[KVCache] | None, slack: int) -> list[KVCache]:
+    """These caches, or new ones, if they can take one prompt."""
+    fresh = model.make_caches(slack=slack)
+    if caches is None:
+        return fresh
+    if len(caches) != len(fresh):
+        raise ValueError(f"{name} must be one a layer, {len(fresh)}, got {len(caches)}")
+    lengths = [cache.length for cache in caches]
+    if min(lengths) < max(lengths):
+        raise ValueError(f"{name} must all hold as many tokens, got {min(lengths)} to {max(lengths)}")
+    for cache in caches:
+        if any(cache.padding or ()):
+            raise ValueError(f"{name} must be of one row without padding, got padding {list(cache.padding or ())}")
+        rows = max([len(cache.padding or (0,)), *(array.shape[0] for array in cache.arrays)])
+        if rows > 1:
+            raise ValueError(f"{name} must be of one row, got {rows}")
+    return caches
+
+
 def _check_draft(model: Decoder, draft: Decoder, caches: Sequence[KVCache], ahead: int) -> None:
     sizes = model.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
@@ -181,6 +206,17 @@ def _check_draft(model: Decoder, draft: Decoder, caches: Sequence[KVCache], ahea
     slack = min((cache.slack for cache in caches if cache.window is not None), default=ahead)
     if slack < ahead:
         raise ValueError(f"caches must have a slack of {ahead}, as many tokens as a draft model guesses, got {slack}")
+
+
+def _check_draft_room(caches: Sequence[KVCache], size: int, limit: int) -> None:
+    """Whether the caches of a draft model can take a prompt of `size` tokens and what it guesses of `limit` more."""
+    held = caches[0].length
+    if held > size:
+        raise ValueError(f"draft_caches must hold no more than the prompt, {size} tokens, got {held}")
+    needed = size + limit - 2 if limit > 2 else 0  # the last two tokens are not guessed from
+    capacity = min((cache.capacity for cache in caches if cache.capacity is not None), default=needed)
+    if capacity < needed:
+        raise ValueError(f"draft_caches must have a capacity of at least {needed}, got {capacity}")
 
 
 def _room(caches: Sequence[KVCache], prompt: Sequence[int]) -> int:

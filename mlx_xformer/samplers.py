@@ -15,6 +15,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 Sampler = Callable[[mx.array, mx.array], mx.array]
+_TINY = 2.0**-126
 
 
 def greedy(logits: mx.array, history: mx.array) -> mx.array:
@@ -62,7 +63,9 @@ def make_sampler(
             logits = penalize(logits, history, repetition_penalty)
         if temperature == 0:
             return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32) / temperature
+        logits = logits.astype(mx.float32)
+        # From 0 down they can overflow to -inf only, and the likeliest stays; _TINY is the least normal float32.
+        logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / max(temperature, _TINY)
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
         if top_p is not None:

@@ -39,7 +39,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around every text if `special` (not for a text that
-        holds them already, as a chat template's does)."""
+        holds them already, as a chat template's does). ValueError for surrogates, which are no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be valid Unicode, got {text[error.start]!a} at {error.start}") from None
         ids = list(self._library.encode(text, add_special_tokens=special).ids)
         if special and self._adds_bos and ids[:1] != [self.bos]:
             assert self.bos is not None
@@ -101,8 +105,12 @@ class Tokenizer:
             config = _read(self.folder / name)
             for place in (config, config.get("config")):
                 found = place.get("eos_token_id") if isinstance(place, dict) else None
-                ends += found if isinstance(found, list) else [found]
-        return tuple(sorted({int(end) for end in ends if isinstance(end, int) and end >= 0}))
+                several = found if isinstance(found, list) else [] if found is None else [found]
+                for end in several:
+                    if type(end) is not int:
+                        raise ValueError(f"{self.folder / name}: eos_token_id must be tokens' numbers, got {end!r:.40}")
+                ends += several
+        return tuple(sorted({end for end in ends if end is not None and end >= 0}))  # some write -1 for none
 
 
 def _refuse(message: str) -> None:

@@ -1,6 +1,7 @@
 """mlx-xformer generate as users meet it: the text, the options, one line for a mistake, Ctrl-C."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -14,9 +15,11 @@ import pytest
 import soundfile
 from language import language_model, word_tokenizer
 
+from mlx_xformer.cache import KVCache
 from mlx_xformer.checkpoint import load_model
 from mlx_xformer.cli import main
 from mlx_xformer.generate import generate
+from mlx_xformer.prompt_cache import load_prompt
 from mlx_xformer.samplers import make_sampler
 from mlx_xformer.tokenizer import Tokenizer
 
@@ -167,6 +170,9 @@ def one_line(capsys, *arguments):
         (["--keep", 4], "--keep must come with --window"),
         (["--system", "x"], "--system must come with --chat"),
         (["--prompt-cache", "no/such/folder/file"], "--prompt-cache must be in a folder that can be written to"),
+        (["--prompt-cache", ""], "--prompt-cache must be a file, got an empty name"),
+        (["--prompt-cache", "."], "--prompt-cache must be a file, got the folder ."),
+        (["--chat", "--system", "a\udcff"], "--system must be UTF-8, got bytes that are not"),
         (["--draft", "no/such/folder"], "no/such/folder: no such file or folder"),
         (["--draft", "htdemucs_mini"], "htdemucs_mini: must be a language model, got one of family htdemucs"),
     ],
@@ -180,6 +186,43 @@ def test_empty_prompts(folder, capsys, monkeypatch):
     assert "PROMPT must not be empty" in one_line(capsys, folder, "")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert "PROMPT must not be empty" in one_line(capsys, folder, "-")
+
+
+def test_prompts_that_are_not_utf_8(folder, capsys, monkeypatch):
+    """As Python has them: surrogates in arguments, and from standard input by its error handler."""
+    assert "PROMPT must be UTF-8, got bytes that are not" in one_line(capsys, folder, "a\udcff\udcfe")
+    for errors in ("strict", "surrogateescape"):
+        given = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8", errors)
+        monkeypatch.setattr(sys, "stdin", given)
+        assert "PROMPT must be UTF-8, got bytes that are not" in one_line(capsys, folder, "-")
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("held", [0, 700])
+def test_a_bar_shows_how_far_the_prompt_is_read(folder, tmp_path, capsys, monkeypatch, held):
+    file, prompt = tmp_path / "kept", "a" * 1300
+    if held:
+        assert run(folder, prompt[:held], "--max-tokens", 1, "--prompt-cache", file) == 0
+        capsys.readouterr()
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)  # a second between updates
+    assert run(folder, prompt, "--max-tokens", 3, "--prompt-cache", file) == 0
+    shown = re.findall(r"prompt: .*? (\d+)/(\d+) ", screen.getvalue())
+    total = 1300 - held
+    steps = [0, *range(512, total, 512), total]
+    assert shown == [(str(step), str(total)) for step in steps]
+    *_, bar, rest = screen.getvalue().split("\r")
+    text = text_of(folder, prompt, max_tokens=3)
+    assert not bar.strip() and rest.startswith(text + "\nprompt 1300 tokens")  # the bar is wiped before the text
 
 
 def test_models_that_are_none(folder, tmp_path, capsys):
@@ -268,14 +311,70 @@ def test_interrupt_keeps_what_was_printed(folder, tmp_path):
     text = out.read_bytes()
     assert text.endswith(b"\n") and len(text) > 200
     assert text_of(folder, max_tokens=200).encode().startswith(text[:150])
-    assert not kept.exists()
+    assert len(kept_text(folder, kept)) >= 40
 
 
-def test_closed_output(folder):
-    """`mlx-xformer generate ... | head -c 10`"""
-    process = start(folder, PROMPT, "--max-tokens", 10**5, stdout=subprocess.PIPE)
+def kept_text(folder, path):
+    """The tokens after PROMPT in a prompt cache, which are as they would be without an end in the middle."""
+    model, prompt = load_model(folder), Tokenizer(folder).encode(PROMPT)
+    caches, tokens = load_prompt(path, model)
+    said = [token.id for token in generate(model, prompt, max_tokens=len(tokens) - len(prompt) + 5)]
+    assert tokens == (prompt + said)[: len(tokens)]
+    rest = [token.id for token in generate(model, prompt + said[:-4], max_tokens=4, caches=caches)]
+    assert rest == said[-4:]  # the keys and values too
+    assert [path.name for path in path.parent.iterdir() if path.name.startswith(".")] == []
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=str)
+@pytest.mark.parametrize("drafted", [False, True])
+def test_interrupts_while_a_prompt_is_read(folder, draft, tmp_path, capsys, monkeypatch, more, drafted):
+    """Ctrl-C in the middle of a step waits for its end; what has been read by then is read once."""
+    file, prompt, append = tmp_path / "kept", "a" * 1300, KVCache.append
+
+    def interrupted(cache, k, v, **options):
+        if cache.length == 512 and not calls:
+            calls.append(1)
+            signal.raise_signal(signal.SIGINT)
+        return append(cache, k, v, **options)
+
+    calls = []
+    arguments = [folder, prompt, "--max-tokens", 3, "--prompt-cache", file, *(["--draft", draft] if drafted else [])]
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "append", interrupted)
+        assert run(*arguments, *more) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "mlx-xformer: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    found = answer(capsys, *arguments)
+    assert found["reused_tokens"] == 1024 and found["text"] == text_of(folder, prompt)
+
+
+def test_a_second_interrupt_does_not_wait(folder, tmp_path, capsys, monkeypatch):
+    """The file is as it was."""
+    file = tmp_path / "kept"
+    assert run(folder, PROMPT, "--max-tokens", 3, "--prompt-cache", file) == 0
+    before = file.read_bytes()
+
+    def interrupted(cache, k, v, **options):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second waits as well")
+
+    monkeypatch.setattr(KVCache, "append", interrupted)
+    assert run(folder, PROMPT + "a", "--prompt-cache", file) == 130
+    assert file.read_bytes() == before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_closed_output(folder, tmp_path, drafted):
+    """`mlx-xformer generate ... | head -c 10`, also where a draft model's right guesses have not been shown."""
+    more = ["--draft", folder] if drafted else []
+    kept = tmp_path / "kept"
+    process = start(folder, PROMPT, "--max-tokens", 10**5, "--prompt-cache", kept, *more, stdout=subprocess.PIPE)
     assert len(process.stdout.read(10)) == 10
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 1 and b"Traceback" not in err
     process.stderr.close()
+    assert len(kept_text(folder, kept)) >= 3

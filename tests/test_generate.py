@@ -216,6 +216,60 @@ def test_fixed_capacity():
     assert [len(row) for row in batch_generate(model, PROMPTS, capacity=13)] == [3] * 8
 
 
+def test_padding_takes_room_of_a_capacity():
+    """A short row of a batch gets fewer tokens than alone."""
+    model = Rule()
+    alone = ids(generate(model, PROMPT[:3], caches=model.make_caches(capacity=14)))
+    assert len(alone) == 12
+    rows = batch_generate(model, [PROMPT[:3], PROMPT], capacity=14)
+    assert rows == [alone[:4], model.follow(PROMPT, 4)]
+
+
+def test_progress():
+    """Of what the caches lack, after each chunk and before the first token; then of a draft model's reading."""
+    model, told = Rule(), []
+
+    def progress(done, total):
+        told.append((done, total, caches[0].length))
+
+    caches = model.make_caches()
+    steps = generate(model, PROMPT[:10], max_tokens=5, prefill=4, caches=caches, progress=progress)
+    assert told == []
+    next(steps)
+    assert told == [(4, 10, 4), (8, 10, 8), (10, 10, 10)]
+    steps.close()
+    caches[0].trim(caches[0].length - 7)
+    told.clear()
+    plain = ids(generate(model, PROMPT, max_tokens=20, caches=caches, progress=progress))
+    assert told == [(4, 4, 11)]
+    caches, draft = model.make_caches(), Rule(rule=almost(model, 3))
+    told.clear()
+    given = {"caches": caches, "draft": draft, "progress": progress, "prefill": 8}
+    assert ids(generate(model, PROMPT, max_tokens=20, **given)) == plain
+    assert told == [(8, 11, 8), (11, 11, 11), (8, 12, 11), (12, 12, 11)]
+
+
+def test_a_callback_that_raises_leaves_whole_caches():
+    model = Rule()
+    caches = model.make_caches()
+
+    def progress(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(generate(model, PROMPT, prefill=4, caches=caches, progress=progress))
+    assert caches[0].rows == [PROMPT[:8]]
+    assert ids(generate(model, PROMPT, max_tokens=5, caches=caches)) == model.follow(PROMPT, 5)
+
+
+def held(count, **options):
+    """Caches of a Rule that hold so many tokens."""
+    caches = Rule().make_caches(**options)
+    caches[0].rows = [list(range(count))]
+    return caches
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -230,13 +284,20 @@ def test_fixed_capacity():
         ({"stop": [""]}, "stop must be a sequence of strings that are not empty"),
         ({"draft": Rule(259)}, "draft must have the vocabulary of the model, 258 tokens, got 259"),
         ({"draft": Rule(), "caches": Rule().make_caches(window=4, slack=3)}, "must have a slack of 4, .* got 3"),
+        ({"caches": []}, "^caches must be one a layer, 1, got 0"),
+        ({"draft": Rule(), "draft_caches": []}, "draft_caches must be one a layer, 1, got 0"),
+        ({"draft": Rule(), "draft_caches": held(12)}, "draft_caches must hold no more than the prompt, 11 .* got 12"),
+        ({"draft": Rule(), "draft_caches": held(0, capacity=17)}, "draft_caches must .* at least 18, got 17"),
+        ({"caches": Rule().make_caches(padding=[0, 3])}, r"^caches must be .* without padding, got padding \[0, 3\]"),
+        ({"caches": Rule().make_caches(padding=[0, 0])}, "^caches must be of one row, got 2"),
+        ({"draft": Rule(), "draft_caches": held(0, padding=[2])}, "draft_caches must be of one row without padding"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(options, message):
     model = Rule()
     with pytest.raises(ValueError, match=message):
-        generate(model, **{"prompt": PROMPT} | options)
+        generate(model, **{"prompt": PROMPT, "max_tokens": 9} | options)
     assert model.calls == []
 
 
@@ -297,6 +358,43 @@ def test_speculation_equals_plain_decoding(decoder, options, other):
     found = generate(decoder, prompt, max_tokens=200, caches=caches, draft=draft, draft_caches=draft_caches)
     assert ids(found) == expected and len(set(expected)) > 40
     assert caches[0].length == len(prompt) + 199
+
+
+def test_batches_with_a_penalty(decoder):
+    """Each row goes by its own history, also after others have ended."""
+    prompts, sampler = draw_prompts(29, 3, 17, 11, 41, 7), make_sampler(repetition_penalty=1.4)
+    given = {"max_tokens": 40, "eos": [5, 143, 20, 77], "sampler": sampler}
+    single = [ids(generate(decoder, prompt, **given)) for prompt in prompts]
+    assert len({len(row) for row in single}) > 3 and len(single[0]) < max(map(len, single))
+    assert single != [ids(generate(decoder, prompt, **given | {"sampler": greedy})) for prompt in prompts]
+    assert batch_generate(decoder, prompts, **given) == single
+
+
+@pytest.mark.parametrize("count", [3, 4, 9, 30])
+def test_draft_caches_that_just_suffice(decoder, count):
+    (prompt,) = draw_prompts(31)
+    plain = ids(generate(decoder, prompt, max_tokens=count))
+    for draft in (decoder, tiny_decoder(seed=2, num_layers=2)):
+        given = {"draft": draft, "max_tokens": count}
+        draft_caches = draft.make_caches(capacity=31 + count - 2)
+        assert ids(generate(decoder, prompt, draft_caches=draft_caches, **given)) == plain
+        with pytest.raises(ValueError, match=f"capacity of at least {29 + count}, got {28 + count}"):
+            generate(decoder, prompt, draft_caches=draft.make_caches(capacity=28 + count), **given)
+
+
+def test_caches_of_something_else(decoder):
+    (prompt,) = draw_prompts(5)
+    batch = decoder.make_caches()
+    decoder(mx.array([prompt[:3]] * 2), caches=batch)
+    with pytest.raises(ValueError, match=r"^caches must be of one row, got 2"):
+        generate(decoder, prompt, caches=batch)
+    uneven = decoder.make_caches()
+    decoder(mx.array([prompt[:3]]), caches=uneven)
+    uneven[1].trim(1)
+    with pytest.raises(ValueError, match=r"^caches must all hold as many tokens, got 2 to 3"):
+        generate(decoder, prompt, caches=uneven)
+    with pytest.raises(ValueError, match=r"^caches must be one a layer, 3, got 2"):
+        generate(decoder, prompt, caches=decoder.make_caches()[:2])
 
 
 def test_draws_do_not_depend_on_batches_that_went_before(decoder):

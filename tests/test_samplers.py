@@ -136,10 +136,25 @@ def test_a_draw_depends_on_seed_and_position_only(logits):
 
 
 def test_half_precision_logits_are_drawn_from_in_float32():
-    x = mx.array(np.random.default_rng(3).normal(size=(2, 11)).astype(np.float32)).astype(mx.bfloat16)
-    found = drawn(make_sampler(0.7, top_p=0.99), np.array(x.astype(mx.float32)), 50)
-    assert (drawn(make_sampler(0.7, top_p=0.99), np.array(x.astype(mx.float32)), 50) == found).all()
-    assert make_sampler(0.7)(x, NONE[:2]).shape == (2,)
+    """bfloat16 would round these quotients by up to 0.03, which turns about one draw in fifty."""
+    sampler = make_sampler(0.7)
+    x = np.random.default_rng(3).uniform(-8, -5, (40, 1009)).astype(np.float32)
+    x[:, 0] = 0
+    half = mx.array(x).astype(mx.bfloat16)
+    for n in range(20):
+        history = mx.zeros((40, n), mx.int32)
+        assert sampler(half, history).tolist() == sampler(half.astype(mx.float32), history).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-320])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_a_temperature_near_0_is_nearly_greedy(logits, temperature, options):
+    """Also where logits / temperature is more than float32 holds."""
+    sampler = make_sampler(temperature, **options)
+    for x in (logits, logits + 100, logits - 100):
+        assert sampler(mx.array(x), NONE).tolist() == x.argmax(-1).tolist()
+    equal = np.array([[1, 3, 3, 0]], np.float32)
+    assert (drawn(sampler, equal, 50)[0] > 0).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize(

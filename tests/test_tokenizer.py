@@ -41,6 +41,22 @@ def test_tokens_that_end_a_text(tmp_path):
     write(folder, "config.json", eos_token_id=2)
     write(folder, "tokenizer_config.json")
     assert Tokenizer(folder).eos == (2,) and Tokenizer(folder).bos is None
+    write(folder, "config.json", eos_token_id=-1)
+    assert Tokenizer(folder).eos == ()
+
+
+@pytest.mark.parametrize("value", ["x", "2", 2.5, True, [2, "x"], [None], {"id": 2}], ids=str)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_ends_that_are_no_tokens(tmp_path, name, value):
+    write(byte_tokenizer(tmp_path), name, eos_token_id=value)
+    with pytest.raises(ValueError, match=rf"{name}: eos_token_id must be tokens' numbers, got ") as error:
+        Tokenizer(tmp_path)
+    assert repr(value[-1] if isinstance(value, list) else value) in str(error.value)
+
+
+def test_what_is_no_text(tmp_path):
+    with pytest.raises(ValueError, match=r"text must be valid Unicode, got '\\udcff' at 2"):
+        Tokenizer(byte_tokenizer(tmp_path)).encode("he\udcff")
 
 
 def test_limits_of_the_file_do_not_cut_a_prompt(tmp_path):

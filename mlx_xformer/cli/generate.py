@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--kv-bits", type=int, choices=[4, 8], help="quantize the cache")
     add("--window", type=int, metavar="N", help="let a token see the last N positions only")
     add("--keep", type=int, default=0, metavar="N", help="and the first N, with --window")
-    add("--prompt-cache", type=Path, metavar="FILE", help="reuse what this file holds of the prompt, then renew it")
+    add("--prompt-cache", metavar="FILE", help="reuse what this file holds of the prompt, then renew it")
     add("--draft", metavar="MODEL", help="a smaller model of the same vocabulary, whose guesses speed up the model")
     add("--chat", action="store_true", help="take the prompt for a message, by the model's chat template")
     add("--system", metavar="TEXT", help="the system message, with --chat")
@@ -61,9 +64,14 @@ class _Run:
     prefill: float = 0.0
     decode: float = 0.0
 
+    @property
+    def unread(self) -> int:
+        """How many tokens of the prompt are not in the caches beforehand."""
+        return len(self.prompt) - self.reused
+
     def report(self) -> dict[str, Any]:
         """For --json. The first token comes with the prompt, so that it counts as no token of the decoding."""
-        read, made = len(self.prompt) - self.reused, len(self.tokens) - 1
+        read, made = self.unread, len(self.tokens) - 1
         return {
             "text": self.text,
             "finish": self.finish,
@@ -87,15 +95,14 @@ class _Run:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the text as it comes; what it took goes to standard error."""
-    from ..generate import generate
-    from ..prompt_cache import reuse, save_prompt
+    from ..prompt_cache import reuse
     from ..samplers import make_sampler
     from ..tokenizer import Tokenizer
 
     _check(options)
     names = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampler = make_sampler(options.temp, **{name: getattr(options, name) for name in names})
-    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    text = _text(options)
     if options.device:
         runtime.use_device(options.device)
     folder = _language_model(options.model)
@@ -105,13 +112,11 @@ def run(options: argparse.Namespace) -> int:
     model = _load(folder)
     caches, held = _caches(model, options)
     result = _Run(prompt, reuse(caches, held, prompt))
-    given: dict[str, Any] = {"sampler": sampler, "tokenizer": tokenizer, "caches": caches}
+    given: dict[str, Any] = {"sampler": sampler, "tokenizer": tokenizer, "stop": options.stop}
     if draft is not None:
         given["draft"] = small = _load(draft)
         given |= {"draft_caches": small.make_caches(**_cache_options(options)), "ahead": AHEAD}
-    _show(generate(model, prompt, max_tokens=options.max_tokens, stop=options.stop, **given), result, options.json)
-    if options.prompt_cache:
-        save_prompt(options.prompt_cache, model, caches, prompt + result.tokens)
+    _generate(model, caches, given, result, options)
     if options.json:
         print(json.dumps(result.report(), ensure_ascii=False))
     else:
@@ -119,12 +124,87 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(tokens: Iterator[Token], result: _Run, quiet: bool) -> None:
-    """Prints the text, unless `quiet`. What was printed stays a line of its own, whatever ends it."""
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C between two steps, when the caches are whole."""
+
+
+@contextmanager
+def _between_steps(held_back: bool) -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits, if `held_back`, for a call of this function, or for the end; a second one does not wait."""
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def look() -> None:
+        if asked:
+            raise _Interrupted
+
+    usual = signal.getsignal(signal.SIGINT)
+    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if not (held_back and ours):
+        yield look
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        for piece in _timed(tokens, result):
-            if not quiet:
-                print(piece, end="", flush=True)
+        yield look
+        look()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _generate(
+    model: Decoder, caches: list[KVCache], given: dict[str, Any], result: _Run, options: argparse.Namespace
+) -> None:
+    """Shows the text and renews the prompt cache, also where Ctrl-C or a reader who is gone ends it."""
+    from tqdm import tqdm
+
+    from ..generate import generate
+    from ..prompt_cache import save_prompt
+
+    def save() -> None:
+        if options.prompt_cache:
+            save_prompt(options.prompt_cache, model, caches, result.prompt + result.tokens)
+
+    with (
+        _between_steps(bool(options.prompt_cache)) as look,
+        tqdm(desc="prompt", total=result.unread, unit="token", leave=False, disable=None) as bar,
+    ):
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+            look()
+
+        tokens = generate(
+            model, result.prompt, max_tokens=options.max_tokens, caches=caches, progress=progress, **given
+        )
+        try:
+            _show(tokens, result, options.json, bar.close, look)
+        except (_Interrupted, BrokenPipeError):
+            save()
+            raise
+        save()
+
+
+def _show(
+    tokens: Generator[Token, None, None],
+    result: _Run,
+    quiet: bool,
+    before: Callable[[], None],
+    after: Callable[[], None],
+) -> None:
+    """Prints the text, unless `quiet`; calls `before` and `after` around each piece. What was printed stays a line of
+    its own, whatever ends it."""
+    try:
+        with closing(tokens):
+            for piece in _timed(tokens, result):
+                before()
+                if not quiet:
+                    print(piece, end="", flush=True)
+                after()
     finally:
         if not quiet and result.tokens:
             print(flush=True)
@@ -154,9 +234,35 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--keep must come with --window")
     if not all(options.stop):
         raise ValueError("--stop must not be empty")
-    path = options.prompt_cache
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--prompt-cache must be in a folder that can be written to, got {path}")
+    if options.prompt_cache is not None:
+        _check_file(options.prompt_cache)
+    if options.system is not None:
+        _check_unicode("--system", options.system)
+
+
+def _check_file(name: str) -> None:
+    path = Path(name)
+    if not name or path.is_dir():
+        raise ValueError(f"--prompt-cache must be a file, got {f'the folder {name}' if name else 'an empty name'}")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--prompt-cache must be in a folder that can be written to, got {name}")
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python makes surrogates of bytes that it cannot decode
+        raise ValueError(f"{name} must be UTF-8, got bytes that are not") from None
+
+
+def _text(options: argparse.Namespace) -> str:
+    """The prompt's text."""
+    try:
+        text: str = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError:
+        raise ValueError("PROMPT must be UTF-8, got bytes that are not from standard input") from None
+    _check_unicode("PROMPT", text)
+    return text
 
 
 def _language_model(name: str) -> Path:
@@ -198,7 +304,7 @@ def _caches(model: Decoder, options: argparse.Namespace) -> tuple[list[KVCache],
     from ..prompt_cache import load_prompt
 
     path, wanted = options.prompt_cache, model.make_caches(**_cache_options(options))
-    if path is None or not path.exists():
+    if path is None or not Path(path).exists():
         return wanted, ()
     caches, tokens = load_prompt(path, model)
     for found, cache in zip(caches, wanted, strict=True):
