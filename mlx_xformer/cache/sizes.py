@@ -50,7 +50,8 @@ def cache_bytes(
 ) -> int:
     """The nbytes of `layers` KVCaches that have held up to `length` positions of a batch without padding. value_dim is
     head_dim by default; dtype is that of the keys and values appended."""
-    least = {"length": (length, 0), "num_kv_heads": (num_kv_heads, 1), "head_dim": (head_dim, 1), "batch": (batch, 1)}
+    least: dict[str, tuple[int | None, int]] = {"length": (length, 0), "num_kv_heads": (num_kv_heads, 1)}
+    least |= {"head_dim": (head_dim, 1), "batch": (batch, 1)}
     least |= {"window": (window, 1), "keep": (keep, 0), "slack": (slack, 0), "capacity": (capacity, max(1, length))}
     for name, (value, lowest) in least.items():
         if value is not None and value < lowest:
