@@ -15,6 +15,7 @@ from mlx_xformer._version import __version__
 from mlx_xformer.checkpoint import (
     FAMILIES,
     Checkpoint,
+    is_checkpoint,
     new_folder,
     parameter_shapes,
     read_checkpoint,
@@ -27,7 +28,7 @@ from . import htdemucs, language
 from .originals import Originals, find_originals
 from .report import Report, make_rows, totals
 from .rules import apply_rules, inverse_shapes, invert
-from .source import Source, plain_name, scan
+from .source import SUFFIXES, Source, plain_name, scan
 
 Tensors = dict[str, mx.array]
 
@@ -66,9 +67,21 @@ def convert(
     if language.is_language(source):
         _check_family(source, family, language.FAMILY)
         return language.to_mlx(source, out, precision, dry_run=dry_run, origin=origin or {})
-    if precision != language.Precision():
+    _check_holds(source)
+    if precision != language.Precision() and not is_checkpoint(source):
         raise ValueError("quantize, group_size and dtype are for language models only")
     return _to_mlx(source, out, family, dry_run, dict(origin or {}))
+
+
+def _check_holds(source: Path) -> None:
+    """FileNotFoundError for a folder without anything to convert."""
+    if not source.is_dir() or is_checkpoint(source):
+        return
+    if not {path.suffix for path in source.iterdir()} & {".yaml", ".yml", *SUFFIXES}:
+        raise FileNotFoundError(
+            f"{source}: holds neither a bag (.yaml), a model file ({', '.join(SUFFIXES)}) nor a language model "
+            "(config.json with a model_type beside .safetensors, or one .gguf)"
+        )
 
 
 def _to_mlx(source: Path, out: Path, family: str | None, dry_run: bool, origin: dict[str, str]) -> Report:

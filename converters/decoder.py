@@ -72,14 +72,38 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
 }
-_GEMMA = {"norm_plus_one": True, "sandwich_norms": True, "tie_embeddings": True}
-_TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself, and defaults of its keys
+_SOFTCAPS = {"attn_logit_softcapping": ("gemma2",), "final_logit_softcapping": ("gemma2", "gemma3_text")}
+_GEMMA = {"norm_plus_one": True, "sandwich_norms": True}
+_TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself
     "llama": {},
     "mistral": {},
     "qwen2": {"attention_bias": ("q", "k", "v")},
     "qwen3": {"qk_norm": True},
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "qk_norm": True},
+}
+# What keys mean that are absent, in transformers 5.23, where that is neither null nor false: it does not write them.
+_ANY = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096}
+_QWEN = {**_ANY, "hidden_act": "silu", "num_key_value_heads": 32, "max_position_embeddings": 32768}
+_GEMMAS = {
+    **_ANY,
+    **{"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4, "head_dim": 256},
+    **{"query_pre_attn_scalar": 256, "tie_word_embeddings": True},
+}
+ABSENT: dict[str, dict[str, Any]] = {
+    "llama": {**_ANY, "hidden_act": "silu", "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral": {**_ANY, "hidden_act": "silu", "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {**_QWEN, "max_window_layers": 28},
+    "qwen3": {**_QWEN, "max_window_layers": 28, "head_dim": 128},
+    "gemma2": {
+        **_GEMMAS,
+        **{"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    },
+    "gemma3_text": {
+        **_GEMMAS,
+        **{"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+        "sliding_window_pattern": 6,
+    },
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -110,13 +134,14 @@ def config(values: Mapping[str, Any]) -> DecoderConfig:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"model_type must be one of {', '.join(_TYPES)}, got {short(str(kind))}")
+    values = {**ABSENT[kind], **values}
     _check_keys(values, kind)
     given = {ours: values[theirs] for theirs, ours in _SAME.items() if values.get(theirs) is not None}
     given = {**_TYPES[kind], **given, **_rotary(values, kind), **_windows(values, kind)}
-    activation = values.get("hidden_activation") or values.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {short(str(activation))}")
-    given["activation"] = _ACTIVATIONS[activation]
+    key = "hidden_activation" if kind.startswith("gemma") else "hidden_act"
+    if values[key] not in _ACTIVATIONS:
+        raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {short(str(values[key]))}")
+    given["activation"] = _ACTIVATIONS[values[key]]
     if values.get("attention_bias"):
         given["attention_bias"] = ("q", "k", "v", "out")
     if kind.startswith("gemma"):
@@ -133,8 +158,11 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
     for key, known in _ONLY.items():
         if key in values and values[key] not in known:
             raise ValueError(f"{key} must be {json.dumps(known[0])}, got {short(str(values[key]))}")
-    required = [*_REQUIRED, *([] if kind == "llama" else ["num_key_value_heads"])]
-    required += ["head_dim", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
+    for key, kinds in _SOFTCAPS.items():
+        if values.get(key) is not None and kind not in kinds:
+            raise ValueError(f"{key} must be null in a {kind}, got {short(str(values[key]))}")
+    required = [*_REQUIRED, *(["head_dim"] if "head_dim" in ABSENT[kind] else [])]
+    required += ["num_key_value_heads", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
     missing = [key for key in required if values.get(key) is None]
     if missing:
         raise ValueError(f"config.json must have {', '.join(missing)}")
@@ -145,18 +173,30 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
 
 def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """rope_theta, rope_scaling and local_rope_theta, from the keys of any age."""
-    given = values.get("rope_parameters") or {}
-    local: Any = values.get("rope_local_base_freq", 10000.0 if kind == "gemma3_text" else None)
+    given, scaled = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    name, local = "rope_scaling" if scaled else "rope_parameters", None
     if not isinstance(given, Mapping):
         raise ValueError("rope_parameters must be an object")
-    if _FULL in given:  # one object for each kind of layer
-        sliding = given.get(_SLIDING) or {}
-        if sliding.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type of {_SLIDING} must be default, got {short(str(sliding['rope_type']))}")
-        local, given = sliding.get("rope_theta", local), given[_FULL]
-    theta = given.get("rope_theta", values.get("rope_theta", 1e6 if kind == "gemma3_text" else 10000.0))
-    scaling = _scaling({**given, **(values.get("rope_scaling") or {})}, values.get("max_position_embeddings"))
-    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local}
+    if kind == "gemma3_text":
+        local = values["rope_local_base_freq"]
+        if given and _FULL not in given and _SLIDING not in given:
+            raise ValueError(f"rope_parameters must have {_FULL} and {_SLIDING} in a {kind}")
+    if _FULL in given or _SLIDING in given:  # one object for each kind of layer
+        if unknown := sorted(given.keys() - {_FULL, _SLIDING}):
+            raise ValueError(f"rope_parameters has keys that are not handled: {short(', '.join(unknown))}")
+        sliding, given = given.get(_SLIDING) or {}, given.get(_FULL) or {}
+        if _scaling(sliding, None, f"rope_parameters of {_SLIDING}") is not None:
+            raise ValueError(f"rope_type of {_SLIDING} must be default, got {short(str(dict(sliding)))}")
+        local = sliding.get("rope_theta", local)
+    if kind == "gemma3_text" and local is None:
+        raise ValueError(f"rope_local_base_freq must be a number in a {kind}, got null")
+    given = {**given, **scaled}
+    scaling = _scaling(given, values["max_position_embeddings"], name)
+    return {
+        "rope_theta": given.get("rope_theta", values["rope_theta"]),
+        "rope_scaling": scaling,
+        "local_rope_theta": local,
+    }
 
 
 _SCALINGS = {
@@ -169,22 +209,23 @@ _SCALINGS = {
 }
 
 
-def _scaling(given: Mapping[str, Any], trained: Any) -> RotaryScaling | None:
-    """The scaling; `trained`: positions of the training, where it names none."""
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind in ("default", None):
-        return None
-    if kind not in _SCALINGS:
+def _scaling(given: Mapping[str, Any], trained: Any, name: str) -> RotaryScaling | None:
+    """The scaling, under the `name` of its key; `trained`: positions of the training, where it names none."""
+    kind = given.get("rope_type", given.get("type")) or "default"
+    if kind != "default" and kind not in _SCALINGS:
         raise ValueError(f"rope_type must be one of default, {', '.join(_SCALINGS)}, got {short(str(kind))}")
-    unknown = sorted(given.keys() - _SCALINGS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    known = _SCALINGS.get(kind, set()) | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    unknown = sorted(given.keys() - known)
     if unknown or given.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
-            f"rope_scaling has keys that are not handled: {short(', '.join(unknown) or 'partial_rotary_factor')}"
+            f"{name} has keys that are not handled: {short(', '.join(unknown) or 'partial_rotary_factor')}"
         )
+    if kind == "default":
+        return None
     length = given.get("original_max_position_embeddings") or trained
     numbers = {key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")}
     if not all(isinstance(x, (int, float)) for x in (*numbers.values(), length or 1)) or "factor" not in given:
-        raise ValueError(f"rope_scaling must have a factor and hold numbers, got {short(str(dict(given)))}")
+        raise ValueError(f"{name} must have a factor and hold numbers, got {short(str(dict(given)))}")
     if kind == "linear":
         return RotaryScaling(kind, given["factor"])
     if kind == "llama3":
@@ -216,20 +257,22 @@ def _magnitude(given: Mapping[str, Any]) -> float:
 
 def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """window and layer_types."""
-    window, count = values.get("sliding_window"), values["num_hidden_layers"]
-    if kind in ("llama",) and window is not None:
+    window, count, types = values["sliding_window"], values["num_hidden_layers"], values.get("layer_types")
+    if kind == "llama" and window is not None:
         raise ValueError("sliding_window must be null in a llama")
     if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
         window = None
     if window is None:
+        if kind.startswith("gemma") and types != [_FULL] * count:
+            raise ValueError(f"sliding_window must be a number in a {kind} with layers that slide, got null")
         return {}
-    types = values.get("layer_types")
+    if kind == "mistral" and types not in (None, [_SLIDING] * count):
+        raise ValueError(f"layer_types must be {_SLIDING} throughout in a mistral, got {short(str(types))}")
     if types is None and kind in ("qwen2", "qwen3"):
-        first = values.get("max_window_layers", 28)
+        first = values["max_window_layers"]
         types = [_SLIDING if index >= first else _FULL for index in range(count)]
     elif types is None and kind.startswith("gemma"):
-        every = values.get("sliding_window_pattern", values.get("_sliding_window_pattern", 6))
-        every = 2 if kind == "gemma2" else every
+        every = 2 if kind == "gemma2" else values["sliding_window_pattern"]
         types = [_SLIDING if (index + 1) % every else _FULL for index in range(count)]
     names = {_SLIDING: "local", _FULL: "global"}
     if types is not None and not (isinstance(types, list) and all(name in names for name in types)):
@@ -279,7 +322,9 @@ def original(own: DecoderConfig) -> dict[str, Any]:
         values["query_pre_attn_scalar"] = round((own.attention_scale or 1.0) ** -2)
         values["rope_local_base_freq"] = own.local_rope_theta
         values["hidden_activation"] = values.pop("hidden_act")
-    values = {key: value for key, value in values.items() if value is not None}
+        values.setdefault("sliding_window", None)
+        values.setdefault("layer_types", [_FULL] * own.num_layers)
+    values = {key: value for key, value in values.items() if value is not None or key in ABSENT[kind]}
     plain = dataclasses.replace(own, dtype=None, quantization=None)
     try:
         again = config(values)

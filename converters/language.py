@@ -92,7 +92,7 @@ def read_original(source: Path) -> Original:
         found.tensors,
         found.files,
         found.extras,
-        {"config": found.values, "table": table},
+        {"config": found.values, "table": table, "metadata": found.metadata},
     )
 
 
@@ -128,7 +128,7 @@ def to_mlx(source: Path, out: Path, precision: Precision, *, dry_run: bool, orig
             arrays=stream,
             extras=original.extras,
         )
-    rows = make_rows(original.rules, blanks, made)
+    rows = make_rows(original.rules, blanks, made, written=after)
     files = ("config.json", "model.safetensors", *original.extras)
     counts = parameter_count(FAMILY, config.to_dict()), totals(after)[1]
     return Report(source, out, FAMILY, rows, files, not dry_run, *counts, (*original.warnings, *warnings))
@@ -229,7 +229,7 @@ def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run:
     """A decoder's checkpoint in Hugging Face's layout, bit for bit; packed matrices become floats."""
     config = DecoderConfig.from_dict(checkpoint.config)
     floats = dataclasses.replace(config, quantization=None)
-    values, table = _original_of(checkpoint, floats)
+    values, table, metadata = _original_of(checkpoint, floats)
     stored, _ = open_safetensors(source / "model.safetensors")
     blanks = {name: tensor.blank() for name, tensor in stored.items()}
     unpacked = _packed(blanks, config, floats, None)
@@ -244,25 +244,28 @@ def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run:
     if not dry_run:
         stream = _stream(same, stored, unpacked, config, floats, None, [])
         with new_folder(out, replace=False) as fresh:
-            write_safetensors(
-                fresh / "model.safetensors", after, {"format": "pt"}, ((names[name], x) for name, x in stream)
-            )
+            write_safetensors(fresh / "model.safetensors", after, metadata, ((names[name], x) for name, x in stream))
             (fresh / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
             for name, extra in extras.items():
                 (fresh / name).write_bytes(extra)
     files = ("config.json", "model.safetensors", *extras)
-    return Report(source, out, FAMILY, make_rows(rules, unpacked, after), files, not dry_run, *totals(after))
+    rows = make_rows(rules, unpacked, after, read=blanks)
+    return Report(source, out, FAMILY, rows, files, not dry_run, *totals(after))
 
 
-def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[str, Any], str]:
-    """Hugging Face's config.json, the one of before where it still means the same, and the name of the table."""
+def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Hugging Face's config.json, the one of before where it still means the same, the name of the table, and the
+    metadata of the safetensors, which may tell of a tie."""
     before = checkpoint.provenance.get("original")
+    plain = {"format": "pt"}
     if isinstance(before, dict) and isinstance(before.get("config"), dict):
         values = {key: x for key, x in before["config"].items() if key not in ("quantization", "quantization_config")}
+        told = before.get("metadata")
+        kept = {key: x for key, x in told.items() if isinstance(x, str)} if isinstance(told, dict) else {}
         try:
             if decoder.config(values) == dataclasses.replace(floats, dtype=None):
                 head = floats.tie_embeddings and before.get("table") == decoder.HEAD_NAME
-                return values, decoder.HEAD_NAME if head else decoder.TABLE_NAME
+                return values, decoder.HEAD_NAME if head else decoder.TABLE_NAME, {**kept, **plain}
         except (ValueError, ArithmeticError, TypeError, AttributeError, KeyError):
             pass  # edited since
-    return decoder.original(floats), decoder.TABLE_NAME
+    return decoder.original(floats), decoder.TABLE_NAME, plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,20 @@ import mlx.core as mx
 from .rules import Rule, plan
 from .source import dtype_name
 
+_PACKED = ("weight", "scales", "biases")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One rule at work: names and shapes before and after, dtype in the words of safetensors."""
+    """One rule at work: names, shapes and dtypes (in the words of safetensors) of what was read and what was written.
+    Scales and biases of packed matrices go with their weight."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     source_shapes: tuple[tuple[int, ...], ...]
     target_shapes: tuple[tuple[int, ...], ...]
-    dtype: str
+    source_dtypes: tuple[str, ...]
+    target_dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,12 @@ class Report:
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        before = sum(len(row.sources) for row in self.rows)
-        after = sum(len(row.targets) for row in self.rows)
-        dtypes = Counter(row.dtype for row in self.rows for _ in row.sources)
-        stored = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+        read = [dtype for row in self.rows for dtype in row.source_dtypes]
+        made = [dtype for row in self.rows for dtype in row.target_dtypes]
         lines = [
             f"{self.source} -> {self.out}" + ("" if self.written else " (dry run: nothing was written)"),
             f"  family      {self.family}",
-            f"  tensors     {before} ({stored}), all accounted for, become {after}",
+            f"  tensors     {_counted(read)}, all accounted for, become {_counted(made)}",
             f"  parameters  {self.parameters:,} in {self.bytes:,} bytes",
             f"  files       {', '.join(self.files)}",
         ]
@@ -55,30 +57,66 @@ class Report:
 
     def table(self) -> str:
         """A line per rule at work."""
-        return "\n".join(
-            f"{_listed(row.sources, row.source_shapes)} {row.dtype} -> "
-            f"{_listed(row.targets, row.target_shapes) or 'dropped on purpose'}"
-            for row in self.rows
-        )
+        return "\n".join(map(_line, self.rows))
 
 
-def _listed(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
+def _line(row: Row) -> str:
+    """Names and shapes; the dtype once if all have it."""
+    if len({*row.source_dtypes, *row.target_dtypes}) == 1:
+        read, made = _listed(row.sources, row.source_shapes), _listed(row.targets, row.target_shapes)
+        return f"{read} {row.source_dtypes[0]} -> {made or 'dropped on purpose'}"
+    read = _listed(row.sources, row.source_shapes, row.source_dtypes)
+    return f"{read} -> {_listed(row.targets, row.target_shapes, row.target_dtypes)}"
 
 
-def make_rows(rules: Sequence[Rule], before: Mapping[str, mx.array], after: Mapping[str, mx.array]) -> tuple[Row, ...]:
-    """The rows of a conversion that went well, by source name."""
-    moves, _ = plan(rules, before)
-    return tuple(
-        Row(
-            move.sources,
-            move.targets,
-            tuple(before[name].shape for name in move.sources),
-            tuple(after[name].shape for name in move.targets),
-            dtype_name(before[move.sources[0]].dtype),
-        )
-        for move in sorted(moves, key=lambda move: move.sources)
-    )
+def _counted(dtypes: Sequence[str]) -> str:
+    """How many there are, and of each."""
+    each = ", ".join(f"{count} {dtype}" for dtype, count in Counter(dtypes).most_common())
+    return f"{len(dtypes)} ({each})" if dtypes else "0"
+
+
+def _listed(names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str] = ()) -> str:
+    words = [f"{name} {shape}" for name, shape in zip(names, shapes, strict=True)]
+    return ", ".join(" ".join(pair) for pair in zip(words, dtypes, strict=True)) if dtypes else ", ".join(words)
+
+
+def make_rows(
+    rules: Sequence[Rule],
+    before: Mapping[str, mx.array],
+    after: Mapping[str, mx.array],
+    *,
+    read: Mapping[str, mx.array] | None = None,
+    written: Mapping[str, mx.array] | None = None,
+) -> tuple[Row, ...]:
+    """The rows of a conversion that went well, by source name. `read`, `written`: the tensors of the files, where
+    matrices are unpacked before the rules or packed after them."""
+    read, written = before if read is None else read, after if written is None else written
+    rows = []
+    for move in sorted(plan(rules, before)[0], key=lambda move: move.sources):
+        sources, targets = move.sources, move.targets
+        if len(sources) == len(targets) == 1:
+            (layer, _, leaf), (made, _, _) = sources[0].rpartition("."), targets[0].rpartition(".")
+            inside = _packed(before, layer), _packed(after, made)
+            outside = _packed(read, layer), _packed(written, made)
+            if leaf in _PACKED and inside != outside:
+                if leaf != "weight":
+                    continue
+                sources, targets = outside
+        (a, c), (b, d) = _shapes(read, sources), _shapes(written, targets)
+        rows.append(Row(sources, targets, a, b, c, d))
+    return tuple(rows)
+
+
+def _shapes(
+    tensors: Mapping[str, mx.array], names: Sequence[str]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    """And dtypes."""
+    return tuple(tensors[name].shape for name in names), tuple(dtype_name(tensors[name].dtype) for name in names)
+
+
+def _packed(names: Container[str], layer: str) -> tuple[str, ...]:
+    """Those of a matrix."""
+    return tuple(name for leaf in _PACKED if (name := f"{layer}.{leaf}") in names)
 
 
 def totals(tensors: Mapping[str, mx.array]) -> tuple[int, int]:

@@ -5,6 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
+from operator import attrgetter
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +19,7 @@ from mlx_xformer.converters import gguf
 from mlx_xformer.converters.convert import convert
 from mlx_xformer.converters.rules import Pairs, apply_rules, inverse_shapes, invert
 from mlx_xformer.converters.source import read_source
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_convert import same_tensors
 
@@ -114,10 +118,11 @@ def test_ties(tmp_path):
 
 def test_what_goes_along(tmp_path):
     write_folder(tmp_path / "hf", config("llama"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin", "README.md"):
+    kept = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    for name in (*kept, "training_args.bin", "README.md"):
         (tmp_path / "hf" / name).write_text(name)
     report = convert(tmp_path / "hf", tmp_path / "mlx")
-    kept = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    kept += ("generation_config.json",)
     assert set(report.files) == {"config.json", "model.safetensors", *kept}
     assert {p.name for p in (tmp_path / "mlx").iterdir()} == set(report.files)
     assert json.loads((tmp_path / "mlx/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
@@ -126,10 +131,34 @@ def test_what_goes_along(tmp_path):
         *report.files[:2],
         "tokenizer.json",
         "tokenizer_config.json",
+        "special_tokens_map.json",
         "generation_config.json",
         "chat_template.jinja",
     )
-    assert (tmp_path / "back/chat_template.jinja").read_text() == "chat_template.jinja"
+    for name in kept[:4]:
+        assert (tmp_path / "back" / name).read_text() == name
+
+
+def header(path):
+    """The metadata of a safetensors file."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata()
+
+
+def test_the_metadata_of_the_tensors_goes_along(tmp_path):
+    """What safetensors.save_model writes of a tie; "format" is that of what is written."""
+    told = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight"}
+    for name, given, back in (
+        ("tied", told, told),
+        ("plain", None, {"format": "pt"}),
+        ("mlx", {"format": "mlx"}, {"format": "pt"}),
+    ):
+        state = write_folder(tmp_path / name, config("qwen2"))
+        save_file(state, tmp_path / name / "model.safetensors", given)
+        convert(tmp_path / name, tmp_path / f"{name}-mlx")
+        convert(tmp_path / f"{name}-mlx", tmp_path / f"{name}-back", to="pytorch")
+        assert header(tmp_path / f"{name}-back/model.safetensors") == back
+        assert header(tmp_path / f"{name}-mlx/model.safetensors") == {"format": "mlx"}
 
 
 def test_a_configuration_without_its_original(tmp_path):
@@ -146,6 +175,155 @@ def test_a_configuration_without_its_original(tmp_path):
     assert json.loads((tmp_path / "back/config.json").read_text())["sliding_window"] == 7
     with pytest.raises(ValueError, match="no architecture of Hugging Face has this configuration"):
         names.original(config("llama", qk_norm=True, attention_bias=("v",)))
+
+
+# What a config.json leaves out
+
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 64,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 32,
+    "intermediate_size": 29,
+}
+_ABSENT = {"norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None, "attention_bias": (), "activation": "silu",
+           "mlp_bias": False, "tie_embeddings": False, "window": None, "layer_types": None, "local_rope_theta": None,
+           "attention_softcap": None, "logit_softcap": None, "attention_scale": None}  # fmt: skip
+_GEMMA = {"tie_embeddings": True, "activation": "gelu_tanh", "window": 4096, "attention_scale": 1 / 16,
+          "embed_scale": 8.0, "num_kv_heads": 4, "head_dim": 256}  # fmt: skip
+ABSENT = {
+    "llama": {"num_kv_heads": 32, "head_dim": 2},
+    "mistral": {"num_kv_heads": 8, "head_dim": 2, "window": 4096},
+    "qwen2": {"num_kv_heads": 32, "head_dim": 2, "attention_bias": ("q", "k", "v")},
+    "qwen3": {"num_kv_heads": 32, "head_dim": 128, "qk_norm": True},
+    "gemma2": {**_GEMMA, "attention_softcap": 50.0, "logit_softcap": 30.0, "layer_types": ("local", "global") * 3 +
+               ("local",)},
+    "gemma3_text": {**_GEMMA, "rope_theta": 1e6, "local_rope_theta": 1e4, "qk_norm": True,
+                    "layer_types": ("local",) * 5 + ("global", "local")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ABSENT)
+def test_absent_keys(kind):
+    """What transformers 5.23 takes where config.json says nothing, see test_torch_decoder."""
+    own = names.config({"model_type": kind, **SIZES})
+    for field, value in {**_ABSENT, **ABSENT[kind]}.items():
+        assert getattr(own, field) == value, field
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "wanted"),
+    [
+        ("mistral", {"sliding_window": None}, {"window": None}),
+        ("mistral", {"layer_types": ["sliding_attention"] * 7}, {"window": 4096, "layer_types": ("local",) * 7}),
+        ("gemma2", {"attn_logit_softcapping": None}, {"attention_softcap": None, "logit_softcap": 30.0}),
+        ("gemma2", {"final_logit_softcapping": None}, {"attention_softcap": 50.0, "logit_softcap": None}),
+        ("gemma2", {"hidden_act": "silu"}, {"activation": "gelu_tanh"}),
+        ("gemma2", {"rope_local_base_freq": 7.0}, {"local_rope_theta": None}),
+        ("gemma3_text", {"sliding_window": None, "layer_types": ["full_attention"] * 7}, {"window": None}),
+        ("gemma3_text", {"sliding_window_pattern": 7}, {"layer_types": ("local",) * 6 + ("global",)}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 7}, {"window": 4096, "layer_types": ("global",) *
+                                                                         7}),
+        ("llama", {"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}}, {"rope_theta": 7.0}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, {"rope_scaling.length": 2048}),
+    ],
+)  # fmt: skip
+def test_null_is_not_absent(kind, values, wanted):
+    own = names.config({"model_type": kind, **SIZES, **values})
+    for field, value in wanted.items():
+        assert attrgetter(field)(own) == value, field
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "reason"),
+    [
+        ("gemma2", {"sliding_window": None}, "sliding_window must be a number in a gemma2 with layers that slide"),
+        ("mistral", {"layer_types": ["full_attention"] * 7}, "layer_types must be sliding_attention throughout"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping must be null in a llama, got 30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be null in a gemma3_text"),
+        ("gemma3_text", {"rope_local_base_freq": None}, "rope_local_base_freq must be a number in a gemma3_text"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 7.0}}, "must have full_attention and sliding_attention"),
+        ("gemma2", {"hidden_activation": None}, "hidden_activation must be one of silu"),
+        ("qwen3", {"head_dim": None}, "config.json must have head_dim"),
+        ("gemma2", {"query_pre_attn_scalar": None}, "config.json must have query_pre_attn_scalar"),
+    ],
+)
+def test_nulls_that_make_no_model(kind, values, reason):
+    with pytest.raises(ValueError, match=reason):
+        names.config({"model_type": kind, **SIZES, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "foo": 1}}, "rope_parameters has keys .* not handled: foo"),
+        ({"rope_parameters": {"foo": 1}}, "rope_parameters has keys that are not handled: foo"),
+        ({"rope_scaling": {"type": "default", "foo": 1}}, "rope_scaling has keys that are not handled: foo"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling has keys that are not handled: factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "foo": 1}}, "rope_parameters has .* foo"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "not handled: partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {}, "foo": 1}}, "rope_parameters has keys .* not handled: foo"),
+        ({"rope_parameters": {"full_attention": {"foo": 1}}}, "rope_parameters has keys .* not handled: foo"),
+        ({"rope_parameters": {"sliding_attention": {"foo": 1}}}, "of sliding_attention has keys .* handled: foo"),
+    ],
+)
+def test_unknown_keys_of_positions(values, reason):
+    with pytest.raises(ValueError, match=reason):
+        names.config({"model_type": "llama", **SIZES, **values})
+
+
+def test_no_window_and_no_caps_lead_back():
+    """Where null is not what an absent key means, it is written."""
+    own = config("gemma 2", attention_softcap=None, logit_softcap=None, window=None, layer_types=None)
+    values = names.original(own)
+    assert values.keys() >= {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+    assert names._alike(names.config(values), own)
+
+
+# What the report tells
+
+
+def written(report):
+    """What a report must say of the tensors before and after, from the files."""
+    sides = []
+    for path in (report.source, report.out):
+        weights = mx.load(str(path / "model.safetensors")).values()
+        kinds = Counter({mx.float32: "F32", mx.float16: "F16", mx.uint32: "U32"}[x.dtype] for x in weights)
+        sides.append(f"{len(weights)} ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})")
+    return f"{sides[0]}, all accounted for, become {sides[1]}\n"
+
+
+def test_the_report_tells_what_was_written(tmp_path):
+    own = config("llama", **WIDE)
+    write_folder(tmp_path / "hf", own)
+    steps = [("hf", "packed", {"quantize": 4, "group_size": 32}), ("hf", "half", {"dtype": "float16"}),
+             ("packed", "back", {"to": "pytorch"})]  # fmt: skip
+    for source, out, given in steps:
+        dry = convert(tmp_path / source, tmp_path / out, dry_run=True, **given)
+        report = convert(tmp_path / source, tmp_path / out, **given)
+        assert written(report) in str(report) and written(report) in str(dry)
+        assert report.table() == dry.table()
+    report = convert(tmp_path / "hf", tmp_path / "packed", quantize=4, group_size=32)
+    assert written(report).startswith("21 (21 F32), all accounted for, become 53 (")
+    layer = "model.layers.0.self_attn.q_proj"
+    line = f"{layer}.weight (64, 64) F32 -> {layer}.weight (64, 8) U32, {layer}.scales (64, 2) F32, {layer}.biases"
+    assert line in report.table()
+
+
+def test_the_report_of_packed_matrices(tmp_path):
+    """By mlx-lm: kept, packed in other bits, or made floats."""
+    own = config("llama", **WIDE)
+    state = write_folder(tmp_path / "hf", own, quantization={"bits": 4, "group_size": 32})
+    packed = {}
+    for name, x in state.items():
+        layer = name.removesuffix(".weight")
+        parts = mx.quantize(mx.array(x), bits=4, group_size=32) if x.ndim > 1 else (mx.array(x),)
+        packed |= {f"{layer}.{leaf}": p for leaf, p in zip(("weight", "scales", "biases"), parts, strict=False)}
+    mx.save_safetensors(str(tmp_path / "hf/model.safetensors"), packed, {"format": "mlx"})
+    for given in ({}, {"quantize": 8, "group_size": 32}, {"quantize": 0}):
+        report = convert(tmp_path / "hf", tmp_path / "mlx", **given)
+        assert written(report) in str(report), given
+    assert "q_proj.scales (64, 2) F32, model.layers.0.self_attn.q_proj.biases (64, 2) F32 -> " in report.table()
 
 
 # Packed matrices
@@ -414,14 +592,21 @@ def test_a_truncated_file(tmp_path):
 def test_the_wrong_folder(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text("[]")
-    refused(lambda: convert(tmp_path / "hf", tmp_path / "out"), "holds neither", tmp_path / "hf", tmp_path)
+    (tmp_path / "empty").mkdir()
+    reason = (
+        "holds neither a bag (.yaml), a model file (.safetensors, .th, .pt, .pth, .bin, .npz) nor a language model "
+        "(config.json with a model_type beside .safetensors, or one .gguf)"
+    )
+    for folder in (tmp_path / "hf", tmp_path / "empty"):
+        for given in ({}, {"quantize": 8}):
+            refused(partial(convert, folder, tmp_path / "out", **given), reason, folder, tmp_path)
     write_folder(tmp_path / "hf", config("llama"))
     with pytest.raises(ValueError, match="family must be htdemucs, got decoder"):
         convert(tmp_path / "hf", tmp_path / "out", family="htdemucs")
     convert(tmp_path / "hf", tmp_path / "mlx", family="decoder")
-    refused(
-        lambda: convert(tmp_path / "mlx", tmp_path / "out"), "this is a checkpoint already", tmp_path / "mlx", tmp_path
-    )
+    for given in ({}, {"quantize": 8}, {"dtype": "float16"}):
+        again = partial(convert, tmp_path / "mlx", tmp_path / "out", **given)
+        refused(again, "this is a checkpoint already", tmp_path / "mlx", tmp_path)
     refused(lambda: convert(tmp_path / "mlx", tmp_path / "hf", to="pytorch"), "must be new or empty", tmp_path / "hf",
             tmp_path)  # fmt: skip
 

@@ -12,9 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from children import bag_checkpoint, checkpoint
+from decoders import config, write_folder
+from mlx_xformer.converters.convert import convert
 
 import mlx_xformer
 from mlx_xformer import kernels, layers, masks, parity, positions, scores, sdpa, spectral, torch_layout
+from mlx_xformer.cache import KVCache, kv
+from mlx_xformer.models.decoder import Decoder, DecoderConfig
 from mlx_xformer.models.htdemucs import layers as htdemucs_layers
 from mlx_xformer.parity import runner
 from mlx_xformer.parity.judge import Trial, compare
@@ -351,6 +355,88 @@ def test_a_bag_is_proven_member_by_member(tmp_path):
     found = parity.run(folder=folder, seeds=1)
     assert not found.failed
     assert {row.name.split(".")[1] for row in found.rows} == {"0", "1"}
+
+
+@pytest.fixture(scope="module", params=["mistral", "gemma 3"])
+def sliding(request, tmp_path_factory):
+    """A decoder whose window is wider than the samples, and the names of its layers with one."""
+    folder = tmp_path_factory.mktemp("parity")
+    own = config(request.param, window=16)
+    write_folder(folder / "hf", own)
+    convert(folder / "hf", folder / "mlx")
+    local = {f"model.layers.{index}" for index in range(own.num_layers) if own.layer_window(index)}
+    return folder / "mlx", local
+
+
+WHOLE = {"model", "model, cached"}
+
+
+def named(folder):
+    """The cases of a folder that fail."""
+    return {row.name for row in parity.run(folder=folder, seeds=1).rows if row.failed}
+
+
+def test_windows_and_caches_of_a_decoder(sliding):
+    folder, local = sliding
+    found = parity.run(folder=folder, seeds=1)
+    assert not found.failed, found.table()
+    told = {row.name: row.place.what for row in found.rows}
+    noted = {name for name, what in told.items() if what.endswith(", window 5 instead of 16")}
+    assert noted == local | WHOLE and "in chunks of 4, 1, 5, 1, 2" in told["model, cached"]
+    assert {row.check for row in found.rows if row.name in WHOLE} == {"float32"}
+
+
+@pytest.mark.parametrize("wrong", [None, 1, -1])
+def test_planted_windows(sliding, monkeypatch, wrong):
+    """Ignored, or off by one, where attention is computed, and where the layers are made."""
+    folder, local = sliding
+    module, layer_window = sys.modules["mlx_xformer.attention"], DecoderConfig.layer_window
+    plain = module.attention
+
+    def other(window):
+        return None if window is None or wrong is None else window + wrong
+
+    def attend(*given, window, **options):
+        return plain(*given, window=other(window), **options)
+
+    monkeypatch.setattr(module, "attention", attend)
+    assert named(folder) == local | WHOLE
+    monkeypatch.undo()
+    monkeypatch.setattr(DecoderConfig, "layer_window", lambda self, index: other(layer_window(self, index)))
+    assert local | WHOLE <= named(folder)
+
+
+def test_a_window_in_all_layers(sliding, monkeypatch):
+    folder, local = sliding
+    monkeypatch.setattr(DecoderConfig, "layer_window", lambda self, _: self.window)
+    both = {"model.layers.0", "model.layers.1"}
+    assert named(folder) == (both - local | WHOLE if both - local else set())
+
+
+def few(view, lines, n, window):
+    """The first key is not shown, if any is older than the queries."""
+    if view.keys.shape[2] == n:
+        return view
+    return kv.View(view.keys[:, :, 1:], view.values[:, :, 1:], view.options)
+
+
+def test_planted_caches(sliding, monkeypatch):
+    """One key too few, or an error: named by the case with caches alone."""
+    folder, _ = sliding
+    view, make = KVCache._view, Decoder.make_caches
+
+    def refuse(*_, **__):
+        raise ValueError("the cache is full")
+
+    plants = [
+        (KVCache, "_view", lambda self, *given: few(view(self, *given), *given)),
+        (KVCache, "append", refuse),
+        (Decoder, "make_caches", lambda self: make(self, window=4)),
+    ]
+    for owner, name, planted in plants:
+        monkeypatch.setattr(owner, name, planted)
+        assert named(folder) == {"model, cached"}, name
+        monkeypatch.undo()
 
 
 # What is asked for

@@ -1,5 +1,6 @@
 """Decoders against transformers: the folder that it saves, converted, and the folder that leads back, read by it."""
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from harness import assert_within_budget
 from mlx_xformer.converters.convert import convert
-from mlx_xformer.converters.decoder import original
+from mlx_xformer.converters.decoder import config, original
 from torch_oracle import Oracle
 
 from mlx_xformer.checkpoint import load_model, read_checkpoint
@@ -94,6 +95,27 @@ def test_logits(oracle, tmp_path, name):
     assert original(DecoderConfig.from_dict(checkpoint.config))
     again = oracle.call("language_logits", {"tokens": TOKENS}, folder=str(tmp_path / "back"), **given)
     assert (again["float64"] == theirs["float64"]).all() or np.abs(again["float64"] - theirs["float64"]).max() < 1e-12
+
+
+HEADS = {"gemma2": 4, "gemma3_text": 4, "mistral": 8}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_absent_keys(oracle, tmp_path, kind):
+    """A config.json with nothing but sizes means what transformers writes of it in full, and gives its logits."""
+    sizes = {key: COMMON[key] for key in ("vocab_size", "intermediate_size", "pad_token_id")}
+    sizes |= {"hidden_size": 64, "num_hidden_layers": 7, "num_attention_heads": HEADS.get(kind, 32)}
+    values = {"model_type": kind, **sizes}
+    oracle.call("language_make", values=values, folder=str(tmp_path / "hf"), seed=2)
+    full = json.loads((tmp_path / "hf/config.json").read_text())
+    assert full.keys() >= {"rms_norm_eps", "rope_parameters", "max_position_embeddings", "num_key_value_heads"}
+    assert config(values) == config(full)
+    (tmp_path / "hf/config.json").write_text(json.dumps({**values, "architectures": full["architectures"]}))
+    given = {"positions": None, "dtypes": ["float32", "float64"], "folder": str(tmp_path / "hf")}
+    theirs = oracle.call("language_logits", {"tokens": TOKENS}, **given)
+    convert(tmp_path / "hf", tmp_path / "mlx")
+    model = load_model(tmp_path / "mlx")
+    assert_within_budget(model(mx.array(TOKENS)), theirs["float64"], theirs["float32"])
 
 
 def test_gemma_3_270m(oracle, tmp_path):

@@ -1,10 +1,12 @@
-"""The layers of a converted decoder with its own weights, packed ones against their dequantised values, then all of it.
+"""The layers of a converted decoder with its own weights, packed ones against their dequantised values, then all of it,
+at once and through caches. A window that the samples do not outgrow is made narrower on both sides.
 
 Axes: B batch, L tokens, E embed_dim, V vocab_size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,28 +20,59 @@ from ..reference.models import decoder as twin
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
 
 _LENGTHS = (3, 13)
+_CHUNKS = (4, 1, 5, 1, 2)  # positions that go through the caches at once, as many as the longest sample has
+_WINDOW = 5  # instead of one that hides nothing of the longest sample
 
 
 def decoder_cases(model: Decoder) -> dict[str, Case]:
-    """A case for the table, for every block, for the head, and for what follows the table. The model's floats become
-    float32, which holds them exactly."""
+    """A case for the table, for every block, for the head, for what follows the table, and for that through caches. The
+    model's floats become float32, which holds them exactly, and its window narrower where the samples are shorter."""
     model.update(
         tree_map(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters())
     )
+    note = _narrow(model)
     config, weights = model.config, floats(model)
     cases = {"model.embed_tokens": _table(model, weights)}
     for index, layer in enumerate(model.model.layers):
-        cases[f"model.layers.{index}"] = _block(model, layer, index)
+        cases[f"model.layers.{index}"] = _block(
+            model, layer, index, note if config.layer_window(index) is not None else ""
+        )
     scale = float(np.abs(weights["model.embed_tokens.weight"]).mean()) * (config.embed_scale or 1.0)
     cases["logits"] = _fixed(model.logits, lambda x: twin.logits(weights, config, x), config.embed_dim, 1.0)
-    cases["model"] = _fixed(
-        lambda x: model.logits(model.model(x)),
-        lambda x: twin.from_embedded(weights, config, x),
-        config.embed_dim,
-        scale,
-        vjp=False,  # rounding alone moves the gradient of thirty layers by 1e-3, and each of them is proven
-    )
+
+    def whole(ours: Callable[[mx.array], mx.array], what: str, lengths: tuple[int, ...]) -> Case:
+        # Rounding alone moves the gradient of thirty layers by 1e-3, and each of them is proven.
+        theirs = lambda x: twin.from_embedded(weights, config, x)  # noqa: E731
+        return _fixed(ours, theirs, config.embed_dim, scale, vjp=False, note=what, lengths=lengths)
+
+    cases["model"] = whole(lambda x: model.logits(model.model(x)), note, _LENGTHS)
+    chunks = f", in chunks of {', '.join(map(str, _CHUNKS))}{note}"
+    cases["model, cached"] = whole(lambda x: _cached(model, x), chunks, (sum(_CHUNKS),))
     return cases
+
+
+def _narrow(model: Decoder) -> str:
+    """Makes the window of a model _WINDOW if the samples are no longer than it. Says so, for their descriptions. Layers
+    keep what theirs differ from the configuration's by, so that a wrong one stays wrong."""
+    config = model.config
+    if config.window is None or config.window < _LENGTHS[-1]:
+        return ""
+    model.config = dataclasses.replace(config, window=_WINDOW)
+    for layer in model.model.layers:
+        own = layer.self_attn.config
+        if own.window is not None:
+            window = max(1, own.window - config.window + _WINDOW)
+            layer.self_attn.config = dataclasses.replace(own, window=window)
+    return f", window {_WINDOW} instead of {config.window}"
+
+
+def _cached(model: Decoder, x: mx.array) -> mx.array:
+    """Embedded tokens (1, L, E), some at a time -> logits (1, L, V)."""
+    caches, at, parts = model.make_caches(), 0, []
+    for n in _CHUNKS:
+        parts.append(model.logits(model.model(x[:, at : at + n], caches)))
+        at += n
+    return mx.concatenate(parts, axis=1)
 
 
 def floats(module: nn.Module) -> Arrays:
@@ -71,14 +104,14 @@ def _table(model: Decoder, weights: Arrays) -> Case:
     )
 
 
-def _block(model: Decoder, layer: Block, index: int) -> Case:
-    """A block: its floats are differentiated by as well, packed matrices are not."""
+def _block(model: Decoder, layer: Block, index: int, note: str) -> Case:
+    """A block: its floats are differentiated by as well, packed matrices are not. `note`: see _fixed."""
     packed = any(isinstance(part, nn.QuantizedLinear) for _, part in layer.named_modules())
     weights, given = floats(layer), {} if packed else floats(layer)
 
     def samples(rng: Rng) -> Iterator[Sample]:
         x = rng.normal(size=(2, _LENGTHS[-1], model.config.embed_dim))
-        yield Sample(described(x=x.shape), {"x": x}, {}, given, joint=True)
+        yield Sample(described(x=x.shape) + note, {"x": x}, {}, given, joint=True)
 
     def ours(params: dict, arrays: dict, _: Options) -> Any:
         return (with_params(layer, params) if params else layer)(arrays["x"])
@@ -96,12 +129,15 @@ def _fixed(
     scale: float,
     *,
     vjp: bool = True,
+    note: str = "",
+    lengths: tuple[int, ...] = _LENGTHS,
 ) -> Case:
-    """A function of x (1, L, width) whose weights stay as they are: there may be too many to differentiate by."""
+    """A function of x (1, L, width) whose weights stay as they are: there may be too many to differentiate by. `note`
+    ends the descriptions of the samples."""
 
     def samples(rng: Rng) -> Iterator[Sample]:
-        for L in _LENGTHS:
+        for L in lengths:
             x = rng.normal(size=(1, L, width)) * scale
-            yield Sample(described(x=x.shape), {"x": x})
+            yield Sample(described(x=x.shape) + note, {"x": x})
 
     return Case(samples, lambda _, arrays, __: ours(arrays["x"]), lambda _, arrays, __: theirs(arrays["x"]), vjp=vjp)
