@@ -13,8 +13,8 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from mlx_xformer.models.decoder import DecoderConfig, Quantization
-from mlx_xformer.positions import RotaryScaling
 
+from .rope import scaling_read, scaling_written
 from .rules import Rule
 from .torch_pickle import short
 
@@ -185,74 +185,18 @@ def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if unknown := sorted(given.keys() - {_FULL, _SLIDING}):
             raise ValueError(f"rope_parameters has keys that are not handled: {short(', '.join(unknown))}")
         sliding, given = given.get(_SLIDING) or {}, given.get(_FULL) or {}
-        if _scaling(sliding, None, f"rope_parameters of {_SLIDING}") is not None:
+        if scaling_read(sliding, None, f"rope_parameters of {_SLIDING}") is not None:
             raise ValueError(f"rope_type of {_SLIDING} must be default, got {short(str(dict(sliding)))}")
         local = sliding.get("rope_theta", local)
     if kind == "gemma3_text" and local is None:
         raise ValueError(f"rope_local_base_freq must be a number in a {kind}, got null")
     given = {**given, **scaled}
-    scaling = _scaling(given, values["max_position_embeddings"], name)
+    scaling = scaling_read(given, values["max_position_embeddings"], name)
     return {
         "rope_theta": given.get("rope_theta", values["rope_theta"]),
         "rope_scaling": scaling,
         "local_rope_theta": local,
     }
-
-
-_SCALINGS = {
-    "linear": {"factor"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    "yarn": {
-        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
-        *("mscale", "mscale_all_dim"),
-    },
-}
-
-
-def _scaling(given: Mapping[str, Any], trained: Any, name: str) -> RotaryScaling | None:
-    """The scaling, under the `name` of its key; `trained`: positions of the training, where it names none."""
-    kind = given.get("rope_type", given.get("type")) or "default"
-    if kind != "default" and kind not in _SCALINGS:
-        raise ValueError(f"rope_type must be one of default, {', '.join(_SCALINGS)}, got {short(str(kind))}")
-    known = _SCALINGS.get(kind, set()) | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = sorted(given.keys() - known)
-    if unknown or given.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"{name} has keys that are not handled: {short(', '.join(unknown) or 'partial_rotary_factor')}"
-        )
-    if kind == "default":
-        return None
-    length = given.get("original_max_position_embeddings") or trained
-    numbers = {key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")}
-    if not all(isinstance(x, (int, float)) for x in (*numbers.values(), length or 1)) or "factor" not in given:
-        raise ValueError(f"{name} must have a factor and hold numbers, got {short(str(dict(given)))}")
-    if kind == "linear":
-        return RotaryScaling(kind, given["factor"])
-    if kind == "llama3":
-        return RotaryScaling(kind, given["factor"], length, given["low_freq_factor"], given["high_freq_factor"])
-    return RotaryScaling(
-        kind,
-        given["factor"],
-        length,
-        given.get("beta_slow") or 1,
-        given.get("beta_fast") or 32,
-        _magnitude(given),
-        bool(given.get("truncate", True)),
-    )
-
-
-def _magnitude(given: Mapping[str, Any]) -> float:
-    """YaRN's factor of queries and keys."""
-    factor = given["factor"]
-    if given.get("attention_factor") is not None:
-        return given["attention_factor"]
-
-    def grown(by: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
-
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return grown(given["mscale"]) / grown(given["mscale_all_dim"])
-    return grown(1.0)
 
 
 def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -313,7 +257,7 @@ def original(own: DecoderConfig) -> dict[str, Any]:
     words = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     values: dict[str, Any] = {"model_type": kind, **theirs, "hidden_act": words[own.activation]}
     values["attention_bias"] = set(own.attention_bias) == {"q", "k", "v", "out"}
-    values |= {"rope_theta": own.rope_theta, "rope_scaling": _scaling_of(own.rope_scaling)}
+    values |= {"rope_theta": own.rope_theta, "rope_scaling": scaling_written(own.rope_scaling)}
     if own.window is not None:
         values |= {"sliding_window": own.window, "use_sliding_window": True}
         if own.layer_types is not None:
@@ -349,16 +293,3 @@ def _kind(config: DecoderConfig) -> str:
     if set(config.attention_bias) == {"q", "k", "v"}:
         return "qwen2"
     return "llama" if config.window is None else "mistral"
-
-
-def _scaling_of(scaling: RotaryScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
-        values["original_max_position_embeddings"] = scaling.length
-        low, high = ("low_freq_factor", "high_freq_factor") if scaling.kind == "llama3" else ("beta_slow", "beta_fast")
-        values |= {low: scaling.low, high: scaling.high}
-    if scaling.kind == "yarn":
-        values |= {"attention_factor": scaling.magnitude, "truncate": scaling.truncate}
-    return values

@@ -22,7 +22,7 @@ LAYERS = [
     ["checkpoint"],
     ["converters.torch_pickle"],
     ["converters.torch_file"],
-    ["converters.source", "converters.rules"],
+    ["converters.source", "converters.rules", "converters.rope"],
     ["converters.folder"],
     ["converters.FAMILY"],
     ["converters.gguf"],
