@@ -100,21 +100,7 @@ class MultiheadAttention(nn.Module):
         q, k, v = self._projected(query, key, value, static_k, static_v)
         if is_causal and attn_mask is None:
             attn_mask = ~causal_mask(L, keys, alignment="upper_left")
-        more = k.shape[2] - keys
-        mask, bias = None, None
-        for name, given_mask, shapes in (
-            ("key_padding_mask", key_padding_mask, [(N, keys)]),
-            ("attn_mask", attn_mask, [(L, keys), (N * self.num_heads, L, keys)]),
-        ):
-            if given_mask is None:
-                continue
-            part = _widened(_checked(name, given_mask, shapes), more)
-            part = part.reshape(N, 1, 1, keys + more) if name == "key_padding_mask" else part
-            part = part.reshape(N, self.num_heads, L, keys + more) if part.ndim == 3 else part
-            if part.dtype == mx.bool_:
-                mask = ~part if mask is None else mask & ~part
-            else:
-                bias = part if bias is None else bias + part
+        mask, bias = self._masks(key_padding_mask, attn_mask, (N, L, keys), k.shape[2] - keys)
         dropout = self.dropout if self.training else 0.0
         weights = attention_weights(q, k, mask=mask, bias=bias) if need_weights else None
         if weights is None or dropout:
@@ -124,6 +110,28 @@ class MultiheadAttention(nn.Module):
         out = self.out_proj(mx.flatten(out.swapaxes(1, 2), 2, 3))  # (N, H, L, D) -> (N, L, E)
         out = out if self.batch_first else out.swapaxes(0, 1)
         return out, weights.mean(axis=1) if weights is not None and average_attn_weights else weights
+
+    def _masks(
+        self, padding: mx.array | None, attn: mx.array | None, shape: tuple[int, int, int], more: int
+    ) -> tuple[mx.array | None, mx.array | None]:
+        """What attention() takes for PyTorch's masks over (N, L, S): True = attend, and a bias. `more` positions
+        stand behind the S, for all to see."""
+        (N, L, S), H = shape, self.num_heads
+        mask, bias = None, None
+        for name, given, shapes in (
+            ("key_padding_mask", padding, [(N, S)]),
+            ("attn_mask", attn, [(L, S), (N * H, L, S)]),
+        ):
+            if given is None:
+                continue
+            part = _widened(_checked(name, given, shapes), more)
+            if given is padding or part.ndim == 3:
+                part = part.reshape((N, 1, 1, S + more) if given is padding else (N, H, L, S + more))
+            if part.dtype == mx.bool_:
+                mask = ~part if mask is None else mask & ~part
+            else:
+                bias = part if bias is None else bias + part
+        return mask, bias
 
     def _check(self, query: mx.array, key: mx.array, value: mx.array) -> None:
         batch = 0 if self.batch_first else 1

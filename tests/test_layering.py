@@ -13,7 +13,7 @@ LAYERS = [
     ["kernels"],
     ["masks", "positions", "layers", "spectral"],
     ["cache"],
-    ["scores"],
+    ["scores", "attention_config"],
     ["sdpa"],
     ["attention"],
     ["moe", "torch_layout"],
