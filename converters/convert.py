@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,15 @@ def convert(
     quantize: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Converts a model file, a bag's .yaml, a language model's folder or GGUF file, or a folder that holds one of them
     into the checkpoint folder `out`; with `to="pytorch"`, a checkpoint folder back into the original files.
 
     Tensors keep their bits and dtype, but for language models where `quantize` (4 or 8 bits in groups of group_size; 0
     makes floats of packed matrices) or `dtype` (of the floats) asks for others. `family` insists on one; `origin` is
-    added to the provenance. One ValueError (or OSError, for files) says all that does not fit; then nothing is written.
+    added to the provenance. progress(done, total) is told how many tensors of a language model are written. One
+    ValueError (or OSError, for files) says all that does not fit; then nothing is written.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -66,7 +68,7 @@ def convert(
         return _to_pytorch(source, out, family, dry_run)
     if language.is_language(source):
         _check_family(source, family, language.FAMILY)
-        return language.to_mlx(source, out, precision, dry_run=dry_run, origin=origin or {})
+        return language.to_mlx(source, out, precision, dry_run=dry_run, origin=origin or {}, progress=progress)
     _check_holds(source)
     if precision != language.Precision() and not is_checkpoint(source):
         raise ValueError("quantize, group_size and dtype are for language models only")

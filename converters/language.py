@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from .source import Stored, open_safetensors, scan, sha256_of
 from .torch_pickle import short
 
 FAMILY = "decoder"
+Progress = Callable[[int, int], None]  # tensors written, and how many there are
 Pair = tuple[int, int] | None  # bits and group size of a packed matrix, or None for floats
 
 
@@ -96,7 +97,15 @@ def read_original(source: Path) -> Original:
     )
 
 
-def to_mlx(source: Path, out: Path, precision: Precision, *, dry_run: bool, origin: Mapping[str, str]) -> Report:
+def to_mlx(
+    source: Path,
+    out: Path,
+    precision: Precision,
+    *,
+    dry_run: bool,
+    origin: Mapping[str, str],
+    progress: Progress | None = None,
+) -> Report:
     """Converts the original behind `source` into the checkpoint folder `out`."""
     original = read_original(source)
     blanks = {name: tensor.blank() for name, tensor in original.tensors.items()}
@@ -125,7 +134,7 @@ def to_mlx(source: Path, out: Path, precision: Precision, *, dry_run: bool, orig
             family=FAMILY,
             config=config.to_dict(),
             provenance=provenance,
-            arrays=stream,
+            arrays=stream if progress is None else _told(stream, len(after), progress),
             extras=original.extras,
         )
     rows = make_rows(original.rules, blanks, made, written=after)
@@ -199,6 +208,14 @@ def _packed(
         made = _repacked(own, _pair(now, layer, own), _pair(then, layer, own), dtype)
         after |= {f"{layer}.{leaf}": x for leaf, x in made.items()}
     return after
+
+
+def _told(stream: Iterator[tuple[str, mx.array]], total: int, progress: Progress) -> Iterator[tuple[str, mx.array]]:
+    """The stream, which tells how many of its tensors have been written."""
+    for done, pair in enumerate(stream):
+        progress(done, total)
+        yield pair
+    progress(total, total)
 
 
 def _stream(

@@ -88,6 +88,15 @@ def test_bfloat16_keeps_its_bits(tmp_path):
     assert load_model(tmp_path / "float")(mx.array(TOKENS)).dtype == mx.float32
 
 
+def test_progress(tmp_path):
+    """Told before every tensor, of those that are written (three for a packed matrix), and at the end."""
+    write_folder(tmp_path / "hf", config("llama", **WIDE))
+    told = []
+    report = convert(tmp_path / "hf", tmp_path / "mlx", quantize=8, group_size=32, progress=lambda *x: told.append(x))
+    total = len(read_checkpoint(tmp_path / "mlx").weights)
+    assert told == [(done, total) for done in range(total + 1)] and report.written and total > 20
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma 3"])
 def test_shards(tmp_path, name):
     own = config(name)

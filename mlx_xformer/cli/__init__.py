@@ -63,10 +63,20 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from ..converters.convert import convert
 
     names = ("family", "to", "dry_run", "quantize", "group_size", "dtype")
-    print(convert(options.source, options.out, **{name: getattr(options, name) for name in names}))
+    with tqdm(desc=options.source.name, unit="tensor", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        given = {name: getattr(options, name) for name in names}
+        report = convert(options.source, options.out, **given, progress=progress)
+    print(report)
     return 0
 
 
