@@ -20,6 +20,7 @@ LAYERS = [
     ["routing"],
     ["experts"],
     ["moe", "torch_layout"],
+    ["expert_parallel"],
     ["blocks"],
     ["models"],
     ["checkpoint"],
