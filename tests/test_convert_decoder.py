@@ -17,7 +17,8 @@ from harness import assert_within_budget
 from mlx_xformer.converters import decoder as names
 from mlx_xformer.converters import gguf
 from mlx_xformer.converters.convert import convert
-from mlx_xformer.converters.rules import Pairs, apply_rules, inverse_shapes, invert
+from mlx_xformer.converters.layouts import Pairs
+from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from mlx_xformer.converters.source import read_source
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
