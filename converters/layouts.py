@@ -100,7 +100,7 @@ class Halves:
         axis = 0 if self.joined else 1
         if x.ndim < 2 or x.shape[axis] % 2:
             raise ValueError(f"axis {axis} must have two halves")
-        return mx.concatenate(mx.split(x, 2, axis=axis), axis=1 - axis)
+        return mx.concatenate([*mx.split(x, 2, axis=axis)], axis=1 - axis)
 
     def inverse(self) -> Halves:
         return Halves(not self.joined)

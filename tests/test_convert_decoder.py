@@ -526,7 +526,7 @@ def edited(path, **values):
         ({"colour": "blue"}, "config.json has keys that are not handled: colour"),
         (
             {"model_type": "mamba"},
-            "model_type must be one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, got mamba",
+            "gemma3_text, mixtral, qwen2_moe, qwen3_moe, olmoe, got mamba",
         ),
         ({"hidden_act": "relu"}, "hidden_act must be one of silu"),
         (
