@@ -5,145 +5,59 @@ Axes: T tokens, D embed_dim, H hidden_dim, E experts, k experts a token, C capac
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import experts as layouts
 from . import kernels
+from .experts import ExpertLinear, Experts, QuantizedExpertLinear
 from .layers import FeedForward, GatedFeedForward
+from .moe_config import MoEConfig
+from .routing import Routing, balanced_bias, route
+
+__all__ = [
+    "ExpertLinear",
+    "Experts",
+    "FFNConfig",
+    "MoE",
+    "MoEConfig",
+    "QuantizedExpertLinear",
+    "Routing",
+    "balanced_bias",
+    "route",
+]
 
 
-@dataclass(frozen=True)
-class MoEConfig:
-    """What a MoE is.
-
-    activation, gated, bias: of the experts, GatedFeedForward's or FeedForward's. router: "softmax" over all experts, or
-    "sigmoid" of each. router_bias: whether the router's product has a bias. selection_bias: a bias (E,) of each expert's
-    score where experts are chosen, which the weights do not have (auxiliary-loss-free balancing, Wang et al. 2024,
-    arXiv 2408.15664). groups, groups_per_tok: experts are chosen from the best groups only (DeepSeek-V2 and V3).
-    renormalize: whether a token's weights are divided by their sum; None: where k > 1, as with k = 1 the router would
-    not learn. scale: of all weights. shared_dim: the width of an expert that every token goes through, 0 for none;
-    shared_gate: whether it is weighted by the sigmoid of a product. capacity: how many tokens an expert takes, in their
-    order; a float is a factor of T k / E; None: all. overflow: what becomes of the others, "drop" or "expert", which is
-    one more. alpha: of the balance loss; balance: "switch" (Fedus et al. 2021, arXiv 2101.03961) or "document".
-    z_alpha: of the z-loss (Zoph et al. 2022, arXiv 2202.08906).
-    """
-
-    embed_dim: int
-    hidden_dim: int
-    num_experts: int
-    num_experts_per_tok: int = 1
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = False
-    router: str = "softmax"
-    router_bias: bool = False
-    selection_bias: bool = False
-    groups: int = 1
-    groups_per_tok: int = 1
-    renormalize: bool | None = None
-    scale: float = 1.0
-    shared_dim: int = 0
-    shared_gate: bool = False
-    capacity: int | float | None = None
-    overflow: str = "drop"
-    alpha: float = 0.01
-    balance: str = "switch"
-    z_alpha: float = 0.0
-
-    @property
-    def renormalizes(self) -> bool:
-        return self.num_experts_per_tok > 1 if self.renormalize is None else self.renormalize
-
-    def slots(self, tokens: int) -> int:
-        """How many of so many tokens an expert takes at most."""
-        if self.capacity is None:
-            return tokens
-        if isinstance(self.capacity, int):
-            return min(tokens, self.capacity)
-        return min(tokens, math.ceil(self.capacity * tokens * self.num_experts_per_tok / self.num_experts))
+# The form that products take, measured by bench/run.py --mixture.
+_FEW = 24  # choices that a CPU multiplies one by one
+_SORTED = 64  # choices from which a GPU gains by sorting
+_PADDED = 1.15  # how many rows "dispatch" may have for one of "blocks", whose products are smaller
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The auxiliary record of a MoE: where T tokens went. What it tells is computed when it is asked for.
-
-    logits, probabilities (T, E); experts, weights (T, k); kept (T, k), or None where nothing overflows.
-    """
-
-    config: MoEConfig
-    logits: mx.array
-    probabilities: mx.array
-    experts: mx.array
-    weights: mx.array
-    kept: mx.array | None = None
-
-    @property
-    def load(self) -> mx.array:
-        """(E,): how many tokens chose each expert."""
-        return (self.experts[..., None] == mx.arange(self.config.num_experts)).sum(axis=(0, 1))
-
-    @property
-    def dropped(self) -> mx.array:
-        """How many of the T k choices found their expert full."""
-        return mx.array(0) if self.kept is None else (~self.kept).sum()
-
-    @property
-    def balance_loss(self) -> mx.array:
-        """alpha E sum_i f_i P_i: f_i the share of the tokens that chose expert i, P_i its mean probability over all
-        tokens. k alpha where both are uniform; alpha E where k = 1 and all go to one."""
-        share = self.load / self.logits.shape[0]
-        return self.config.alpha * self.config.num_experts * (share * self.probabilities.mean(axis=0)).sum()
-
-    @property
-    def z_loss(self) -> mx.array:
-        """z_alpha times the mean square of the logarithm of the sum of the logits' exponentials."""
-        return self.config.z_alpha * mx.square(mx.logsumexp(self.logits, axis=-1)).mean()
-
-    @property
-    def loss(self) -> mx.array:
-        """Both losses."""
-        return self.balance_loss + self.z_loss if self.config.z_alpha else self.balance_loss
+def block_rows(choices: int, num_experts: int) -> int:
+    """The rows of a group: a quarter of what an expert gets on average, where padding and small products cost alike."""
+    rows = 16
+    while rows < 64 and rows * 4 * num_experts < choices:
+        rows *= 2
+    return rows
 
 
-class ExpertLinear(nn.Module):
-    """The matrices of all experts: weight (E, O, I), bias (E, O) if any."""
-
-    def __init__(self, num_experts: int, given: int, made: int, bias: bool = False):
-        super().__init__()
-        bound = given**-0.5
-        self.weight = mx.random.uniform(-bound, bound, (num_experts, made, given))
-        if bias:
-            self.bias = mx.zeros((num_experts, made))
-
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O)."""
-        y = mx.gather_mm(x[:, :, None], self.weight.swapaxes(1, 2), rhs_indices=experts)[:, :, 0]
-        return y + self.bias[experts] if "bias" in self else y
-
-
-class Experts(nn.Module):
-    """As many feed-forward networks of one kind: gate_proj, up_proj and down_proj, or linear1 and linear2."""
-
-    def __init__(self, config: MoEConfig):
-        super().__init__()
-        E, D, H = config.num_experts, config.embed_dim, config.hidden_dim
-        self.activation, self.gated = config.activation, config.gated
-        if config.gated:
-            self.gate_proj, self.up_proj = ExpertLinear(E, D, H, config.bias), ExpertLinear(E, D, H, config.bias)
-            self.down_proj = ExpertLinear(E, H, D, config.bias)
-        else:
-            self.linear1, self.linear2 = ExpertLinear(E, D, H, config.bias), ExpertLinear(E, H, D, config.bias)
-
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x (T, 1, D) through the experts (T, k) -> (T, k, D)."""
-        activation = kernels.ACTIVATIONS[self.activation]
-        if self.gated:
-            return self.down_proj(activation(self.gate_proj(x, experts)) * self.up_proj(x, experts), experts)
-        return self.linear2(activation(self.linear1(x, experts)), experts)
+def layout(config: MoEConfig, tokens: int, *, half: bool, training: bool) -> str:
+    """ "gather": each choice by itself; "sorted": so, in the order of the experts; "dispatch": a group of as many rows
+    as an expert may take for each; "blocks": as many groups as are filled."""
+    choices, taken = tokens * config.num_experts_per_tok, config.slots(tokens)
+    if not layouts.on_cpu():
+        if training and taken < tokens:
+            return "dispatch"
+        return "sorted" if choices >= _SORTED else "gather"
+    if not training and choices <= (config.num_experts // 2 if half else _FEW):
+        return "gather"
+    rows = block_rows(choices, config.num_experts)
+    blocks = layouts.num_groups(choices, config.num_experts, rows) * rows
+    return "dispatch" if config.num_experts * taken <= _PADDED * blocks else "blocks"
 
 
 def _network(config: MoEConfig, hidden_dim: int) -> nn.Module:
@@ -153,7 +67,12 @@ def _network(config: MoEConfig, hidden_dim: int) -> nn.Module:
 
 
 class MoE(nn.Module):
-    """Experts, and a router that weighs k of them for every token. The options are those of MoEConfig."""
+    """Experts, and a router that weighs k of them for every token. The options are those of MoEConfig.
+
+    A capacity makes what becomes of a token depend on the tokens before it, in the whole batch: a row may come out
+    otherwise in another batch, and a step of cached decoding otherwise than in a full pass, unless nothing overflows.
+    The router's product is in float32. train() and eval() choose the faster form of the products, with one result.
+    """
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -168,31 +87,63 @@ class MoE(nn.Module):
             self.shared_expert = _network(config, config.shared_dim)
             if config.shared_gate:
                 self.shared_expert_gate = kernels.Linear(config.embed_dim, 1, bias=False)
+        if config.selection_bias:
+            self.freeze(recurse=False, keys="selection_bias")  # has no gradient, see balanced_bias
 
     def __call__(self, x: mx.array) -> tuple[mx.array, Routing]:
         """x (..., D) -> the same, and where the tokens went."""
-        tokens = mx.flatten(x, 0, -2)
+        config = self.config
+        if not x.ndim or x.shape[-1] != config.embed_dim:
+            raise ValueError(f"x must be (..., embed_dim), {config.embed_dim} wide, got {x.shape}")
+        tokens = x if x.ndim == 2 else x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         routing = self.route(tokens)
-        y = self.experts(tokens[:, None], routing.experts)
-        y = (y * routing.weights[..., None]).sum(axis=1)
-        return y.reshape(x.shape), routing
+        kind = mx.result_type(x, self.experts.dtype)
+        if not x.size:
+            return x.astype(kind), routing
+        y = self.mixed(tokens, routing)
+        if "overflow_expert" in self and routing.kept is not None:
+            over = mx.where(routing.kept, mx.array(0.0), routing.weights).sum(axis=-1, keepdims=True)
+            y = y + self.overflow_expert(tokens) * over  # once for each token, whatever number of its experts is full
+        if "shared_expert" in self:
+            shared = self.shared_expert(tokens)
+            if "shared_expert_gate" in self:
+                shared = shared * mx.sigmoid(self.shared_expert_gate(tokens))
+            y = y + shared
+        y = y.astype(kind)
+        return y if x.ndim == 2 else y.reshape(x.shape), routing
 
     def route(self, x: mx.array) -> Routing:
         """Where tokens x (T, D) go."""
-        config = self.config
-        logits = self.router(x).astype(mx.float32)
-        probabilities = mx.softmax(logits, axis=-1)
-        k = config.num_experts_per_tok
-        experts = mx.argpartition(-probabilities, k - 1, axis=-1)[:, :k]
-        weights = mx.take_along_axis(probabilities, experts, axis=-1)
-        if config.renormalizes:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
-        return Routing(config, logits, probabilities, experts, weights * config.scale)
+        return route(self.router(x.astype(mx.float32)), self.config, self.get("selection_bias"))
+
+    def mixed(self, x: mx.array, routing: Routing) -> mx.array:
+        """x (T, D) -> the same, of the experts that had room."""
+        config, T, experts = self.config, len(x), routing.experts
+        taken = config.slots(T)
+        if not taken:
+            return mx.zeros(x.shape, x.dtype)
+        how = layout(config, T, half=x.dtype != mx.float32, training=self.training)
+        if how == "dispatch":
+            table = layouts.dispatch(experts, config.num_experts, taken)
+        elif how == "blocks":
+            table = layouts.blocks(experts, config.num_experts, block_rows(experts.size, config.num_experts))
+        weights = routing.weights
+        if routing.kept is not None and how != "dispatch":
+            weights = mx.where(routing.kept, weights, mx.array(0.0))
+        if how in ("dispatch", "blocks"):
+            return layouts.collect(self.experts.grouped(layouts.spread(x, table), table.experts), weights, table)
+        y = self.experts(x[:, None], experts) if how == "gather" else self.experts.sorted(x[:, None], experts)
+        return (y * weights[..., None]).sum(axis=1)
 
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """A feed-forward network with ReLU as document 1 has it, or with use_moe a MoE of such networks."""
+    """A feed-forward network with ReLU as document 1 has it, or with use_moe a MoE of such networks, whose weights sum
+    to 1 where topk > 1. ValueError names a field that does not fit.
+
+    capacity: tokens of an expert, or as a float a factor of what it gets on average (see MoEConfig): 1.25 of it, not
+    0.25, lets most tokens through.
+    """
 
     embed_dim: int
     hidden_dim: int
@@ -202,22 +153,33 @@ class FFNConfig:
     alpha: float = 0.01
     topk: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.use_moe:
+            return
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1 with use_moe, got {self.num_experts}")
+        if not 1 <= self.topk <= self.num_experts:
+            raise ValueError(f"topk must be from 1 to num_experts, {self.num_experts}, got {self.topk}")
+        self._mixture()
+
+    def _mixture(self) -> MoEConfig:
+        return MoEConfig(
+            self.embed_dim,
+            self.hidden_dim,
+            self.num_experts,
+            self.topk,
+            activation="relu",
+            gated=False,
+            bias=True,
+            router_bias=True,
+            capacity=self.capacity,
+            overflow="expert",
+            alpha=self.alpha,
+        )
+
     def make(self) -> nn.Module:
         """The layer: a FeedForward, or a MoE."""
-        if not self.use_moe:
-            return FeedForward(self.embed_dim, self.hidden_dim, "relu")
-        return MoE(
-            MoEConfig(
-                self.embed_dim,
-                self.hidden_dim,
-                self.num_experts,
-                self.topk,
-                activation="relu",
-                gated=False,
-                bias=True,
-                router_bias=True,
-                capacity=self.capacity,
-                overflow="expert",
-                alpha=self.alpha,
-            )
-        )
+        return MoE(self._mixture()) if self.use_moe else FeedForward(self.embed_dim, self.hidden_dim, "relu")
