@@ -18,7 +18,8 @@ from mlx_xformer.models.decoder import DecoderConfig, Quantization
 
 from .folder import Original
 from .gguf_tokenizer import extras_of
-from .rules import Pairs, Rule
+from .layouts import Pairs
+from .rules import Rule
 from .source import Stored
 from .torch_pickle import short
 

@@ -17,7 +17,8 @@ from harness import assert_within_budget
 from mlx_xformer.converters import decoder as names
 from mlx_xformer.converters import gguf
 from mlx_xformer.converters.convert import convert
-from mlx_xformer.converters.rules import Pairs, apply_rules, inverse_shapes, invert
+from mlx_xformer.converters.layouts import Pairs
+from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from mlx_xformer.converters.source import read_source
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -525,7 +526,7 @@ def edited(path, **values):
         ({"colour": "blue"}, "config.json has keys that are not handled: colour"),
         (
             {"model_type": "mamba"},
-            "model_type must be one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, got mamba",
+            "gemma3_text, mixtral, qwen2_moe, qwen3_moe, olmoe, got mamba",
         ),
         ({"hidden_act": "relu"}, "hidden_act must be one of silu"),
         (

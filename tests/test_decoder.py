@@ -112,11 +112,11 @@ def test_only_the_last_positions():
 
 MUTANTS = {  # bug -> (architecture whose test must see it, source, what it becomes)
     "no residual": ("llama", "            x = x + y\n", "            x = y\n"),
-    "no residual of the network": ("llama", "return x + self.mlp(self.post", "return self.mlp(self.post"),
+    "no residual of the network": ("llama", "return x + self._feed(self.post", "return self._feed(self.post"),
     "norm of another step": (
         "llama",
-        "self.mlp(self.post_attention_layernorm(x))",
-        "self.mlp(self.input_layernorm(x))",
+        "self._feed(self.post_attention_layernorm(x), routings)",
+        "self._feed(self.input_layernorm(x), routings)",
     ),
     "no norm at the end": ("llama", "x = self.model.norm(x)", "x = x"),
     "biases of queries only": ("qwen2", "bias=config.attention_bias", "bias=config.attention_bias[:1]"),
@@ -360,7 +360,7 @@ def test_calls_that_are_refused(call, reason):
         ({"norm_eps": 0}, "norm_eps must be a number above 0, got 0"),
         ({"rope_theta": None}, "rope_theta must be a number above 0, got None"),
         ({"logit_softcap": "30"}, "logit_softcap must be a number above 0"),
-        ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
+        ({"qk_norm": 1}, 'qk_norm must be true, false or "whole", got 1'),
         ({"activation": "relu"}, "activation must be one of silu, gelu_tanh, got 'relu'"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16"),
         ({"attention_bias": ("o",)}, "attention_bias must be names among q, k, v, out"),

@@ -11,6 +11,7 @@ import numpy as np
 from .. import kernels
 from ..attention import attention_layer
 from ..layers import Params, gated_feed_forward, linear, rms_norm, sub
+from ..moe import moe
 
 
 def embed(params: Params, config: Any, tokens: np.ndarray) -> np.ndarray:
@@ -26,6 +27,8 @@ def block(params: Params, config: Any, index: int, x: np.ndarray) -> np.ndarray:
         return rms_norm(sub(params, name), y, eps=config.norm_eps, plus_one=config.norm_plus_one)
 
     def feed(y: np.ndarray) -> np.ndarray:
+        if config.has_mixture(index):
+            return moe(sub(params, "mlp"), config.moe, y)
         return gated_feed_forward(sub(params, "mlp"), y, activation=getattr(kernels, config.activation))
 
     y = attend(sub(params, "self_attn"), config, index, norm("input_layernorm", x))
@@ -52,7 +55,7 @@ def attend(params: Params, config: Any, index: int, x: np.ndarray) -> np.ndarray
         x,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
-        qk_norm="rms" if config.qk_norm else None,
+        qk_norm="rms_whole" if config.qk_norm == "whole" else "rms" if config.qk_norm else None,
         norm_eps=config.norm_eps,
         rotary=rotary,
         positions=np.broadcast_to(np.arange(L), (B, L)),
