@@ -66,8 +66,8 @@ class SpreadMoE(MoE):
 
     def mixed(self, x: mx.array, routing: Routing) -> mx.array:
         """x (T, D) -> the same, of the experts that had room, in float32."""
-        choices = routing.experts - self.first
-        mine = (choices >= 0) & (choices < self.own.num_experts)
+        experts, first = routing.experts, self.first
+        mine = (experts >= first) & (experts < first + self.own.num_experts)
         if routing.kept is not None:
             mine = mine & routing.kept
         # The router must have run here: how many choices there are decides the shapes of what is computed.
@@ -75,6 +75,6 @@ class SpreadMoE(MoE):
         y = mx.zeros(x.shape, mx.float32)
         if tokens.size:
             at = (tokens[:, None], places[:, None])
-            part = Routing(self.own, routing.logits[tokens], choices[at], routing.weights[at])
+            part = Routing(self.own, routing.logits[tokens], experts[at] - first, routing.weights[at])
             y = y.at[tokens].add(super().mixed(x[tokens], part))
         return mx.stop_gradient(mx.distributed.all_sum(y, group=self.group))
