@@ -83,7 +83,7 @@ _TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself
     "qwen3": {"qk_norm": True},
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "qk_norm": True},
-    **dict.fromkeys(mixture.KEYS, {}),
+    **{kind: {} for kind in mixture.KEYS},
 }
 _ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe", "olmoe")  # or none, in all layers
 # What keys mean that are absent, in transformers 5.23, where that is neither null nor false: it does not write them.
