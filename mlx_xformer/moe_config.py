@@ -36,9 +36,9 @@ class MoEConfig:
     """What a MoE is. ValueError names a field that does not fit.
 
     activation, gated, bias: of the experts, GatedFeedForward's or FeedForward's. router: "softmax" over all experts, or
-    "sigmoid" of each. router_bias: whether the router's product has a bias. selection_bias: a bias (E,) of each expert's
-    score where experts are chosen, which the weights do not have (auxiliary-loss-free balancing, Wang et al. 2024,
-    arXiv 2408.15664). groups, groups_per_tok: experts are chosen from the best of as many groups of neighbours; a
+    "sigmoid" of each. router_bias: whether the router's product has a bias. selection_bias: a bias (E,) of each
+    expert's score where experts are chosen, which the weights do not have (auxiliary-loss-free balancing, Wang et al.
+    2024, arXiv 2408.15664). groups, groups_per_tok: experts are chosen from the best of as many groups of neighbours; a
     group's score is its best expert's (softmax, DeepSeek-V2, arXiv 2405.04434) or the sum of its two best (sigmoid,
     DeepSeek-V3, arXiv 2412.19437). renormalize: whether a token's weights are divided by their sum; None: where k > 1,
     as with k = 1 they would be 1 and the router would not learn. scale: of all weights. shared_dim: the width of an
