@@ -83,7 +83,7 @@ _TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself
     "qwen3": {"qk_norm": True},
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "qk_norm": True},
-    **dict.fromkeys(mixture.KEYS, {}),
+    **{kind: {} for kind in mixture.KEYS},
 }
 _ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe", "olmoe")  # or none, in all layers
 # What keys mean that are absent, in transformers 5.23, where that is neither null nor false: it does not write them.
@@ -224,7 +224,7 @@ def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """window and layer_types."""
     window, count, types = values["sliding_window"], values["num_hidden_layers"], values.get("layer_types")
     if kind in ("llama", "olmoe") and window is not None:
-        raise ValueError(f"sliding_window must be null in a {kind}")
+        raise ValueError(f"sliding_window must be null in a {kind}, got {short(str(window))}")
     if kind.startswith("qwen") and not values.get("use_sliding_window"):
         window = None
     if kind in _ONE_WINDOW and types not in (None, [_FULL if window is None else _SLIDING] * count):

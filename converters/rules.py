@@ -178,6 +178,12 @@ class _Index:
 def plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[tuple[str, str]]]:
     """The moves for the names given, in their order, and (kind, line) for every name that does not meet exactly one
     rule and for every part that a join lacks."""
+    moves, problems, _ = _plan(rules, names)
+    return moves, problems
+
+
+def _plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[tuple[str, str]], set[str]]:
+    """plan(), and the targets of joins that lack a part."""
     problems: list[tuple[str, str]] = []
     index = _Index(rules)
     joins: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]] = {}
@@ -190,14 +196,17 @@ def plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[
             problems.append(("ambiguous", f"{name} meets {len(hits)} rules"))
         else:
             problems.append(("leftover", f"{name} meets no rule"))
-    moves = []
+    moves, spoilt = [], set()
     for (r, fields), parts in joins.items():
         rule = rules[r]
         wanted = [_fill(template, dict(fields)) for template in rule.sources]
         problems += [("missing", name) for part, name in enumerate(wanted) if part not in parts]
+        targets = tuple(_fill(template, dict(fields)) for template in rule.targets)
         if len(parts) == len(wanted):
-            moves.append(Move(tuple(wanted), tuple(_fill(t, dict(fields)) for t in rule.targets), rule.layout))
-    return moves, problems
+            moves.append(Move(tuple(wanted), targets, rule.layout))
+        else:
+            spoilt.update(targets)
+    return moves, problems, spoilt
 
 
 def apply_rules(
@@ -207,9 +216,8 @@ def apply_rules(
 
     One ValueError lists everything that does not fit: leftover, ambiguous, duplicate, unexpected, missing, misshapen.
     """
-    moves, problems = plan(rules, tensors)
+    moves, problems, spoilt = _plan(rules, tensors)
     result: dict[str, mx.array] = {}
-    spoilt: set[str] = set()
     for move in moves:
         given = _listed([f"{name} {tensors[name].shape}" for name in move.sources])
         try:

@@ -201,10 +201,10 @@ class ExpertLinear(nn.Module):
         return cast(mx.Dtype, self.weight.dtype)
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O)."""
+        """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O); or (T, I), (T,) -> (T, O)."""
         if not on_cpu():
             turned = self.weight.swapaxes(1, 2)
-            y = mx.gather_mm(x[:, :, None], turned, rhs_indices=experts, sorted_indices=sorted_indices)[:, :, 0]
+            y = mx.gather_mm(x[..., None, :], turned, rhs_indices=experts, sorted_indices=sorted_indices)[..., 0, :]
         elif self.weight.dtype in _HALF:  # the matrices chosen, as a CPU gathers float32 only
             y = (self.weight[experts].astype(mx.float32) @ x.astype(mx.float32)[..., None])[..., 0]
         else:  # a CPU is quicker with the matrix on the left
@@ -250,17 +250,17 @@ class QuantizedExpertLinear(nn.Module):
         return self.weight, self.scales.astype(mx.float32), self.biases.astype(mx.float32)
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O)."""
+        """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O); or (T, I), (T,) -> (T, O)."""
         x = x.astype(mx.float32) if on_cpu() else x
         y = mx.gather_qmm(
-            x[:, :, None],
+            x[..., None, :],
             *self._packed(),
             rhs_indices=experts,
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,
             sorted_indices=sorted_indices,
-        )[:, :, 0]
+        )[..., 0, :]
         return y + self.bias[experts] if "bias" in self else y
 
     def grouped(self, x: mx.array, experts: mx.array | None) -> mx.array:
@@ -295,15 +295,15 @@ class Experts(nn.Module):
         return cast(mx.Dtype, (self.down_proj if self.gated else self.linear2).dtype)
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x (T, 1, D) through the experts (T, k) -> (T, k, D)."""
+        """x (T, 1, D) through the experts (T, k) -> (T, k, D); or (T, D), (T,) -> (T, D)."""
         return self._network(lambda layer, x: layer(x, experts, sorted_indices), x)
 
     def sorted(self, x: mx.array, experts: mx.array) -> mx.array:
-        """The same in the order of the experts, for GPUs, which then read each matrix once."""
-        k = experts.shape[1]
-        order = mx.argsort(mx.flatten(experts))
-        y = self(x[order // k], mx.flatten(experts)[order][:, None], True)
-        return mx.unflatten(y[mx.argsort(order), 0], 0, (-1, k))
+        """x (T, D) through the experts (T, k) -> (T, k, D), in their order, in which a GPU reads each matrix once."""
+        k, experts = experts.shape[1], mx.flatten(experts)
+        order = mx.argsort(experts)
+        y = self(x[order // k], experts[order], True)
+        return mx.unflatten(y[mx.argsort(order)], 0, (-1, k))
 
     def grouped(self, x: mx.array, experts: mx.array | None) -> mx.array:
         """x (n, b, D) through the experts (n,), or all in order -> (n, b, D)."""

@@ -132,7 +132,7 @@ class MoE(nn.Module):
             weights = mx.where(routing.kept, weights, mx.array(0.0))
         if how in ("dispatch", "blocks"):
             return layouts.collect(self.experts.grouped(layouts.spread(x, table), table.experts), weights, table)
-        y = self.experts(x[:, None], experts) if how == "gather" else self.experts.sorted(x[:, None], experts)
+        y = self.experts(x[:, None], experts) if how == "gather" else self.experts.sorted(x, experts)
         return (y * weights[..., None]).sum(axis=1)
 
 

@@ -32,6 +32,7 @@ _LARGEST = {
     "head_dim": 10**5,
     "hidden_dim": 10**7,
 }
+_LARGEST_MOE = {"num_experts": 10**4, "hidden_dim": 10**7, "shared_dim": 10**7}
 _ABOVE_0 = (
     *("rope_theta", "local_rope_theta", "norm_eps", "embed_scale"),
     *("attention_scale", "attention_softcap", "logit_softcap"),
@@ -159,9 +160,16 @@ class DecoderConfig:
             )
         if self.qk_norm == "whole" and self.norm_plus_one:
             raise ValueError('norm_plus_one must be false with qk_norm "whole", got true')
-        if self.moe is None and dense:
-            raise ValueError(f"dense_layers must be empty without a moe, got {dense!r:.80}")
-        if self.moe is not None and self.moe.embed_dim != self.embed_dim:
+        if self.moe is None:
+            if dense:
+                raise ValueError(f"dense_layers must be empty without a moe, got {dense!r:.80}")
+            return
+        if not isinstance(self.moe, MoEConfig):
+            raise ValueError(f"moe must be a MoEConfig, got a {type(self.moe).__name__}")
+        for name, limit in _LARGEST_MOE.items():
+            if getattr(self.moe, name) > limit:
+                raise ValueError(f"{name} of the moe must be at most {limit}, got {getattr(self.moe, name)}")
+        if self.moe.embed_dim != self.embed_dim:
             raise ValueError(f"embed_dim of the moe must be the decoder's, {self.embed_dim}, got {self.moe.embed_dim}")
 
     def has_mixture(self, index: int) -> bool:

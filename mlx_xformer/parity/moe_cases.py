@@ -5,6 +5,7 @@ Axes: T tokens, D embed_dim, E experts, k experts a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -105,7 +106,7 @@ def _sample(rng: Rng, what: str, options: Options, *shape: int, evaluated: bool 
     if routed:
         params = {name: x for name, x in params.items() if name.startswith(("router.", "selection_bias"))}
     called = {"config": config, "evaluated": evaluated}
-    return Sample(f"{what}: {facts}", arrays, called, params, joint=np.prod(shape) > 50)
+    return Sample(f"{what}: {facts}", arrays, called, params, joint=math.prod(shape) > 50)
 
 
 def _samples(rng: Rng, routed: bool = False) -> Iterator[Sample]:
