@@ -2,6 +2,7 @@
 
 Sources: transformers 5.23 (models/mixtral, qwen2_moe, qwen3_moe, olmoe; conversion_mapping.py, whose names of single
 experts its save_pretrained writes unless told otherwise); mlx-lm's `switch_mlp`, where experts are stacked and packed.
+router_aux_loss_coef is the alpha of each layer here; there it is that of one loss over the tokens of all layers.
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ def _plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list
             problems.append(("ambiguous", f"{name} meets {len(hits)} rules"))
         else:
             problems.append(("leftover", f"{name} meets no rule"))
-    moves, spoilt = [], set()
+    moves: list[Move] = []
+    spoilt: set[str] = set()
     for (r, fields), parts in joins.items():
         rule = rules[r]
         wanted = [_fill(template, dict(fields)) for template in rule.sources]

@@ -9,14 +9,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from decoders import config
-from harness import assert_within_budget, draw
+from harness import as32, assert_within_budget, draw
+from language import language_model, tiny_decoder
 from test_decoder import TOKENS, WIDE, drawn, truths
 
+from mlx_xformer.checkpoint import load_model
+from mlx_xformer.cli import main
+from mlx_xformer.generate import batch_generate, generate
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization, auxiliary_loss, quantize
 from mlx_xformer.moe import MoE
 from mlx_xformer.parity.decoder_cases import floats
-from mlx_xformer.reference.layers import linear, rms_norm, sub
-from mlx_xformer.reference.models import decoder as twin
+from mlx_xformer.reference.models.decoder import decoder as twin
+from mlx_xformer.tokenizer import Tokenizer
 
 KINDS = ["mixtral", "qwen2 moe", "qwen3 moe", "olmoe"]
 
@@ -43,22 +47,12 @@ def test_routings(name):
     assert len(routings) == len(mixtures) and [isinstance(b.mlp, MoE) for b in model.model.layers].count(True) == len(
         mixtures
     )
-    for dtype in (np.float64, np.float32):
-        x = twin.embed({n: p.astype(dtype) for n, p in params.items()}, own, TOKENS)
-        found = []
-        for index in range(own.num_layers):
-            layer = {n: p.astype(dtype) for n, p in sub(params, f"model.layers.{index}").items()}
-            y = x + twin.attend(sub(layer, "self_attn"), own, index, rms_norm(
-                sub(layer, "input_layernorm"), x, eps=own.norm_eps))  # fmt: skip
-            y = rms_norm(sub(layer, "post_attention_layernorm"), y, eps=own.norm_eps)
-            if index in mixtures:
-                found.append(linear(sub(layer, "mlp.router"), y).reshape(TOKENS.size, -1))
-            x = twin.block(layer, own, index, x)
-        expected = found if dtype == np.float64 else expected  # noqa: F821
-    for routing, truth, single in zip(routings, expected, found, strict=True):
-        assert_within_budget(routing.logits, truth, single)
-        best = np.sort(np.argsort(-truth, axis=-1)[:, : own.moe.num_experts_per_tok])
-        assert (np.sort(np.array(routing.experts)) == best).all()
+    expected, single = [], []
+    twin(params, own, TOKENS, routings=expected)
+    twin(as32(params), own, TOKENS, routings=single)
+    for routing, truth, near in zip(routings, expected, single, strict=True):
+        assert_within_budget(routing.logits, truth.logits, near.logits)
+        assert (np.sort(np.array(routing.experts)) == np.sort(truth.experts)).all()
 
 
 def test_the_loss_of_all_mixtures():
@@ -114,6 +108,38 @@ def test_a_capacity_makes_outputs_depend_on_the_batch(overflow):
     first, _ = capped("mixtral", 3, overflow=overflow)  # a count, which the length does not change
     whole, part = np.array(first(mx.array(TOKENS[1:]))), np.array(first(mx.array(TOKENS[1:, :7])))
     np.testing.assert_allclose(whole[:, :7], part, atol=1e-5)
+
+
+@pytest.mark.parametrize("overflow", ["drop", "expert"])
+@pytest.mark.parametrize("capacity", [0, 3, 0.75])
+def test_what_overflows_is_the_twin_s(capacity, overflow):
+    model, params = capped("mixtral", capacity, overflow=overflow)
+    routings, expected = [], []
+    logits = model(mx.array(TOKENS), routings=routings)
+    assert_within_budget(logits, *truths(params, model.config))
+    twin(params, model.config, TOKENS, routings=expected)
+    assert [r.dropped.item() for r in routings] == [int((~r.kept).sum()) for r in expected]
+
+
+# Generation
+
+
+def test_generation(tmp_path, capsys):
+    """Token by token, with a draft, in a batch and by the command: what a pass over all tokens says comes next."""
+    moe = {"embed_dim": 40, "hidden_dim": 23, "num_experts": 5, "num_experts_per_tok": 2, "renormalize": True}
+    model, prompt = tiny_decoder(moe=moe), list(b"hello")
+    expected = list(prompt)
+    for _ in range(20):
+        expected.append(int(model(mx.array([expected]), last=1)[0, -1].argmax().item()))
+    assert [token.id for token in generate(model, prompt, max_tokens=20)] == expected[5:]
+    drafted = generate(model, prompt, max_tokens=20, draft=model, caches=model.make_caches(slack=4))
+    assert [token.id for token in drafted] == expected[5:]
+    assert batch_generate(model, [prompt, prompt[2:]], max_tokens=20)[0] == expected[5:]
+    folder = language_model(tmp_path / "mlx", moe=moe)
+    assert main(["generate", str(folder), "hello", "--max-tokens", "20", "--json"]) == 0
+    tokenizer = Tokenizer(folder)
+    steps = generate(load_model(folder), tokenizer.encode("hello"), max_tokens=20, tokenizer=tokenizer)
+    assert json.loads(capsys.readouterr().out)["text"] == "".join(token.text for token in steps)
 
 
 # Packed matrices
