@@ -51,8 +51,9 @@ class SpreadMoE(MoE):
         self.group, self.config = group, moe.config
         count = moe.config.num_experts // group.size()
         self.first = group.rank() * count
-        single = {"num_experts_per_tok": 1, "groups": 1, "groups_per_tok": 1, "capacity": None}
-        self.own = dataclasses.replace(moe.config, num_experts=count, **single)  # of a choice by itself
+        self.own = dataclasses.replace(  # of a choice by itself
+            moe.config, num_experts=count, num_experts_per_tok=1, groups=1, groups_per_tok=1, capacity=None
+        )
         for part in moe.experts.modules():
             for name in [name for name, value in part.items() if isinstance(value, mx.array)]:
                 # A slice would keep the whole alive. One by one, so that a model whose weights are still on the disk
