@@ -1,6 +1,9 @@
 """The examples that train mixtures: they learn, what they save speaks, they stop and go on, and say what is wrong."""
 
+import hashlib
 import json
+import lzma
+import re
 import signal
 import subprocess
 import sys
@@ -111,3 +114,15 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
         code, _, err = start(script, tmp_path / "never", *arguments)
         assert code == 1 and err.count("\n") == 1 and "steps must be at least 1 and seed at least 0, got" in err, err
     assert start(COMPARE, tmp_path / "never", "--seeds", "1,x")[0] == 2 and not (tmp_path / "never").exists()
+
+
+def test_the_readme_says_where_the_book_is_from_and_its_figures_meet_the_bar():
+    readme = (EXAMPLES / "README.md").read_text("utf-8")
+    book = lzma.decompress((EXAMPLES / "sherlock_holmes.txt.xz").read_bytes())
+    assert hashlib.sha256(book).hexdigest() in readme and b"gutenberg" not in book.lower()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \(layer \d\) \| ([\d.]+) \(layer \d\) \|", readme, re.M)
+    assert len(rows) == 3
+    for _, balanced, free in rows:
+        assert float(balanced) < 1.3 and float(free) >= float(balanced) + 0.2
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", readme):
+        assert (EXAMPLES / name).is_file()
