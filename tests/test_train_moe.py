@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from processes import BIN, run
+
+from mlx_xformer import Tokenizer, load
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN, COMPARE = EXAMPLES / "train_moe.py", EXAMPLES / "compare_moe.py"
@@ -68,6 +71,28 @@ def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1] and not (tmp_path / "parts" / "state.safetensors").exists()
     assert start(TRAIN, tmp_path / "parts", *arguments)[2] == ""  # it is there already
+
+
+def test_what_is_measured_is_of_the_text_held_out(tmp_path, text):
+    """By hand, from the model that was saved, on more than fits one batch."""
+    text.write_text(text.read_text("utf-8") * 11, "utf-8")
+    assert start(TRAIN, tmp_path / "out", "--text", text, "--steps", 7)[0] == 0
+    model, tokenizer = load(tmp_path / "out" / "model"), Tokenizer(tmp_path / "out" / "model")
+    tokens = tokenizer.encode(text.read_text("utf-8"))
+    assert len(tokens) == len(text.read_bytes()) and tokenizer.decode(tokens) == text.read_text("utf-8")
+    held = tokens[len(tokens) * 9 // 10 :]
+    rows = [held[i : i + 129] for i in range(0, len(held) - 128, 129)]
+    losses, load_of = [], np.zeros((3, 8))
+    for row in rows:
+        routings = []
+        logits = np.array(model(mx.array([row[:-1]]), routings=routings)[0], np.float64)
+        logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        losses.append(-logits[np.arange(128), row[1:]].mean())
+        for layer, routing in enumerate(routings):
+            load_of[layer] += np.bincount(np.array(routing.experts).ravel(), minlength=8)
+    record = notes(tmp_path / "out")
+    assert len(rows) > 64 and abs(record["held_out"] - np.mean(losses)) < 1e-4
+    assert record["imbalance"] == pytest.approx((load_of.max(axis=1) / (256 * len(rows) / 8)).tolist())
 
 
 def test_comparison(tmp_path, text):
