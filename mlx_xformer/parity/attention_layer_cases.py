@@ -161,6 +161,6 @@ def _twin_encoder(params: dict, arrays: dict, options: Options) -> Any:
 
 CASES = {
     "Attention": Case(_samples, _attention, _twin, half=4.0, half_vjp=8.0),
-    "Attention, joined": Case(_one_row, _joined, _twin, half=4.0, vjp=False),  # join() takes no weights of a gradient
+    "Attention.join": Case(_one_row, _joined, _twin, half=4.0, vjp=False),  # join() takes no weights of a gradient
     "CrossTransformerEncoder": Case(_encoder_samples, _encoder, _twin_encoder, half=4.0, half_vjp=8.0),
 }

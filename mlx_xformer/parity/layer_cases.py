@@ -336,7 +336,7 @@ CASES = {
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
     "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
-    "GatedFeedForward, joined": Case(_gated_row, _joined, _twin_gated, vjp=False),  # weights of a gradient do not join
+    "GatedFeedForward.join": Case(_gated_row, _joined, _twin_gated, vjp=False),  # weights of a gradient do not join
     "Embedding": Case(_embedding, _as_linear, lambda p, x, _: twin.linear(p, **x)),
     "DilatedConv1d": Case(_dilated, layer(layers.DilatedConv1d), _twin_dilated),
     "ConvTranspose1d": Case(
