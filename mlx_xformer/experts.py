@@ -129,10 +129,6 @@ def collect(y: mx.array, weights: mx.array, table: Table) -> mx.array:
 # Products of groups of rows
 
 
-def _by_weight(cotangent: mx.array, x: mx.array) -> mx.array:
-    return cotangent.swapaxes(1, 2) @ x
-
-
 def _both(by_x: Callable[..., mx.array], arrays: tuple[mx.array, ...], by_weight: Callable[[], mx.array]) -> list:
     """Both gradients of a product side by side: that by x in as many stretches as leave each worker one task."""
     stretches = max(1, runtime.workers - 1)
@@ -151,7 +147,7 @@ def _dispatched(x: mx.array, weight: mx.array) -> mx.array:
 @_dispatched.vjp
 def _(primals, cotangent, _):
     x, weight = primals
-    return tuple(_both(lambda y, w: y @ w, (cotangent, weight), lambda: _by_weight(cotangent, x)))
+    return tuple(_both(lambda y, w: y @ w, (cotangent, weight), lambda: cotangent.swapaxes(1, 2) @ x))
 
 
 @mx.custom_function
@@ -165,9 +161,10 @@ def _(primals, cotangent, _):
     x, weight, experts = primals
 
     def by_weight() -> mx.array:
-        groups = mx.flatten(_by_weight(cotangent, x), 1, 2)  # (n, O I), summed by expert
-        hot = (mx.arange(len(weight))[:, None] == experts).astype(x.dtype)
-        return (hot @ groups).reshape(weight.shape)
+        own = mx.arange(len(weight))[:, None]
+        ends = [(experts < own).sum(axis=1), (experts <= own).sum(axis=1)]  # the groups of each lie side by side
+        segments = mx.stack(ends, axis=1).astype(mx.uint32) * x.shape[1]
+        return mx.segmented_mm(mx.flatten(cotangent, 0, 1).T, mx.flatten(x, 0, 1), segments)
 
     by_x = lambda y, experts: mx.gather_mm(y, weight, rhs_indices=experts)  # noqa: E731
     return (*_both(by_x, (cotangent, experts), by_weight), mx.zeros_like(experts))

@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 
-# The form that products take, measured by bench/run.py --mixture.
-_FEW = 24  # choices that a CPU multiplies one by one
+# The form that products take, by what bench/run.py --mixture and its like measured.
+_FEW = 8  # choices, or as many as there are experts if these are more, that a CPU multiplies one by one
 _SORTED = 64  # choices from which a GPU gains by sorting
 _PADDED = 1.15  # how many rows "dispatch" may have for one of "blocks", whose products are smaller
 
 
 def block_rows(choices: int, num_experts: int) -> int:
-    """The rows of a group: a quarter of what an expert gets on average, where padding and small products cost alike."""
-    rows = 16
-    while rows < 64 and rows * 4 * num_experts < choices:
+    """The rows of a group, which grow with the root of what an expert gets: padding and small products cost alike."""
+    rows = 8
+    while rows < 64 and rows * rows * num_experts < 4 * choices:
         rows *= 2
     return rows
 
@@ -53,7 +53,7 @@ def layout(config: MoEConfig, tokens: int, *, half: bool, training: bool) -> str
         if training and taken < tokens:
             return "dispatch"
         return "sorted" if choices >= _SORTED else "gather"
-    if not training and choices <= (config.num_experts // 2 if half else _FEW):
+    if not training and choices <= (config.num_experts // 2 if half else max(_FEW, config.num_experts)):
         return "gather"
     rows = block_rows(choices, config.num_experts)
     blocks = layouts.num_groups(choices, config.num_experts, rows) * rows

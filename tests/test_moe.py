@@ -198,7 +198,7 @@ def test_what_is_chosen_by_size(monkeypatch):
     def chosen(tokens, half=False, training=False, **options):
         return moe.layout(MoEConfig(256, 512, 8, 2, **options), tokens, half=half, training=training)
 
-    assert [chosen(tokens) for tokens in (1, 8, 512)] == ["gather", "gather", "blocks"]
+    assert [chosen(tokens) for tokens in (1, 4, 512)] == ["gather", "gather", "blocks"]
     assert chosen(512, capacity=1.25) == chosen(512, capacity=1.25, training=True) == "dispatch"
     assert chosen(512, capacity=4.0) == "blocks"  # which has a quarter of the rows
     assert chosen(1, training=True) != "gather"
