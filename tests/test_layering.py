@@ -11,6 +11,7 @@ LAYERS = [
     ["runtime"],
     ["cpu"],
     ["kernels"],
+    ["joint"],
     ["masks", "positions", "layers", "spectral"],
     ["cache"],
     ["scores", "attention_config"],
