@@ -4,7 +4,7 @@ import pytest
 from planted import outcomes, source_of, task
 from test_attention_mutations import CHECK
 
-MOE, ROUTING, EXPERTS, CONFIG = "moe", "routing", "experts", "moe_config"
+MOE, ROUTING, GROUPING, EXPERTS, CONFIG = "moe", "routing", "grouping", "experts", "moe_config"
 
 # name: (module, source, planted, the operation that must fail)
 MUTANTS = {
@@ -131,27 +131,27 @@ MUTANTS = {
     ),
     "gate and up swapped": (
         EXPERTS,
-        "through(self.gate_proj, x), through(self.up_proj, x)",
-        "through(self.up_proj, x), through(self.gate_proj, x)",
+        "activation(through(self.gate_proj, x), through(self.up_proj, x))",
+        "activation(through(self.up_proj, x), through(self.gate_proj, x))",
         "MoE",
     ),
     "biases in order": (EXPERTS, "bias if experts is None else bias[experts]", "bias[: len(y)]", "MoE"),
     "biases of others": (EXPERTS, 'x.astype(mx.float32)[..., None], lhs_indices=experts)[..., 0]\n        return y + '
                          "self.bias[experts]", "x.astype(mx.float32)[..., None], lhs_indices=experts)[..., 0]\n"
                          "        return y + self.bias[experts * 0]", "MoE"),
-    "a row too far": (EXPERTS, "at = mx.where(place < rows,", "at = mx.where(place <= rows,", "MoE"),
+    "a row too far": (GROUPING, "at = mx.where(place < rows,", "at = mx.where(place <= rows,", "MoE"),
     "blocks begin where they end": (
-        EXPERTS,
+        GROUPING,
         "mx.concatenate([mx.zeros((1,), ends.dtype), ends[:-1]])",
         "ends",
         "MoE",
     ),
-    "blocks of the expert before": (EXPERTS, ">= ends).sum", "> ends).sum", "MoE"),
-    "the gradient of one choice": (EXPERTS, "_below(cotangent)[place].sum(axis=1)", "_below(cotangent)[place][:, 0]",
+    "blocks of the expert before": (GROUPING, ">= ends).sum", "> ends).sum", "MoE"),
+    "the gradient of one choice": (GROUPING, "_below(cotangent)[place].sum(axis=1)", "_below(cotangent)[place][:, 0]",
                                    "MoE"),
-    "the gradient of rows not weighed": (EXPERTS, "_below(cotangent)[source] * at[:-1, None]",
+    "the gradient of rows not weighed": (GROUPING, "_below(cotangent)[source] * at[:-1, None]",
                                          "_below(cotangent)[source]", "MoE"),
-    "the gradient of weights of other tokens": (EXPERTS, "_below(y)[place] * cotangent[:, None]",
+    "the gradient of weights of other tokens": (GROUPING, "_below(y)[place] * cotangent[:, None]",
                                                 "_below(y)[place] * cotangent[::-1][:, None]", "MoE"),
     "the gradient of the expert above": (EXPERTS, "(experts <= own).sum(axis=1)", "(experts < own + 2).sum(axis=1)",
                                          "MoE"),
