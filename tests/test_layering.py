@@ -19,7 +19,7 @@ LAYERS = [
     ["attention"],
     ["moe_config"],
     ["routing"],
-    ["experts"],
+    ["experts", "grouping"],
     ["moe", "torch_layout"],
     ["blocks"],
     ["models"],
