@@ -103,6 +103,21 @@ def _bent(x: mx.array) -> mx.array:
     return (x * x * 0.044715 + 1.0) * x * (2 * math.sqrt(2 / math.pi))
 
 
+@mx.compile
+def _gated(a: mx.array, b: mx.array, bent: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return a * b * _above_half(bent, low, high, _LOGISTIC)
+
+
+def swiglu(x: mx.array, y: mx.array) -> mx.array:
+    """silu(x) * y."""
+    return _gated(x, y, x, *_bounds(_LOGISTIC))
+
+
+def geglu_tanh(x: mx.array, y: mx.array) -> mx.array:
+    """gelu_tanh(x) * y."""
+    return _gated(x, y, _bent(x), *_bounds(_LOGISTIC))
+
+
 def gelu_tanh(x: mx.array) -> mx.array:
     """The tanh form of GELU: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
     return gate(x, _bent(x))
@@ -184,12 +199,15 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, step: int | No
 
 _UNCOPIED = (10**6, 1200)  # multiplications and results of a product up to which OpenBLAS copies no operand (AVX-512)
 # Numbers of a matrix that are worth a worker: few where each is copied for a product, at a nanosecond or so.
-_SHARE = 2**20 if runtime.blas_kernels in ("skylakex", "cooperlake", "sapphirerapids") else 2**18
+_SHARE = 2**18 if runtime.blas_copies else 2**20
 _LEAST = 32  # rows of a piece
 
 
 def few_rows(x: mx.array, weight: mx.array) -> mx.array:
-    """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight."""
+    """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight, or one
+    where OpenBLAS shares it out among the cores."""
+    if runtime.in_turn:
+        return x @ weight.T
     M, (O, I) = len(x), weight.shape
     workers = max(1, min(runtime.workers, weight.size // _SHARE))
     size = _divisor(O, max(1, min(_UNCOPIED[0] // (M * I), _UNCOPIED[1] // M, O // workers)))

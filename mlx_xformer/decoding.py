@@ -5,12 +5,17 @@ Axes: B rows of a batch, V vocabulary, n tokens so far, m of them that are drawn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from .attention import Attention
+from .layers import GatedFeedForward
+from .runtime import products_in_turn
 from .samplers import Sampler
 
 if TYPE_CHECKING:
@@ -34,6 +39,16 @@ class Settings:
     progress: Progress | None = None
 
 
+@contextmanager
+def stepping(*models: Decoder) -> Iterator[None]:
+    """For steps of a few tokens: projections of one input are joined, and one product at a time takes all cores."""
+    for module in (module for model in models if isinstance(model, nn.Module) for module in model.modules()):
+        if isinstance(module, (Attention, GatedFeedForward)):
+            module.join()
+    with products_in_turn():
+        yield
+
+
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
     """(token, logprob) in turn. The next step is queued before a token is read."""
     history = mx.array(list(prompt), mx.int32)[None]
@@ -46,11 +61,12 @@ def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], set
 
     logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
     following = drawn(logits, history)
-    for count in range(1, settings.limit + 1):
-        token, history, *score = following
-        if count < settings.limit:
-            following = drawn(model(token[:, None], caches=caches, last=1)[:, -1], history)
-        yield _number(token), _number(score[0]) if score else None
+    with stepping(model):
+        for count in range(1, settings.limit + 1):
+            token, history, *score = following
+            if count < settings.limit:
+                following = drawn(model(token[:, None], caches=caches, last=1)[:, -1], history)
+            yield _number(token), _number(score[0]) if score else None
 
 
 def together(
@@ -68,20 +84,21 @@ def together(
     logits = read_prompt(model, mx.maximum(history, 0), caches, settings.chunk)
     following, history = next_tokens(logits, history, settings.sampler)
     mx.async_eval(following, history, arrays(caches))
-    for count in range(1, settings.limit + 1):
-        tokens = following
-        if count < settings.limit:
-            logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
-            following, history = next_tokens(logits, history, settings.sampler)
-            mx.async_eval(following, history, arrays(caches))
-        read = cast("list[int]", tokens.tolist())
-        going = [i for i, (row, token) in enumerate(zip(rows, read, strict=True)) if not ended(row, token)]
-        if not going:
-            return
-        if len(going) < len(rows):
-            caches = [cache.select(going) for cache in caches]
-            rows, index = [rows[i] for i in going], mx.array(going)
-            following, history = following[index], history[index]
+    with stepping(model):
+        for count in range(1, settings.limit + 1):
+            tokens = following
+            if count < settings.limit:
+                logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
+                following, history = next_tokens(logits, history, settings.sampler)
+                mx.async_eval(following, history, arrays(caches))
+            read = cast("list[int]", tokens.tolist())
+            going = [i for i, (row, token) in enumerate(zip(rows, read, strict=True)) if not ended(row, token)]
+            if not going:
+                return
+            if len(going) < len(rows):
+                caches = [cache.select(going) for cache in caches]
+                rows, index = [rows[i] for i in going], mx.array(going)
+                following, history = following[index], history[index]
 
 
 def with_draft(
@@ -102,27 +119,28 @@ def with_draft(
     history = mx.array(known, mx.int32)[None]
     logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
     tokens, scores = _drawn(logits[:, None], history, settings)
-    while True:
-        known.append(tokens[0])
-        yield tokens[0], scores[0]
-        if len(known) == end:
-            return
-        guesses = min(settings.ahead, end - len(known) - 1)
-        history = _guessed(draft, draft_caches, known, guesses, settings)
-        logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1)
-        tokens, scores = _drawn(logits, history, settings)
-        guessed = cast("list[int]", history[0, len(known) :].tolist())
-        right = next((i for i in range(guesses) if guessed[i] != tokens[i]), guesses)
-        before, seen = len(known), 0
-        try:
-            while seen < right:
-                known.append(tokens[seen])
-                seen += 1
-                yield known[-1], scores[seen - 1]
-        finally:  # the caches hold what was yielded, also where the caller has had enough
-            for cache in (*caches, *draft_caches):
-                cache.trim(max(0, cache.length - before - seen))
-        tokens, scores = tokens[right:], scores[right:]
+    with stepping(model, draft):
+        while True:
+            known.append(tokens[0])
+            yield tokens[0], scores[0]
+            if len(known) == end:
+                return
+            guesses = min(settings.ahead, end - len(known) - 1)
+            history = _guessed(draft, draft_caches, known, guesses, settings)
+            logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1)
+            tokens, scores = _drawn(logits, history, settings)
+            guessed = cast("list[int]", history[0, len(known) :].tolist())
+            right = next((i for i in range(guesses) if guessed[i] != tokens[i]), guesses)
+            before, seen = len(known), 0
+            try:
+                while seen < right:
+                    known.append(tokens[seen])
+                    seen += 1
+                    yield known[-1], scores[seen - 1]
+            finally:  # the caches hold what was yielded, also where the caller has had enough
+                for cache in (*caches, *draft_caches):
+                    cache.trim(max(0, cache.length - before - seen))
+            tokens, scores = tokens[right:], scores[right:]
 
 
 def _guessed(draft: Decoder, caches: list[KVCache], known: list[int], guesses: int, settings: Settings) -> mx.array:

@@ -217,6 +217,33 @@ def silu(x: mx.array) -> mx.array:
     return _fast_silu(x) if vectorizes(x) else _plain_silu(x)
 
 
+@_fused
+def _plain_swiglu(x: mx.array, y: mx.array) -> mx.array:
+    return x * mx.sigmoid(x) * y
+
+
+_fast_swiglu = _with_gradient_of(_plain_swiglu)(cpu.swiglu)
+
+
+def swiglu(x: mx.array, y: mx.array) -> mx.array:
+    """silu(x) * y (Shazeer 2020, arXiv 2002.05202). Two arrays of any one shape."""
+    return _fast_swiglu(x, y) if vectorizes(x) else _plain_swiglu(x, y)
+
+
+@_fused
+def _plain_geglu_tanh(x: mx.array, y: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))) * y
+
+
+_fast_geglu_tanh = _with_gradient_of(_plain_geglu_tanh)(cpu.geglu_tanh)
+
+
+def geglu_tanh(x: mx.array, y: mx.array) -> mx.array:
+    """gelu_tanh(x) * y, likewise."""
+    return _fast_geglu_tanh(x, y) if vectorizes(x) else _plain_geglu_tanh(x, y)
+
+
+GATED = {"silu": swiglu, "gelu_tanh": geglu_tanh}  # what checkpoints gate with: activation(x) * y
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "silu": silu}
 
 

@@ -257,6 +257,7 @@ def test_product(shape, biased):
 def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, workers):
     """Equal pieces, shared out among workers where the matrix is large; the whole where its rows have no divisor."""
     monkeypatch.setattr(runtime, "workers", workers)
+    monkeypatch.setattr(runtime, "in_turn", 0)
     monkeypatch.setattr(cpu, "_SHARE", 2**12)
     for size in (3, 96, 1031, 33 * 47):
         x, weight = signal(rows, 67), signal(size, 67, seed=1)

@@ -151,3 +151,24 @@ for samples in (1500, 4000, 3000):
     first, second, third = map(int, answer.stdout.split())
     assert first > 0 or not kernels._FUSES
     assert first == second == third
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has threads of its own")
+@pytest.mark.parametrize(("kernels", "expected"), [("Haswell", "[1, 3, 3, 3, 1]"), ("Cooperlake", "[1]")])
+def test_products_in_turn_take_all_cores_until_the_last_is_done(kernels, expected):
+    code = """
+from mlx_xformer import runtime
+with runtime.products_in_turn():
+    with runtime.products_in_turn():
+        pass
+    assert runtime.in_turn == (len(told) > 1)
+    try:
+        with runtime.products_in_turn():
+            raise KeyError
+    except KeyError:
+        pass
+assert not runtime.in_turn
+print(told)
+"""
+    answer = run(f"{FAKE.replace('Zen', kernels)}\n{code}")
+    assert answer.stdout == f"{expected}\n", answer.stderr

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from .. import kernels
 from ..attention import Attention
 from ..cache import KVCache
-from ..layers import GATED, Embedding, GatedFeedForward, RMSNorm
+from ..layers import Embedding, GatedFeedForward, RMSNorm
 from ..moe import MoE, MoEConfig, Routing
 from ..positions import Rotary, RotaryScaling
 
@@ -131,8 +131,8 @@ class DecoderConfig:
         self._check_layers()
 
     def _check_choices(self) -> None:
-        if not isinstance(self.activation, str) or self.activation not in GATED:
-            raise ValueError(f"activation must be one of {', '.join(GATED)}, got {self.activation!r:.80}")
+        if not isinstance(self.activation, str) or self.activation not in kernels.GATED:
+            raise ValueError(f"activation must be one of {', '.join(kernels.GATED)}, got {self.activation!r:.80}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
         if not set(self.attention_bias) <= {"q", "k", "v", "out"}:

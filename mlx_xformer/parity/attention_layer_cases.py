@@ -113,8 +113,19 @@ def _samples(rng: Rng) -> Iterator[Sample]:
     yield _sample(rng, "large, window", {**large, "window": 29, "causal": True, "alibi": True}, (1, 197, 24))
 
 
+def _one_row(rng: Rng) -> Iterator[Sample]:
+    for what, options in CONFIGS.items():
+        yield _sample(rng, what, options, (1, 1, E), masked=False)
+
+
 def _attention(params: dict, arrays: dict, options: Options) -> Any:
     return with_params(_made(options), params)(**arrays, **{name: options[name] for name in _CALLED if name in options})
+
+
+def _joined(params: dict, arrays: dict, options: Options) -> Any:
+    module = with_params(_made(options), params)
+    module.join()
+    return module(**arrays, **{name: options[name] for name in _CALLED if name in options})
 
 
 def _twin(params: dict, arrays: dict, options: Options) -> np.ndarray:
@@ -151,5 +162,6 @@ def _twin_encoder(params: dict, arrays: dict, options: Options) -> Any:
 
 CASES = {
     "Attention": Case(_samples, _attention, _twin, half=4.0, half_vjp=8.0),
+    "Attention.join": Case(_one_row, _joined, _twin, half=4.0, vjp=False),  # join() takes no weights of a gradient
     "CrossTransformerEncoder": Case(_encoder_samples, _encoder, _twin_encoder, half=4.0, half_vjp=8.0),
 }

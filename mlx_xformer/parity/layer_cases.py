@@ -105,6 +105,14 @@ def _rms_norm(rng: Rng) -> Iterator[Sample]:
     yield odd
 
 
+def _whole_rms_norm(rng: Rng) -> Iterator[Sample]:
+    for heads, dims in ((1, 7), (2, 3), (5, 48), (3, 350)):
+        for B, L in ((2, 5), (1, 1), (3, 0)):
+            options = {"dims": heads * dims, "eps": 1e-2 if heads == 2 else 1e-6}
+            yield _of_module(rng, layers.WholeRMSNorm, options, B, heads, L, dims)
+    yield _of_module(rng, layers.WholeRMSNorm, {"dims": 33}, 2, 3, 5, 11, strided=True)
+
+
 def _group_norm(rng: Rng) -> Iterator[Sample]:
     for groups in (1, 2, 6):
         for axes in (None, (1,), (1, 2)):
@@ -167,7 +175,7 @@ def _feed_forward(rng: Rng) -> Iterator[Sample]:
 
 
 def _gated(rng: Rng) -> Iterator[Sample]:
-    for activation in layers.GATED:
+    for activation in kernels.GATED:
         options = {"embed_dim": 7, "hidden_dim": 13, "activation": activation}
         for shape in ((2, 5), (1,), (101,), (), (3, 2, 1, 2)):
             yield _of_module(rng, layers.GatedFeedForward, options, *shape, 7)
@@ -175,6 +183,14 @@ def _gated(rng: Rng) -> Iterator[Sample]:
         yield _of_module(rng, layers.GatedFeedForward, options, 2, 5, 7, strided=True)
     wide = {"embed_dim": 67, "hidden_dim": 131}
     yield _of_module(rng, layers.GatedFeedForward, wide, 211, 67)
+
+
+def _gated_row(rng: Rng) -> Iterator[Sample]:
+    for activation in kernels.GATED:
+        for biased in (False, True):
+            options = {"embed_dim": 7, "hidden_dim": 13, "activation": activation, "bias": biased}
+            for shape in ((1,), (), (1, 1)):
+                yield _of_module(rng, layers.GatedFeedForward, options, *shape, 7)
 
 
 def _embedding(rng: Rng) -> Iterator[Sample]:
@@ -208,6 +224,13 @@ def _transposed(rng: Rng) -> Iterator[Sample]:
 
 
 # The fused chains of kernels.py
+
+
+def _pairs(rng: Rng) -> Iterator[Sample]:
+    for shape in ((3, 5, 7), (1,), (101,), (), (2, 0), (41, 67)):
+        arrays = {"x": signal(rng, *shape), "y": signal(rng, *shape)}
+        yield Sample(described(x=shape), arrays)
+        yield Sample(described(x=shape, strided=True), arrays, strided=True)
 
 
 def _conv_glu(rng: Rng) -> Iterator[Sample]:
@@ -272,6 +295,11 @@ def _activation(name: str) -> Case:
     )
 
 
+def _gating(name: str, ours: Callable[..., Any]) -> Case:
+    activation = getattr(twin_kernels, name)
+    return Case(_pairs, function(ours), lambda p, x, _: activation(x["x"]) * x["y"], half=2.0, by_input=True)
+
+
 def _twin_layer_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     return twin.layer_norm(params, arrays["x"], eps=options.get("eps", 1e-5))
 
@@ -280,9 +308,19 @@ def _twin_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarr
     return twin.rms_norm(params, arrays["x"], options.get("eps", 1e-5), options.get("plus_one", False))
 
 
+def _twin_whole_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.whole_rms_norm(params, arrays["x"], options.get("eps", 1e-5))
+
+
 def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     activation = getattr(twin_kernels, options.get("activation", "silu"))
     return twin.gated_feed_forward(params, arrays["x"], activation=activation)
+
+
+def _joined(params: dict, arrays: dict, options: Options) -> Any:
+    module = with_params(layers.GatedFeedForward(**options), params)
+    module.join()
+    return module(**arrays)
 
 
 def _as_linear(params: dict, arrays: dict, options: Options) -> Any:
@@ -295,6 +333,8 @@ def _twin_feed_forward(params: Arrays, arrays: Arrays, options: Options) -> np.n
 
 CASES = {
     **{name: _activation(name) for name in ("gelu", "gelu_tanh", "relu", "silu", "glu")},
+    "swiglu": _gating("silu", kernels.swiglu),
+    "geglu_tanh": _gating("gelu_tanh", kernels.geglu_tanh),
     "mean_var": Case(
         _mean_var, function(kernels.mean_var), function(twin_kernels.mean_var), result="float32", by_input=True
     ),
@@ -304,10 +344,12 @@ CASES = {
     ),
     "LayerNorm": Case(_layer_norm, layer(layers.LayerNorm), _twin_layer_norm),
     "RMSNorm": Case(_rms_norm, layer(layers.RMSNorm), _twin_rms_norm),
+    "WholeRMSNorm": Case(_whole_rms_norm, layer(layers.WholeRMSNorm), _twin_whole_rms_norm),
     "GroupNorm": Case(_group_norm, layer(layers.GroupNorm, "axes"), _twin_group_norm),
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
     "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
+    "GatedFeedForward.join": Case(_gated_row, _joined, _twin_gated, vjp=False),  # weights of a gradient do not join
     "Embedding": Case(_embedding, _as_linear, lambda p, x, _: twin.linear(p, **x)),
     "DilatedConv1d": Case(_dilated, layer(layers.DilatedConv1d), _twin_dilated),
     "ConvTranspose1d": Case(
