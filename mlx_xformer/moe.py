@@ -117,7 +117,7 @@ class MoE(nn.Module):
 
     def mixed(self, x: mx.array, routing: Routing) -> mx.array:
         """x (T, D) -> the same, of the experts that had room."""
-        config, T, experts = self.config, len(x), routing.experts
+        config, T, experts = routing.config, len(x), routing.experts
         taken = config.slots(T)
         if not taken:
             return mx.zeros(x.shape, x.dtype)
