@@ -6,7 +6,7 @@ each, see grouping.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -28,12 +28,13 @@ def on_cpu() -> bool:
 
 
 def _both(by_x: Callable[..., mx.array], arrays: tuple[mx.array, ...], by_weight: Callable[[], mx.array]) -> list:
-    """Both gradients of a product side by side: that by x in as many stretches as leave each worker one task."""
+    """Both gradients of a product side by side: that by x, for which others wait, in stretches on the first workers,
+    that by the weight on the last."""
     stretches = max(1, runtime.workers - 1)
     step = -(-len(arrays[0]) // stretches)
     starts = range(0, len(arrays[0]), step)
-    tasks = [by_weight, *(lambda at=at: by_x(*(a[at : at + step] for a in arrays)) for at in starts)]
-    weight, *parts = kernels.side_by_side(tasks)
+    tasks = [*(lambda at=at: by_x(*(a[at : at + step] for a in arrays)) for at in starts), by_weight]
+    *parts, weight = kernels.side_by_side(tasks)
     return [parts[0] if len(parts) == 1 else mx.concatenate(parts), weight]
 
 
@@ -87,7 +88,7 @@ def _in_stretches(elementwise: Callable[..., mx.array]) -> Callable[..., mx.arra
         primals = primals if isinstance(primals, (tuple, list)) else (primals,)
         step = -(-len(cotangent) // runtime.workers)
         parts = [slice(at, at + step) for at in range(0, len(cotangent), step)]
-        ones: Any = [partial(_gradients, elementwise, [x[part] for x in primals], cotangent[part]) for part in parts]
+        ones: Any = [partial(_gradients, elementwise, primals, cotangent, part) for part in parts]
         found: Any = cpu.side_by_side(ones)
         gradients = [mx.concatenate(list(pieces)) for pieces in zip(*found, strict=True)]
         return tuple(gradients) if len(gradients) > 1 else gradients[0]
@@ -95,8 +96,11 @@ def _in_stretches(elementwise: Callable[..., mx.array]) -> Callable[..., mx.arra
     return cast(Callable[..., mx.array], function)
 
 
-def _gradients(elementwise: Callable[..., mx.array], primals: list[mx.array], cotangent: mx.array) -> list[mx.array]:
-    return cast(list[mx.array], mx.vjp(elementwise, primals, [cotangent])[1])
+def _gradients(
+    elementwise: Callable[..., mx.array], primals: Sequence[mx.array], cotangent: mx.array, part: slice
+) -> list[mx.array]:
+    """Of a stretch, which is cut on the worker's own stream: on another it would wait for what that does."""
+    return cast(list[mx.array], mx.vjp(elementwise, [x[part] for x in primals], [cotangent[part]])[1])
 
 
 # Modules

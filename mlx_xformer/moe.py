@@ -96,9 +96,6 @@ class MoE(nn.Module):
             raise ValueError(f"x must be (..., embed_dim), {config.embed_dim} wide, got {x.shape}")
         tokens = x if x.ndim == 2 else x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         routing = self.route(tokens)
-        kind = mx.result_type(x, self.experts.dtype)
-        if not x.size:
-            return x.astype(kind), routing
         y = self.mixed(tokens, routing)
         if "overflow_expert" in self and routing.kept is not None:
             over = mx.where(routing.kept, mx.array(0.0), routing.weights).sum(axis=-1, keepdims=True)
@@ -108,7 +105,7 @@ class MoE(nn.Module):
             if "shared_expert_gate" in self:
                 shared = shared * mx.sigmoid(self.shared_expert_gate(tokens))
             y = y + shared
-        y = y.astype(kind)
+        y = y.astype(mx.result_type(x, self.experts.dtype))
         return y if x.ndim == 2 else y.reshape(x.shape), routing
 
     def route(self, x: mx.array) -> Routing:

@@ -263,7 +263,8 @@ def test_compiles_forward_and_gradient(options, tokens):
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (2, 0), (3, 2, 5)])
 def test_any_leading_axes(shape):
-    layer, x = made(num_experts_per_tok=2, capacity=1.5, overflow="expert"), signal(*shape, D)
+    layer = made(num_experts_per_tok=2, capacity=1.5, overflow="expert", shared_dim=13, shared_gate=True)
+    x = signal(*shape, D)
     y, routing = layer(x)
     tokens = math.prod(shape)
     assert y.shape == x.shape and routing.logits.shape == (tokens, E)
