@@ -21,7 +21,8 @@ def spread(model: nn.Module, group: mx.distributed.Group) -> None:
     the order of the ranks, and the memory of the others is freed.
 
     What the model computes stays the same, as long as all processes hold the same weights and are given the same input.
-    It waits for all of them in every layer. ValueError, before anything is changed, where n does not divide E.
+    It waits for all of them in every layer. ValueError, before anything is changed, where n does not divide E. (For a
+    MoE by itself: SpreadMoE.)
     """
     mixtures = [(name, module) for name, module in model.named_modules() if name and isinstance(module, MoE)]
     if not mixtures:

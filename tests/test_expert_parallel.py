@@ -121,3 +121,10 @@ def test_the_example_says_what_one_process_says(tmp_path):
     launched = run(([*head, sys.executable, EXAMPLE, model, "hello"], {}))[0]
     assert alone[0] == 0 and len(alone[1]) > 20, alone
     assert launched == alone
+
+
+def test_the_example_says_in_a_line_what_cannot_be(tmp_path):
+    model = language_model(tmp_path / "model", moe=cases.DECODER | {"num_experts": 7})
+    answers = side_by_side(tmp_path, sys.executable, EXAMPLE, model, "hello")
+    reason = "num_experts must be a multiple of the number of processes, 2, got 7"
+    assert answers == [(1, "", f"expert_parallel.py: {reason}\n")] * 2

@@ -59,7 +59,9 @@ def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
     try:
         seen = b""
         while b"| 3/23" not in seen:
-            seen += child.stderr.read1()
+            more = child.stderr.read1()
+            assert more, seen.decode()
+            seen += more
         child.send_signal(signal.SIGINT)
         assert b"the same command goes on from here" in child.communicate(timeout=60)[1] and child.returncode == 1
     finally:
