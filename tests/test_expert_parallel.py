@@ -80,6 +80,18 @@ def test_the_others_experts_are_freed(rank):
         assert (np.array(x) == expected[name][part]).all(), name
 
 
+def test_weights_still_on_the_disk_are_never_all_in_memory(tmp_path):
+    layers = nn.Sequential(*(MoE(MoEConfig(101, 103, 8)) for _ in range(5)))
+    layers.save_weights(str(tmp_path / "weights.safetensors"))
+    whole = cases.held(layers)
+    layers.load_weights(str(tmp_path / "weights.safetensors"))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    spread(layers, Seat(3, 4))
+    one = whole / 5 / 3  # a tensor of a layer
+    assert mx.get_peak_memory() - before < whole / 4 + 2 * one
+
+
 def test_a_process_on_its_own_has_all_experts():
     moe, params = cases.mixture("overflow")
     layers = nn.Sequential(moe)
