@@ -1,5 +1,6 @@
 """The layers of a converted decoder with its own weights, packed ones against their dequantised values, then all of it,
-at once and through caches. A window that the samples do not outgrow is made narrower on both sides.
+at once and, unless its experts have a capacity, through caches. A window that the samples do not outgrow is made
+narrower on both sides.
 
 Axes: B batch, L tokens, E embed_dim, V vocab_size.
 """
@@ -47,7 +48,8 @@ def decoder_cases(model: Decoder) -> dict[str, Case]:
 
     cases["model"] = whole(lambda x: model.logits(model.model(x)), note, _LENGTHS)
     chunks = f", in chunks of {', '.join(map(str, _CHUNKS))}{note}"
-    cases["model, cached"] = whole(lambda x: _cached(model, x), chunks, (sum(_CHUNKS),))
+    if config.moe is None or config.moe.capacity is None:  # else chunks overflow otherwise than the whole
+        cases["model, cached"] = whole(lambda x: _cached(model, x), chunks, (sum(_CHUNKS),))
     return cases
 
 
@@ -79,7 +81,7 @@ def floats(module: nn.Module) -> Arrays:
     """The parameters by their flat names, packed matrices as the float32 values that they stand for."""
     params = {name: np.array(x) for name, x in flat(module).items()}
     for name, layer in module.named_modules():
-        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        if "scales" in layer:
             packed = layer.weight, layer.scales, layer.biases
             values = mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits)
             prefix = f"{name}." if name else ""
@@ -106,7 +108,7 @@ def _table(model: Decoder, weights: Arrays) -> Case:
 
 def _block(model: Decoder, layer: Block, index: int, note: str) -> Case:
     """A block: its floats are differentiated by as well, packed matrices are not. `note`: see _fixed."""
-    packed = any(isinstance(part, nn.QuantizedLinear) for _, part in layer.named_modules())
+    packed = any("scales" in part for _, part in layer.named_modules())
     weights, given = floats(layer), {} if packed else floats(layer)
 
     def samples(rng: Rng) -> Iterator[Sample]:
