@@ -24,18 +24,8 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-# Products of groups of rows
-
-
-def _both(by_x: Callable[..., mx.array], arrays: tuple[mx.array, ...], by_weight: Callable[[], mx.array]) -> list:
-    """Both gradients of a product side by side: that by x, for which others wait, in stretches on the first workers,
-    that by the weight on the last."""
-    stretches = max(1, runtime.workers - 1)
-    step = -(-len(arrays[0]) // stretches)
-    starts = range(0, len(arrays[0]), step)
-    tasks = [*(lambda at=at: by_x(*(a[at : at + step] for a in arrays)) for at in starts), by_weight]
-    *parts, weight = kernels.side_by_side(tasks)
-    return [parts[0] if len(parts) == 1 else mx.concatenate(parts), weight]
+# Products of groups of rows. Each gradient is shared out by itself: MLX computes what was asked for last, so that the
+# gradients by weights, side by side with those by x, would all run at the end on one core.
 
 
 @mx.custom_function
@@ -46,7 +36,8 @@ def _dispatched(x: mx.array, weight: mx.array) -> mx.array:
 @_dispatched.vjp
 def _(primals, cotangent, _):
     x, weight = primals
-    return tuple(_both(lambda y, w: y @ w, (cotangent, weight), lambda: cotangent.swapaxes(1, 2) @ x))
+    by_x = cpu.by_rows(lambda y, weight: y @ weight, cotangent, weight)
+    return by_x, cpu.by_rows(lambda y, x: y.swapaxes(1, 2) @ x, cotangent, x)
 
 
 @mx.custom_function
@@ -58,15 +49,13 @@ def _blocked(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
 @_blocked.vjp
 def _(primals, cotangent, _):
     x, weight, experts = primals
-
-    def by_weight() -> mx.array:
-        own = mx.arange(len(weight))[:, None]
-        ends = [(experts < own).sum(axis=1), (experts <= own).sum(axis=1)]  # the groups of each lie side by side
-        segments = mx.stack(ends, axis=1).astype(mx.uint32) * x.shape[1]
-        return mx.segmented_mm(mx.flatten(cotangent, 0, 1).T, mx.flatten(x, 0, 1), segments)
-
-    by_x = lambda y, experts: mx.gather_mm(y, weight, rhs_indices=experts)  # noqa: E731
-    return (*_both(by_x, (cotangent, experts), by_weight), mx.zeros_like(experts))
+    own = mx.arange(len(weight))[:, None]
+    ends = [(experts < own).sum(axis=1), (experts <= own).sum(axis=1)]  # the groups of each lie side by side
+    segments = mx.stack(ends, axis=1).astype(mx.uint32) * x.shape[1]
+    rows, columns = mx.flatten(x, 0, 1), mx.flatten(cotangent, 0, 1).T
+    by_x = cpu.by_rows(lambda y, experts: mx.gather_mm(y, weight, rhs_indices=experts), cotangent, experts)
+    by_weight = cpu.by_rows(lambda some: mx.segmented_mm(columns, rows, some), segments)
+    return by_x, by_weight, mx.zeros_like(experts)
 
 
 def grouped_product(x: mx.array, weight: mx.array, experts: mx.array | None) -> mx.array:
