@@ -6,6 +6,7 @@
     python bench/run.py --bag                                     one stem of a bag against a single model
     python bench/run.py --cache [--cases append]                  appends at 1k and 4k; 8 bits against float16 at 8k
     python bench/run.py --language [--cases decode]               generation by a Llama against mlx-lm
+    python bench/run.py --mixture [--cases training]              a mixture of experts against mlx-lm, a dense network
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
 """
@@ -263,8 +264,9 @@ def main() -> None:
     parser.add_argument("--bag", action="store_true", help="one stem of a bag against a single model")
     parser.add_argument("--cache", action="store_true", help="one layer's cache: appends, and 8 bits against float16")
     parser.add_argument("--language", action="store_true", help="generation by a random Llama against mlx-lm")
+    parser.add_argument("--mixture", action="store_true", help="a mixture of experts against mlx-lm, 15 rounds")
     parser.add_argument("--cases", default="", help="only cases whose names hold one of these words, comma-separated")
-    parser.add_argument("--rounds", type=int, help="by default 5, or 15 of attention")
+    parser.add_argument("--rounds", type=int, help="by default 5, or 15 of attention and mixtures")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4))
     parser.add_argument(
         "--patience", type=float, default=15, help="seconds to wait for a quiet machine before each run"
@@ -275,11 +277,13 @@ def main() -> None:
         from peers import compare as suite
     elif options.language:
         from language import compare as suite
+    elif options.mixture:
+        from mixture import compare as suite
     elif options.attention:
         suite = partial(pairs, "attention")
     elif options.bag or options.cache:
         suite = bag if options.bag else cache
-    rounds = options.rounds or (15 if options.attention else 5)
+    rounds = options.rounds or (15 if options.attention or options.mixture else 5)
     suite(options.cases.split(","), rounds, options.threads, options.patience)
 
 

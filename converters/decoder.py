@@ -1,7 +1,8 @@
 """Decoders: rules from Hugging Face's names, and the configuration from a config.json of theirs and back.
 
 Sources: transformers 5.23 (models/llama, mistral, qwen2, qwen3, gemma2, gemma3: names, defaults), whose older keys are
-read too; mlx-lm's `quantization`. A key that is neither understood nor known to make no difference is an error.
+read too; mlx-lm's `quantization`. What mixtures have beside that is in mixture.py. A key that is neither understood nor
+known to make no difference is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlx_xformer.models.decoder import DecoderConfig, Quantization
 
+from . import mixture
 from .rope import scaling_read, scaling_written
 from .rules import Rule
 from .torch_pickle import short
@@ -81,7 +83,9 @@ _TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself
     "qwen3": {"qk_norm": True},
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "qk_norm": True},
+    **{kind: {} for kind in mixture.KEYS},
 }
+_ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe", "olmoe")  # or none, in all layers
 # What keys mean that are absent, in transformers 5.23, where that is neither null nor false: it does not write them.
 _ANY = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096}
 _QWEN = {**_ANY, "hidden_act": "silu", "num_key_value_heads": 32, "max_position_embeddings": 32768}
@@ -104,6 +108,16 @@ ABSENT: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
         "sliding_window_pattern": 6,
     },
+    "mixtral": {
+        **{**_ANY, "hidden_act": "silu", "num_key_value_heads": 8, "max_position_embeddings": 131072},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, **mixture.ABSENT["mixtral"]},
+    },
+    "qwen2_moe": {**_QWEN, "num_key_value_heads": 16, "max_window_layers": 28, **mixture.ABSENT["qwen2_moe"]},
+    "qwen3_moe": {**_QWEN, "num_key_value_heads": 4, **mixture.ABSENT["qwen3_moe"]},
+    "olmoe": {
+        **{**_ANY, "hidden_act": "silu", "max_position_embeddings": 4096},
+        **{"rms_norm_eps": 1e-5, "sliding_window": None, **mixture.ABSENT["olmoe"]},
+    },
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -120,6 +134,7 @@ def rules(config: DecoderConfig, names: Container[str] = (TABLE_NAME,)) -> list[
         Rule(attention + "o_proj." + _PACKED, attention + "out_proj." + _PACKED),
         Rule(attention + "rotary_emb.inv_freq", None),
         _same(_LAYER + "mlp.{p:gate_proj|up_proj|down_proj}." + _PACKED),
+        *([] if config.moe is None else mixture.rules(config, config.moe, names)),
         _same(_LAYER + norms + "weight"),
         _same("model.norm.weight"),
     ]
@@ -134,7 +149,7 @@ def config(values: Mapping[str, Any]) -> DecoderConfig:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"model_type must be one of {', '.join(_TYPES)}, got {short(str(kind))}")
-    values = {**ABSENT[kind], **values}
+    values = {**ABSENT[kind], **mixture.one_name(values, kind)}
     _check_keys(values, kind)
     given = {ours: values[theirs] for theirs, ours in _SAME.items() if values.get(theirs) is not None}
     given = {**_TYPES[kind], **given, **_rotary(values, kind), **_windows(values, kind)}
@@ -144,6 +159,8 @@ def config(values: Mapping[str, Any]) -> DecoderConfig:
     given["activation"] = _ACTIVATIONS[values[key]]
     if values.get("attention_bias"):
         given["attention_bias"] = ("q", "k", "v", "out")
+    if kind in mixture.KEYS:
+        given |= mixture.fields(values, kind, given["activation"])
     if kind.startswith("gemma"):
         given["embed_scale"] = math.sqrt(values["hidden_size"])
         given["attention_scale"] = values["query_pre_attn_scalar"] ** -0.5
@@ -152,23 +169,27 @@ def config(values: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _check_keys(values: Mapping[str, Any], kind: str) -> None:
-    unknown = sorted(key for key in values if key not in _UNDERSTOOD | HARMLESS | _ONLY.keys())
+    known = _UNDERSTOOD | HARMLESS | _ONLY.keys() | mixture.KEYS.get(kind, set())
+    unknown = sorted(key for key in values if key not in known)
     if unknown:
         raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
-    for key, known in _ONLY.items():
-        if key in values and values[key] not in known:
-            raise ValueError(f"{key} must be {json.dumps(known[0])}, got {short(str(values[key]))}")
+    for key, right in _ONLY.items():
+        if key in values and values[key] not in right:
+            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {short(str(values[key]))}")
     for key, kinds in _SOFTCAPS.items():
         if values.get(key) is not None and kind not in kinds:
             raise ValueError(f"{key} must be null in a {kind}, got {short(str(values[key]))}")
     required = [*_REQUIRED, *(["head_dim"] if "head_dim" in ABSENT[kind] else [])]
     required += ["num_key_value_heads", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
+    required += ["num_key_value_heads"] if kind in ("qwen2_moe", "qwen3_moe") else []
     missing = [key for key in required if values.get(key) is None]
     if missing:
         raise ValueError(f"config.json must have {', '.join(missing)}")
     for key in ("hidden_size", "query_pre_attn_scalar"):
         if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
             raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
+    if kind in mixture.KEYS:
+        mixture.check(values, kind)
 
 
 def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -202,16 +223,22 @@ def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """window and layer_types."""
     window, count, types = values["sliding_window"], values["num_hidden_layers"], values.get("layer_types")
-    if kind == "llama" and window is not None:
-        raise ValueError("sliding_window must be null in a llama")
-    if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
+    if kind in ("llama", "olmoe") and window is not None:
+        raise ValueError(f"sliding_window must be null in a {kind}, got {short(str(window))}")
+    if kind.startswith("qwen") and not values.get("use_sliding_window"):
         window = None
+    if kind in _ONE_WINDOW and types not in (None, [_FULL if window is None else _SLIDING] * count):
+        named = _FULL if window is None else _SLIDING
+        raise ValueError(f"layer_types must be {named} throughout in a {kind}, got {short(str(types))}")
     if window is None:
+        if kind == "qwen2_moe" and (values.get("use_sliding_window") or types not in (None, [_FULL] * count)):
+            raise ValueError(f"sliding_window must be a number, and used, in a {kind} with layers that slide")
         if kind.startswith("gemma") and types != [_FULL] * count:
             raise ValueError(f"sliding_window must be a number in a {kind} with layers that slide, got null")
         return {}
-    if kind == "mistral" and types not in (None, [_SLIDING] * count):
-        raise ValueError(f"layer_types must be {_SLIDING} throughout in a mistral, got {short(str(types))}")
+    if types is None and kind == "qwen2_moe":
+        first = values["max_window_layers"]
+        types = [_FULL if index % 2 or index >= first else _SLIDING for index in range(count)]
     if types is None and kind in ("qwen2", "qwen3"):
         first = values["max_window_layers"]
         types = [_SLIDING if index >= first else _FULL for index in range(count)]
@@ -236,7 +263,7 @@ def _quantization(given: Any) -> Quantization:
     for name, own in given.items():
         if name in ("bits", "group_size", "mode"):
             continue
-        ours = name.replace(".o_proj", ".out_proj")
+        ours = mixture.our_name(name.replace(".o_proj", ".out_proj"))
         if own is False:
             layers[ours] = None
         elif (
@@ -262,6 +289,8 @@ def original(own: DecoderConfig) -> dict[str, Any]:
         values |= {"sliding_window": own.window, "use_sliding_window": True}
         if own.layer_types is not None:
             values["layer_types"] = [_SLIDING if name == "local" else _FULL for name in own.layer_types]
+    if own.moe is not None:
+        values |= mixture.original(own, own.moe)
     if kind.startswith("gemma"):
         values["query_pre_attn_scalar"] = round((own.attention_scale or 1.0) ** -2)
         values["rope_local_base_freq"] = own.local_rope_theta
@@ -269,7 +298,7 @@ def original(own: DecoderConfig) -> dict[str, Any]:
         values.setdefault("sliding_window", None)
         values.setdefault("layer_types", [_FULL] * own.num_layers)
     values = {key: value for key, value in values.items() if value is not None or key in ABSENT[kind]}
-    plain = dataclasses.replace(own, dtype=None, quantization=None)
+    plain = mixture.plain(dataclasses.replace(own, dtype=None, quantization=None))
     try:
         again = config(values)
     except ValueError as error:
@@ -286,6 +315,8 @@ def _alike(a: DecoderConfig, b: DecoderConfig) -> bool:
 
 
 def _kind(config: DecoderConfig) -> str:
+    if config.moe is not None:
+        return mixture.kind_of(config)
     if config.sandwich_norms:
         return "gemma3_text" if config.qk_norm else "gemma2"
     if config.qk_norm:

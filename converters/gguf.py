@@ -18,7 +18,8 @@ from mlx_xformer.models.decoder import DecoderConfig, Quantization
 
 from .folder import Original
 from .gguf_tokenizer import extras_of
-from .rules import Pairs, Rule
+from .layouts import Pairs
+from .rules import Rule
 from .source import Stored
 from .torch_pickle import short
 
@@ -83,6 +84,11 @@ def read(path: Path) -> Original:
     metadata = {key: _plain(value) for key, value in raw.items()}
     try:
         architecture = metadata.get("general.architecture")
+        if experts := metadata.get(f"{architecture}.expert_count"):
+            raise ValueError(
+                f"{short(str(architecture))}.expert_count must be absent, got {short(str(experts))}: "
+                "mixtures of experts are read from Hugging Face's folders only"
+            )
         if architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
             raise ValueError(f"general.architecture must be one of {known}, got {short(str(architecture))}")

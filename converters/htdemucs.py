@@ -16,7 +16,8 @@ from typing import Any
 from mlx_xformer.models.htdemucs import BagConfig, HTDemucsConfig
 from mlx_xformer.models.htdemucs.config import levels
 
-from .rules import Permute, Rule, Squeeze, prefixed
+from .layouts import Permute, Squeeze
+from .rules import Rule, prefixed
 from .torch_pickle import short
 
 KLASS = "demucs.htdemucs.HTDemucs"

@@ -28,10 +28,10 @@ from mlx_xformer.checkpoint import (
 )
 from mlx_xformer.models.decoder import DTYPES, DecoderConfig, Quantization
 
-from . import decoder, folder, gguf
+from . import decoder, folder, gguf, mixture
 from .folder import Original
 from .report import Report, make_rows, totals
-from .rules import Rule, apply_rules, invert, plan
+from .rules import Move, Rule, apply_rules, invert, plan
 from .source import Stored, open_safetensors, scan, sha256_of
 from .torch_pickle import short
 
@@ -85,7 +85,11 @@ def read_original(source: Path) -> Original:
     except (ArithmeticError, TypeError, AttributeError, KeyError) as error:
         reason = f"{type(error).__name__}, {short(str(error))}"
         raise ValueError(f"{source / 'config.json'}: makes no model ({reason})") from None
-    table = decoder.TABLE_NAME if decoder.TABLE_NAME in found.tensors else decoder.HEAD_NAME
+    config = mixture.with_packed_routers(config, found.tensors)
+    made_of: dict[str, Any] = {"config": found.values, "metadata": found.metadata}
+    if config.moe is not None:
+        made_of["fused"] = mixture.fused_name(config) in found.tensors
+    made_of["table"] = decoder.TABLE_NAME if decoder.TABLE_NAME in found.tensors else decoder.HEAD_NAME
     return Original(
         source.resolve().name,
         config,
@@ -93,7 +97,7 @@ def read_original(source: Path) -> Original:
         found.tensors,
         found.files,
         found.extras,
-        {"config": found.values, "table": table, "metadata": found.metadata},
+        made_of,
     )
 
 
@@ -152,7 +156,7 @@ def _target(config: DecoderConfig, made: Mapping[str, mx.array], precision: Prec
     if precision.quantize == 0:
         return dataclasses.replace(config, quantization=None)
     floats = parameter_shapes(FAMILY, dataclasses.replace(config, quantization=None).to_dict())
-    kept = sorted(n for n, shape in floats.items() if len(shape) == 2 and shape[1] % precision.group_size)
+    kept = sorted(n for n, shape in floats.items() if len(shape) > 1 and shape[-1] % precision.group_size)
     layers: dict[str, Pair] = {name.removesuffix(".weight"): None for name in kept}
     return dataclasses.replace(config, quantization=Quantization(precision.quantize, precision.group_size, layers))
 
@@ -178,7 +182,7 @@ def _layers(names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _pair(config: DecoderConfig, layer: str, arrays: Mapping[str, mx.array]) -> Pair:
     """How a layer is packed."""
-    return config.quantization.of(layer) if config.quantization is not None and arrays["weight"].ndim == 2 else None
+    return config.quantization.of(layer) if config.quantization is not None and arrays["weight"].ndim > 1 else None
 
 
 def _repacked(arrays: Mapping[str, mx.array], now: Pair, then: Pair, dtype: str | None) -> dict[str, mx.array]:
@@ -232,9 +236,7 @@ def _stream(
     moves = {target: move for move in plan(rules, blanks)[0] for target in move.targets}
     for layer in _layers(after):
         names = [name for name in moves if name.rpartition(".")[0] == layer]
-        own = {
-            name.rpartition(".")[2]: moves[name]([tensors[s].read() for s in moves[name].sources])[0] for name in names
-        }
+        own = {name.rpartition(".")[2]: _made(moves[name], tensors, name) for name in names}
         warnings += scan({f"{layer}.{leaf}": x for leaf, x in own.items()})
         own = _repacked(own, _pair(now, layer, own), _pair(then, layer, own), dtype)
         for leaf in list(own):
@@ -242,26 +244,30 @@ def _stream(
         mx.clear_cache()  # of buffers that fit no other layer
 
 
+def _made(move: Move, tensors: Mapping[str, Stored], name: str) -> mx.array:
+    """One target of a move."""
+    return move([tensors[source].read() for source in move.sources])[move.targets.index(name)]
+
+
 def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: bool) -> Report:
     """A decoder's checkpoint in Hugging Face's layout, bit for bit; packed matrices become floats."""
     config = DecoderConfig.from_dict(checkpoint.config)
     floats = dataclasses.replace(config, quantization=None)
-    values, table, metadata = _original_of(checkpoint, floats)
+    values, known, metadata = _original_of(checkpoint, floats)
     stored, _ = open_safetensors(source / "model.safetensors")
     blanks = {name: tensor.blank() for name, tensor in stored.items()}
     unpacked = _packed(blanks, config, floats, None)
-    rules = invert(decoder.rules(floats, (table,)))
+    rules = invert(decoder.rules(floats, known))
     moves, problems = plan(rules, unpacked)
     if problems:
         raise ValueError(misfit(problems))
-    names = {move.sources[0]: move.targets[0] for move in moves}
-    after = {names[name]: x for name, x in unpacked.items()}
+    after = dict(_moved(moves, iter(unpacked.items())))
     extras = {name: (source / name).read_bytes() for name in EXTRAS if (source / name).is_file()}
     same = [Rule(name, name) for name in stored]
     if not dry_run:
         stream = _stream(same, stored, unpacked, config, floats, None, [])
         with new_folder(out, replace=False) as fresh:
-            write_safetensors(fresh / "model.safetensors", after, metadata, ((names[name], x) for name, x in stream))
+            write_safetensors(fresh / "model.safetensors", after, metadata, _moved(moves, stream))
             (fresh / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
             for name, extra in extras.items():
                 (fresh / name).write_bytes(extra)
@@ -270,9 +276,21 @@ def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run:
     return Report(source, out, FAMILY, rows, files, not dry_run, *totals(after))
 
 
-def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """Hugging Face's config.json, the one of before where it still means the same, the name of the table, and the
-    metadata of the safetensors, which may tell of a tie."""
+def _moved(moves: list[Move], stream: Iterator[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
+    """What a stream of sources becomes; those of a join wait for one another."""
+    ends = {source: move for move in moves for source in move.sources}
+    waiting: dict[str, mx.array] = {}
+    for name, x in stream:
+        waiting[name] = x
+        del x
+        move = ends[name]
+        if waiting.keys() >= set(move.sources):
+            yield from zip(move.targets, move([waiting.pop(source) for source in move.sources]), strict=True)
+
+
+def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Hugging Face's config.json, the one of before where it still means the same, names that tell of the table and of
+    fused experts, and the metadata of the safetensors, which may tell of a tie."""
     before = checkpoint.provenance.get("original")
     plain = {"format": "pt"}
     if isinstance(before, dict) and isinstance(before.get("config"), dict):
@@ -282,7 +300,9 @@ def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[st
         try:
             if decoder.config(values) == dataclasses.replace(floats, dtype=None):
                 head = floats.tie_embeddings and before.get("table") == decoder.HEAD_NAME
-                return values, decoder.HEAD_NAME if head else decoder.TABLE_NAME, {**kept, **plain}
+                known = [decoder.HEAD_NAME if head else decoder.TABLE_NAME]
+                known += [mixture.fused_name(floats)] if floats.moe is not None and before.get("fused") is True else []
+                return values, known, {**kept, **plain}
         except (ValueError, ArithmeticError, TypeError, AttributeError, KeyError):
             pass  # edited since
-    return decoder.original(floats), decoder.TABLE_NAME, plain
+    return decoder.original(floats), [decoder.TABLE_NAME], plain

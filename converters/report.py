@@ -93,15 +93,12 @@ def make_rows(
     read, written = before if read is None else read, after if written is None else written
     rows = []
     for move in sorted(plan(rules, before)[0], key=lambda move: move.sources):
-        sources, targets = move.sources, move.targets
-        if len(sources) == len(targets) == 1:
-            (layer, _, leaf), (made, _, _) = sources[0].rpartition("."), targets[0].rpartition(".")
-            inside = _packed(before, layer), _packed(after, made)
-            outside = _packed(read, layer), _packed(written, made)
-            if leaf in _PACKED and inside != outside:
-                if leaf != "weight":
-                    continue
-                sources, targets = outside
+        inside = _whole(before, move.sources), _whole(after, move.targets)
+        sources, targets = outside = _whole(read, move.sources), _whole(written, move.targets)
+        if inside == outside:
+            sources, targets = move.sources, move.targets
+        elif move.sources[0].endswith((".scales", ".biases")):
+            continue  # told with their weight
         (a, c), (b, d) = _shapes(read, sources), _shapes(written, targets)
         rows.append(Row(sources, targets, a, b, c, d))
     return tuple(rows)
@@ -114,9 +111,14 @@ def _shapes(
     return tuple(tensors[name].shape for name in names), tuple(dtype_name(tensors[name].dtype) for name in names)
 
 
-def _packed(names: Container[str], layer: str) -> tuple[str, ...]:
-    """Those of a matrix."""
-    return tuple(name for leaf in _PACKED if (name := f"{layer}.{leaf}") in names)
+def _whole(names: Container[str], given: Sequence[str]) -> tuple[str, ...]:
+    """The names given, each with those of the rest of its matrix."""
+    every: list[str] = []
+    for name in given:
+        layer, _, leaf = name.rpartition(".")
+        leaves = [f"{layer}.{part}" for part in _PACKED] if leaf in _PACKED else [name]
+        every += [one for one in leaves if one in names]
+    return tuple(every)
 
 
 def totals(tensors: Mapping[str, mx.array]) -> tuple[int, int]:

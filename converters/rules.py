@@ -1,14 +1,15 @@
 """Rules: what becomes of each tensor of a checkpoint, in both directions.
 
 A rule names tensors by templates, "layers.{i}.linear.weight": `{i}` stands for a whole number, `{side:a|b}` for one of
-the words listed, and both sides of a rule hold the same placeholders. Every tensor meets exactly one rule. The inverse
-of a table is derived from it.
+the words listed, which have no dots, and both sides of a rule hold the same placeholders. Every tensor meets exactly
+one rule. The inverse of a table is derived from it.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,74 +17,10 @@ import mlx.core as mx
 
 from mlx_xformer.checkpoint import misfit
 
+from .layouts import Layout
+
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Permute:
-    """Axis k of the result is axis `axes[k]` of the input."""
-
-    axes: tuple[int, ...]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim != len(self.axes):
-            raise ValueError(f"must have {len(self.axes)} axes, got {x.ndim}")
-        return x.transpose(self.axes)
-
-    def inverse(self) -> Permute:
-        return Permute(tuple(self.axes.index(k) for k in range(len(self.axes))))
-
-
-@dataclass(frozen=True)
-class Squeeze:
-    """Drops `axis`, which has one element."""
-
-    axis: int
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim <= self.axis or x.shape[self.axis] != 1:
-            raise ValueError(f"axis {self.axis} must have one element")
-        return x.squeeze(self.axis)
-
-    def inverse(self) -> Expand:
-        return Expand(self.axis)
-
-
-@dataclass(frozen=True)
-class Expand:
-    """Puts in an axis of one element as `axis`."""
-
-    axis: int
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim < self.axis:
-            raise ValueError(f"must have at least {self.axis} axes, got {x.ndim}")
-        return mx.expand_dims(x, self.axis)
-
-    def inverse(self) -> Squeeze:
-        return Squeeze(self.axis)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The rows of each of `heads` heads: neighbours (2i, 2i + 1) go to (i, i + half of the head); back if `joined`."""
-
-    heads: int
-    joined: bool = False
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not x.ndim or x.shape[0] % (2 * self.heads):
-            raise ValueError(f"must have an even number of rows for each of {self.heads} heads")
-        half = x.shape[0] // self.heads // 2
-        parts = x.reshape(self.heads, *((2, half) if self.joined else (half, 2)), *x.shape[1:])
-        return parts.swapaxes(1, 2).reshape(x.shape)
-
-    def inverse(self) -> Pairs:
-        return Pairs(self.heads, not self.joined)
-
-
-Layout = Permute | Squeeze | Expand | Pairs
 
 
 @dataclass(frozen=True)
@@ -184,7 +121,7 @@ class Move:
         if not self.targets:
             return []
         if len({(x.shape, x.dtype) for x in tensors}) != 1:
-            raise ValueError("must have one shape and dtype, to be joined")
+            raise ValueError(f"must have one shape and dtype, to be joined, unlike {self._odd(tensors)}")
         if len(tensors) > 1 and not tensors[0].ndim:
             raise ValueError("must have rows, to be joined")
         x = tensors[0] if len(tensors) == 1 else mx.concatenate(list(tensors), axis=0)
@@ -196,19 +133,62 @@ class Move:
             raise ValueError(f"must have rows in {len(self.targets)} equal parts")
         return list(mx.split(x, len(self.targets), axis=0))
 
+    def _odd(self, tensors: Sequence[mx.array]) -> str:
+        """The sources that are not as most are."""
+        kinds = [(x.shape, x.dtype) for x in tensors]
+        most = Counter(kinds).most_common(1)[0][0]
+        odd = [(name, *kind) for name, kind in zip(self.sources, kinds, strict=True) if kind != most]
+        return _listed([f"{name} {shape}{'' if dtype == most[1] else f' {dtype}'}" for name, shape, dtype in odd])
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Some at most, of many."""
+    return ", ".join(words if len(words) <= 4 else [*words[:2], f"... ({len(words)} in all)", words[-1]])
+
+
+class _Index:
+    """The source templates of a table, found by the words of a name that are no placeholders: a mixture of experts has
+    thousands of names and hundreds of templates."""
+
+    def __init__(self, rules: Sequence[Rule]):
+        self._tables: dict[tuple[int, tuple[int, ...]], dict[tuple[str, ...], list[tuple[int, int, str]]]] = {}
+        for r, rule in enumerate(rules):
+            for part, template in enumerate(rule.sources):
+                words = _PLACEHOLDER.sub("{}", template).split(".")
+                fixed = tuple(n for n, word in enumerate(words) if "{}" not in word)
+                table = self._tables.setdefault((len(words), fixed), {})
+                table.setdefault(tuple(words[n] for n in fixed), []).append((r, part, template))
+
+    def __call__(self, name: str) -> list[tuple[int, int, tuple[tuple[str, str], ...]]]:
+        """(rule, which of its sources, values of the placeholders) of all that a name meets."""
+        words = name.split(".")
+        near = [
+            hit
+            for (count, fixed), table in self._tables.items()
+            if count == len(words)
+            for hit in table.get(tuple(words[n] for n in fixed), ())
+        ]
+        return [
+            (r, part, tuple(sorted(found.groupdict().items())))
+            for r, part, template in near
+            if (found := _regex(template).fullmatch(name))
+        ]
+
 
 def plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[tuple[str, str]]]:
     """The moves for the names given, in their order, and (kind, line) for every name that does not meet exactly one
     rule and for every part that a join lacks."""
+    moves, problems, _ = _plan(rules, names)
+    return moves, problems
+
+
+def _plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[tuple[str, str]], set[str]]:
+    """plan(), and the targets of joins that lack a part."""
     problems: list[tuple[str, str]] = []
-    templates = [(r, p, _regex(t)) for r, rule in enumerate(rules) for p, t in enumerate(rule.sources)]
+    index = _Index(rules)
     joins: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]] = {}
     for name in names:
-        hits = [
-            (r, part, tuple(sorted(found.groupdict().items())))
-            for r, part, regex in templates
-            if (found := regex.fullmatch(name))
-        ]
+        hits = index(name)
         if len(hits) == 1:
             r, part, fields = hits[0]
             joins.setdefault((r, fields), {})[part] = name
@@ -216,14 +196,18 @@ def plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[
             problems.append(("ambiguous", f"{name} meets {len(hits)} rules"))
         else:
             problems.append(("leftover", f"{name} meets no rule"))
-    moves = []
+    moves: list[Move] = []
+    spoilt: set[str] = set()
     for (r, fields), parts in joins.items():
         rule = rules[r]
         wanted = [_fill(template, dict(fields)) for template in rule.sources]
         problems += [("missing", name) for part, name in enumerate(wanted) if part not in parts]
+        targets = tuple(_fill(template, dict(fields)) for template in rule.targets)
         if len(parts) == len(wanted):
-            moves.append(Move(tuple(wanted), tuple(_fill(t, dict(fields)) for t in rule.targets), rule.layout))
-    return moves, problems
+            moves.append(Move(tuple(wanted), targets, rule.layout))
+        else:
+            spoilt.update(targets)
+    return moves, problems, spoilt
 
 
 def apply_rules(
@@ -233,11 +217,10 @@ def apply_rules(
 
     One ValueError lists everything that does not fit: leftover, ambiguous, duplicate, unexpected, missing, misshapen.
     """
-    moves, problems = plan(rules, tensors)
+    moves, problems, spoilt = _plan(rules, tensors)
     result: dict[str, mx.array] = {}
-    spoilt: set[str] = set()
     for move in moves:
-        given = ", ".join(f"{name} {tensors[name].shape}" for name in move.sources)
+        given = _listed([f"{name} {tensors[name].shape}" for name in move.sources])
         try:
             made = move([tensors[name] for name in move.sources])
         except ValueError as error:

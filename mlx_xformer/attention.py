@@ -16,7 +16,7 @@ from .attention_config import PROJECTIONS, AttentionConfig
 from .cache import CrossCache, KVCache, View
 from .joint import Joint, joined, one_row
 from .kernels import Linear
-from .layers import LayerNorm, RMSNorm
+from .layers import LayerNorm, RMSNorm, WholeRMSNorm
 from .positions import alibi_by_distance, buckets_by_distance
 from .sdpa import attention, attention_weights
 
@@ -34,7 +34,7 @@ __all__ = [
     "initialize",
 ]
 _NO_ROTARY = "positions need an Attention with rotary positions, got one without"
-_NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+_NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm, "rms_whole": WholeRMSNorm}
 
 
 class Attention(nn.Module):
@@ -58,8 +58,9 @@ class Attention(nn.Module):
         for name, (given, made) in sizes.items():
             setattr(self, f"{name}_proj", Linear(given, made, bias=name in config.bias))
         if config.qk_norm is not None:
-            self.q_norm = _NORMS[config.qk_norm](head_dim, config.norm_eps)
-            self.k_norm = _NORMS[config.qk_norm](head_dim, config.norm_eps)
+            for name, heads in (("q_norm", config.num_heads), ("k_norm", config.kv_heads)):
+                dims = head_dim * (heads if config.qk_norm == "rms_whole" else 1)
+                setattr(self, name, _NORMS[config.qk_norm](dims, config.norm_eps))
         if config.relative is not None:
             self.relative = nn.Embedding(config.relative[0], config.num_heads)
         if config.sinks:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .positions import Rotary, buckets_by_distance
 
-PROJECTIONS, NORMS = ("q", "k", "v", "out"), ("rms", "layer")
+PROJECTIONS, NORMS = ("q", "k", "v", "out"), ("rms", "layer", "rms_whole")
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class AttentionConfig:
     num_kv_heads: num_heads is multi-head, 1 multi-query, anything between grouped-query attention. head_dim and
     value_dim are per head. kv_dim, v_dim: widths of the sources of keys and of values (embed_dim; kv_dim). bias: all
     projections, none, or the names among q, k, v, out of those that have one. qk_norm: "rms" or "layer", of every
-    head's queries and keys. relative: T5's (num_buckets, max_distance). sinks: a learned score per head. dropout: of
-    weights. causal, window, softcap, scale: see attention().
+    head's queries and keys, or "rms_whole", of all heads' at once. relative: T5's (num_buckets, max_distance). sinks: a
+    learned score per head. dropout: of weights. causal, window, softcap, scale: see attention().
     """
 
     embed_dim: int

@@ -41,6 +41,15 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, gain, self.eps)
 
 
+class WholeRMSNorm(RMSNorm):
+    """RMSNorm of the queries or keys of all heads at once, (B, heads, L, D) by weight (heads * D,), as OLMoE has it
+    (Muennighoff et al. 2024, arXiv 2409.02060)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = super().__call__(mx.flatten(x.swapaxes(1, 2), 2, 3))  # (B, L, heads * D)
+        return mx.unflatten(y, -1, (x.shape[1], x.shape[3])).swapaxes(1, 2)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation as PyTorch's, channels last: consecutive channels form a group, which is normalised
     together with `axes` of the input (by default all but the first and the last)."""

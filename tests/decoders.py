@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from mlx_xformer.checkpoint import parameter_shapes
 from mlx_xformer.models.decoder import DecoderConfig
+from mlx_xformer.moe import MoEConfig
 from mlx_xformer.positions import RotaryScaling
 
 SIZES = {"vocab_size": 31, "embed_dim": 23, "num_layers": 2, "num_heads": 6, "hidden_dim": 29, "head_dim": 10}
@@ -26,6 +27,9 @@ _GEMMA = {
     "window": 3,
     "layer_types": ("local", "global"),
 }
+_MIXTRAL = {"renormalize": True, "alpha": 0.02}
+_QWEN_MOE = {"renormalize": False, "alpha": 0.003}
+_SHARED = {"shared_dim": 17, "shared_gate": True}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_kv_heads": 2},
     "llama, biases everywhere": {"attention_bias": ("q", "k", "v", "out"), "mlp_bias": True},
@@ -41,6 +45,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rope_scaling": RotaryScaling("yarn", 4.0, 53, 1.0, 32.0, 1.13862),
     },
     "qwen3": {"num_kv_heads": 2, "qk_norm": True, "norm_eps": 1e-5},
+    "mixtral": {"num_kv_heads": 2, "moe": {"hidden_dim": 29, "num_experts": 5, "num_experts_per_tok": 2, **_MIXTRAL}},
+    "qwen2 moe": {
+        "num_kv_heads": 2,
+        "attention_bias": ("q", "k", "v"),
+        "num_layers": 3,
+        "moe": {"hidden_dim": 13, "num_experts": 7, "num_experts_per_tok": 3, **_QWEN_MOE, **_SHARED},
+        "dense_layers": (1,),
+    },
+    "qwen3 moe": {
+        "num_kv_heads": 2,
+        "qk_norm": True,
+        "moe": {"hidden_dim": 13, "num_experts": 3, "num_experts_per_tok": 2, **_MIXTRAL},
+    },
+    "olmoe": {
+        "embed_dim": 24,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "qk_norm": "whole",
+        "moe": {"hidden_dim": 29, "num_experts": 5, "num_experts_per_tok": 3, **_QWEN_MOE},
+    },
     "gemma 2": {**_GEMMA, "num_kv_heads": 3, "attention_softcap": 1.3, "logit_softcap": 0.7},
     "gemma 3": {**_GEMMA, "num_kv_heads": 1, "qk_norm": True, "rope_theta": 1e6, "local_rope_theta": 77.0},
 }
@@ -49,6 +74,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def config(name: str, **changes: Any) -> DecoderConfig:
     """A small decoder of an architecture."""
     values = {**SIZES, **ARCHITECTURES[name], **changes}
+    if "moe" in values:
+        values["moe"] = MoEConfig(values["embed_dim"], **values["moe"])
     if "embed_scale" in values:
         values["embed_scale"] = values["embed_dim"] ** 0.5
     return DecoderConfig(**values)

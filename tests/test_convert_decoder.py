@@ -17,7 +17,8 @@ from harness import assert_within_budget
 from mlx_xformer.converters import decoder as names
 from mlx_xformer.converters import gguf
 from mlx_xformer.converters.convert import convert
-from mlx_xformer.converters.rules import Pairs, apply_rules, inverse_shapes, invert
+from mlx_xformer.converters.layouts import Pairs
+from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from mlx_xformer.converters.source import read_source
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -26,6 +27,7 @@ from test_convert import same_tensors
 from mlx_xformer import cli, pretrained
 from mlx_xformer.checkpoint import load_model, parameter_shapes, read_checkpoint
 from mlx_xformer.models.decoder import Decoder, Quantization
+from mlx_xformer.moe import MoEConfig
 from mlx_xformer.reference.models.decoder import decoder as twin
 
 WIDE = {"embed_dim": 64, "hidden_dim": 96, "head_dim": 32, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 37}
@@ -205,6 +207,14 @@ ABSENT = {
     "mistral": {"num_kv_heads": 8, "head_dim": 2, "window": 4096},
     "qwen2": {"num_kv_heads": 32, "head_dim": 2, "attention_bias": ("q", "k", "v")},
     "qwen3": {"num_kv_heads": 32, "head_dim": 128, "qk_norm": True},
+    "mixtral": {"num_kv_heads": 8, "head_dim": 2, "norm_eps": 1e-5, "rope_theta": 1e6, "qk_norm": False,
+                "moe": MoEConfig(64, 29, 8, 2, renormalize=True, alpha=0.001), "dense_layers": ()},
+    "qwen2_moe": {"num_kv_heads": 16, "head_dim": 2, "attention_bias": ("q", "k", "v"), "moe": MoEConfig(
+        64, 1408, 60, 4, renormalize=False, alpha=0.001, shared_dim=5632, shared_gate=True), "dense_layers": ()},
+    "qwen3_moe": {"num_kv_heads": 4, "head_dim": 2, "qk_norm": True, "dense_layers": (),
+                  "moe": MoEConfig(64, 768, 128, 8, renormalize=False, alpha=0.001)},
+    "olmoe": {"num_kv_heads": 32, "head_dim": 2, "norm_eps": 1e-5, "qk_norm": "whole",
+              "moe": MoEConfig(64, 29, 64, 8, renormalize=False, alpha=0.01), "dense_layers": ()},
     "gemma2": {**_GEMMA, "attention_softcap": 50.0, "logit_softcap": 30.0, "layer_types": ("local", "global") * 3 +
                ("local",)},
     "gemma3_text": {**_GEMMA, "rope_theta": 1e6, "local_rope_theta": 1e4, "qk_norm": True,
@@ -234,6 +244,19 @@ def test_absent_keys(kind):
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 7}, {"window": 4096, "layer_types": ("global",) *
                                                                          7}),
         ("llama", {"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}}, {"rope_theta": 7.0}),
+        ("mixtral", {"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 1e6}),
+        ("mixtral", {"sliding_window": 5}, {"window": 5, "layer_types": None}),
+        ("mixtral", {"num_experts": 3, "num_key_value_heads": None}, {"moe.num_experts": 3, "num_kv_heads": 32}),
+        ("qwen3_moe", {"num_local_experts": 9, "mlp_only_layers": None}, {"moe.num_experts": 9}),
+        ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 3}, {"window": 4096, "layer_types": None}),
+        ("qwen3_moe", {"num_experts": 0}, {"moe": None, "dense_layers": ()}),
+        ("qwen3_moe", {"mlp_only_layers": [9, 2], "decoder_sparse_step": 2}, {"dense_layers": (0, 2, 4, 6)}),
+        ("qwen2_moe", {"mlp_only_layers": [*range(7)]}, {"moe": None, "dense_layers": ()}),
+        ("qwen2_moe", {"qkv_bias": False, "norm_topk_prob": True}, {"attention_bias": (), "moe.renormalize": True}),
+        ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 6},
+         {"window": 6, "layer_types": ("local", "global", "local", "global", "global", "global", "global")}),
+        ("olmoe", {"clip_qkv": None, "num_key_value_heads": None, "attention_bias": True},
+         {"num_kv_heads": 32, "attention_bias": ("q", "k", "v", "out")}),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, {"rope_scaling.length": 2048}),
     ],
 )  # fmt: skip
@@ -253,6 +276,38 @@ def test_null_is_not_absent(kind, values, wanted):
         ("gemma3_text", {"rope_local_base_freq": None}, "rope_local_base_freq must be a number in a gemma3_text"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 7.0}}, "must have full_attention and sliding_attention"),
         ("gemma2", {"hidden_activation": None}, "hidden_activation must be one of silu"),
+        ("mixtral", {"num_experts": 4, "num_local_experts": 5}, "num_experts must be num_local_experts, 5, got 4"),
+        ("mixtral", {"num_local_experts": None}, "num_experts must be a whole number from 1, got None"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most num_experts, 8, got 9"),
+        ("mixtral", {"router_aux_loss_coef": None}, "router_aux_loss_coef must be a number from 0, got None"),
+        ("mixtral", {"attention_bias": True}, "attention_bias must be false in a mixtral, got True"),
+        ("mixtral", {"mlp_bias": True}, "mlp_bias must be false in a mixtral, got True"),
+        ("mixtral", {"moe_intermediate_size": 5}, "keys that are not handled: moe_intermediate_size"),
+        ("mixtral", {"norm_topk_prob": False}, "keys that are not handled: norm_topk_prob"),
+        (
+            "mixtral",
+            {"layer_types": ["sliding_attention"] * 7},
+            "layer_types must be full_attention throughout in a mix",
+        ),
+        ("llama", {"num_experts": 4}, "keys that are not handled: num_experts"),
+        ("qwen2_moe", {"num_local_experts": 60}, "keys that are not handled: num_local_experts"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be a whole number"),
+        ("qwen2_moe", {"qkv_bias": 1}, "qkv_bias must be true or false, got 1"),
+        ("qwen2_moe", {"num_key_value_heads": None}, "config.json must have num_key_value_heads"),
+        (
+            "qwen2_moe",
+            {"use_sliding_window": True, "sliding_window": None},
+            "sliding_window must be a number, and used",
+        ),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 7}, "sliding_window must be a number, and used"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size must be a whole number from 1, got None"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1, got 0"),
+        ("qwen3_moe", {"mlp_only_layers": [1.0]}, "mlp_only_layers must be numbers of layers"),
+        ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob must be true or false, got None"),
+        ("qwen3_moe", {"head_dim": None}, "head_dim must be a number or absent in a qwen3_moe, got null"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null, got 8.0"),
+        ("olmoe", {"head_dim": 4}, "head_dim must be hidden_size / num_attention_heads in an olmoe, got 4"),
+        ("olmoe", {"sliding_window": 5}, "sliding_window must be null in a olmoe, got 5"),
         ("qwen3", {"head_dim": None}, "config.json must have head_dim"),
         ("gemma2", {"query_pre_attn_scalar": None}, "config.json must have query_pre_attn_scalar"),
     ],
@@ -487,7 +542,8 @@ def test_pairs_of_rows():
     ("more", "reason"),
     [
         ({"general.architecture": "gemma3"}, "general.architecture must be one of llama, qwen2, qwen3, got gemma3"),
-        ({"llama.expert_count": mx.array(8)}, "keys that are not handled: expert_count"),
+        ({"llama.expert_count": mx.array(8)}, "llama.expert_count must be absent, got 8: mixtures of experts are read"),
+        ({"general.architecture": "qwen3moe", "qwen3moe.expert_count": mx.array(8)}, "qwen3moe.expert_count must be"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type must be none, got yarn"),
         ({"llama.rope.dimension_count": mx.array(6)}, "rope.dimension_count must be the width of a head, 10, got 6"),
     ],
@@ -525,7 +581,7 @@ def edited(path, **values):
         ({"colour": "blue"}, "config.json has keys that are not handled: colour"),
         (
             {"model_type": "mamba"},
-            "model_type must be one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, got mamba",
+            "gemma3_text, mixtral, qwen2_moe, qwen3_moe, olmoe, got mamba",
         ),
         ({"hidden_act": "relu"}, "hidden_act must be one of silu"),
         (
@@ -623,7 +679,7 @@ def test_the_wrong_folder(tmp_path):
 JUNK = [None, -1, 0, 7, 1e30, float("nan"), 0.5, "x", "", [], [1], {}, {"a": 1}, True, ["sliding_attention"]]
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "qwen2, yarn", "gemma 3"])
+@pytest.mark.parametrize("name", ["llama 3.1", "qwen2, yarn", "gemma 3", "mixtral", "qwen2 moe", "olmoe"])
 def test_values_of_any_kind(tmp_path, name):
     """Every key with every sort of junk, also one level down: a model whose tensors do not fit, or one line."""
     own = config(name)

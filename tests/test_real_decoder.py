@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,10 +14,12 @@ from harness import assert_within_budget, data_folder
 from mlx_xformer.converters.convert import convert
 from mlx_xformer.converters.source import read_source
 from test_convert import same_tensors
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_xformer import parity
 from mlx_xformer.checkpoint import load_model, read_checkpoint
+from mlx_xformer.cli import main
+from mlx_xformer.parity.decoder_cases import floats
 from mlx_xformer.reference.models.decoder import decoder as twin
 
 pytestmark = pytest.mark.real
@@ -81,6 +84,96 @@ def test_story_packed(tmp_path):
         convert(data_folder() / "story", tmp_path / f"{bits}", quantize=bits)
         proven(tmp_path / f"{bits}")
         logits = np.array(load_model(tmp_path / f"{bits}")(mx.array(expected["ids"])))
+        errors[bits] = np.sqrt(np.mean(np.square(logits - expected["logits"])))
+    assert 8 < errors[4] / errors[8] < 34, errors
+
+
+# mixtral_kjv, a mixture of four experts that has read the King James Bible
+
+
+@pytest.fixture(scope="module")
+def kjv(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kjv") / "mlx"
+    convert(data_folder() / "mixtral_kjv", folder)
+    return folder
+
+
+def test_kjv_logits(kjv):
+    """PyTorch's and ours, each within the budget of the twin, and so the logits of the routers; the same text."""
+    expected, model = golden("mixtral_kjv"), load_model(kjv)
+    params = {name: np.array(x) for name, x in read_checkpoint(kjv).weights.items()}
+    routings, truths, singles = [], [], []
+    truth = twin({n: x.astype(np.float64) for n, x in params.items()}, model.config, expected["ids"], routings=truths)
+    single = twin(params, model.config, expected["ids"], routings=singles)
+    assert_within_budget(expected["logits"], truth, single, "PyTorch")
+    assert_within_budget(model(mx.array(expected["ids"]), routings=routings), truth, single, "ours")
+    assert len(routings) == 2
+    for theirs, ours, true, near in zip(expected["router"], routings, truths, singles, strict=True):
+        assert_within_budget(theirs, true.logits, near.logits, "PyTorch's router")
+        assert_within_budget(ours.logits, true.logits, near.logits, "our router")
+        assert (np.sort(np.array(ours.experts)) == np.sort(np.argsort(-theirs)[:, :2])).all()
+    count = expected["greedy"].shape[1]
+    assert greedy(model, expected["ids"][0].tolist(), count) == expected["greedy"][0].tolist()
+    caches = model.make_caches()
+    parts = [model(mx.array(expected["ids"][:, a : a + 7]), caches=caches) for a in range(0, 26, 7)]
+    assert_within_budget(mx.concatenate(parts, axis=1), truth, single, "cached")
+
+
+def test_kjv_is_proven_and_leads_back(kjv, tmp_path):
+    proven(kjv)
+    convert(kjv, tmp_path / "back", to="pytorch")
+    back, original = (
+        read_source(f / "model.safetensors").tensors for f in (tmp_path / "back", data_folder() / "mixtral_kjv")
+    )
+    same_tensors(back, original)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(
+        (data_folder() / "mixtral_kjv/config.json").read_text()
+    )
+
+
+def test_kjv_generates(tmp_path, capsys):
+    """Bytes are its tokens, for which it comes without a tokenizer."""
+    shutil.copytree(data_folder() / "mixtral_kjv", tmp_path / "hf", copy_function=shutil.copyfile)
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    library = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    library.save(str(tmp_path / "hf/tokenizer.json"))
+    expected = bytes(golden("mixtral_kjv")["greedy"][0].tolist()).decode()
+    for given in ([], ["--quantize", "8"], ["--quantize", "4"]):
+        out = tmp_path / "-".join(["mlx", *given[1:]])
+        assert main(["convert", str(tmp_path / "hf"), str(out), *given]) == 0
+        capsys.readouterr()
+        prompt = expected[:26]
+        assert main(["generate", str(out), prompt, "--max-tokens", "80"]) == 0
+        text = prompt + capsys.readouterr().out.removesuffix("\n")
+        assert len(text) > 90 and text.isascii()
+        if not given:
+            assert text == expected
+
+
+def byte_letters():
+    """Which letter stands for each byte in byte-level tokenizers, as GPT-2 has it."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+def test_kjv_packed(tmp_path):
+    """Proven against the dequantised values; 8 bits have a grid 17 times finer than 4 bits, and an error to match."""
+    expected, errors = golden("mixtral_kjv"), {}
+    for bits in (4, 8):
+        convert(data_folder() / "mixtral_kjv", tmp_path / f"{bits}", quantize=bits)
+        proven(tmp_path / f"{bits}")
+        model = load_model(tmp_path / f"{bits}")
+        assert (
+            "scales" not in model.model.layers[0].mlp.router and "scales" in model.model.layers[0].mlp.experts.up_proj
+        )
+        logits = np.array(model(mx.array(expected["ids"])))
+        params = {name: x.astype(np.float64) for name, x in floats(model).items()}
+        single = {name: x.astype(np.float32) for name, x in params.items()}
+        truth = twin(params, model.config, expected["ids"])
+        assert_within_budget(logits, truth, twin(single, model.config, expected["ids"]), f"{bits} bits")
         errors[bits] = np.sqrt(np.mean(np.square(logits - expected["logits"])))
     assert 8 < errors[4] / errors[8] < 34, errors
 

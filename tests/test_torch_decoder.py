@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from harness import assert_within_budget
 from mlx_xformer.converters.convert import convert
-from mlx_xformer.converters.decoder import config, original
+from mlx_xformer.converters.decoder import ABSENT, config, original
+from mlx_xformer.converters.source import read_source
+from test_convert import same_tensors
 from torch_oracle import Oracle
 
 from mlx_xformer.checkpoint import load_model, read_checkpoint
-from mlx_xformer.models.decoder import Decoder, DecoderConfig
+from mlx_xformer.models.decoder import Decoder, DecoderConfig, auxiliary_loss
 
 pytestmark = pytest.mark.torch
 
@@ -31,6 +33,36 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 17}
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+MIXTURES = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "router_aux_loss_coef": 0.02},
+    "mixtral, windows": {"model_type": "mixtral", "num_local_experts": 3, "sliding_window": 5},
+    "qwen2 moe": {
+        "model_type": "qwen2_moe",
+        **{"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 13, "mlp_only_layers": [1]},
+        "shared_expert_intermediate_size": 17,
+    },
+    "qwen2 moe, windows": {
+        "model_type": "qwen2_moe",
+        **{"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 13, "norm_topk_prob": True},
+        **{"shared_expert_intermediate_size": 11, "qkv_bias": False, "use_sliding_window": True, "sliding_window": 5},
+        "max_window_layers": 2,
+    },
+    "qwen3 moe": {
+        "model_type": "qwen3_moe",
+        **{"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 13, "norm_topk_prob": True},
+        **{"decoder_sparse_step": 2, "attention_bias": True},
+    },
+    "qwen3 moe, windows": {
+        "model_type": "qwen3_moe",
+        **{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 11},
+        **{"use_sliding_window": True, "sliding_window": 5},
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 5, "num_experts_per_tok": 3, "head_dim": 4},
+    "olmoe, biases": {
+        "model_type": "olmoe",
+        **{"num_experts": 3, "num_experts_per_tok": 2, "head_dim": 4, "attention_bias": True, "norm_topk_prob": True},
+    },
+}
 MODELS = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6},
@@ -61,6 +93,7 @@ MODELS = {
         "max_window_layers": 1,
     },
     "qwen3": {"model_type": "qwen3", "attention_bias": True},
+    **MIXTURES,
     "gemma 2": {"model_type": "gemma2", **GEMMA, "attn_logit_softcapping": 1.3, "final_logit_softcapping": 0.7},
     "gemma 3": {"model_type": "gemma3_text", **GEMMA, "layer_types": LAYERS},
 }
@@ -97,10 +130,36 @@ def test_logits(oracle, tmp_path, name):
     assert (again["float64"] == theirs["float64"]).all() or np.abs(again["float64"] - theirs["float64"]).max() < 1e-12
 
 
-HEADS = {"gemma2": 4, "gemma3_text": 4, "mistral": 8}
+@pytest.mark.parametrize("name", ["mixtral", "qwen2 moe", "qwen3 moe", "olmoe"])
+def test_routing(oracle, tmp_path, name):
+    """Experts fused as transformers has them: the logits of routers, their choices, and the loss. Of one layer ours is
+    router_aux_loss_coef times theirs, which counts all k choices of a token too: k where all is uniform. Theirs of all
+    layers is that of their tokens together, ours the sum of what each gives."""
+    oracle.call("language_make", values={**COMMON, **MIXTURES[name]}, folder=str(tmp_path / "hf"), seed=1, fused=True)
+    theirs = oracle.call("language_routing", {"tokens": TOKENS}, folder=str(tmp_path / "hf"))
+    convert(tmp_path / "hf", tmp_path / "mlx")
+    model = load_model(tmp_path / "mlx")
+    assert isinstance(model, Decoder) and model.config.moe is not None
+    moe, routings = model.config.moe, []
+    model(mx.array(TOKENS), routings=routings)
+    assert len(routings) == len(theirs["logits"]) == len(model.model.layers) - len(model.config.dense_layers)
+    for routing, logits, loss in zip(routings, theirs["logits"], theirs["each"], strict=True):
+        assert np.abs(np.array(routing.logits) - logits).max() < 1e-5 * np.abs(logits).max()
+        best = np.argsort(-logits, axis=-1)[:, : moe.num_experts_per_tok]
+        assert (np.sort(np.array(routing.experts)) == np.sort(best)).all()
+        assert routing.loss.item() == pytest.approx(moe.alpha * loss, rel=1e-5)
+    share = np.mean([np.array(routing.load) / TOKENS.size for routing in routings], axis=0)
+    chance = np.mean([np.array(routing.probabilities.mean(axis=0)) for routing in routings], axis=0)
+    assert moe.num_experts * (share * chance).sum() == pytest.approx(theirs["all"], rel=1e-5)
+    assert auxiliary_loss(routings).item() == pytest.approx(moe.alpha * theirs["each"].sum(), rel=1e-5)
+    convert(tmp_path / "mlx", tmp_path / "back", to="pytorch")
+    same_tensors(*(read_source(tmp_path / side / "model.safetensors").tensors for side in ("back", "hf")))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+HEADS = {"gemma2": 4, "gemma3_text": 4, "mistral": 8, "mixtral": 8}
+
+
+@pytest.mark.parametrize("kind", [*ABSENT])
 def test_absent_keys(oracle, tmp_path, kind):
     """A config.json with nothing but sizes means what transformers writes of it in full, and gives its logits."""
     sizes = {key: COMMON[key] for key in ("vocab_size", "intermediate_size", "pad_token_id")}

@@ -1,4 +1,5 @@
-"""A decoder-only language model: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and Gemma 3 (text) by configuration.
+"""A decoder-only language model: Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 3 (text) and, as mixtures of experts,
+Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, by configuration.
 
 Sources: the architectures as Hugging Face's transformers has them, whose names the weights keep (only o_proj is
 out_proj here). Axes: B batch, L tokens, E embed_dim, V vocab_size.
@@ -18,6 +19,7 @@ from .. import kernels
 from ..attention import Attention
 from ..cache import KVCache
 from ..layers import Embedding, GatedFeedForward, RMSNorm
+from ..moe import MoE, MoEConfig, Routing
 from ..positions import Rotary, RotaryScaling
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
@@ -30,18 +32,20 @@ _LARGEST = {
     "head_dim": 10**5,
     "hidden_dim": 10**7,
 }
+_LARGEST_MOE = {"num_experts": 10**4, "hidden_dim": 10**7, "shared_dim": 10**7}
 _ABOVE_0 = (
     *("rope_theta", "local_rope_theta", "norm_eps", "embed_scale"),
     *("attention_scale", "attention_softcap", "logit_softcap"),
 )
-_FLAGS = ("mlp_bias", "qk_norm", "norm_plus_one", "sandwich_norms", "tie_embeddings")
+_FLAGS = ("mlp_bias", "norm_plus_one", "sandwich_norms", "tie_embeddings")
+_ROUTING = (".mlp.router", ".mlp.shared_expert_gate")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Quantization:
     """Affine quantization of the matrices: bits and group_size; `layers` names those that have others, or None for
-    floats."""
+    floats. What routes tokens is floats unless it is named there: a rounded router chooses other experts."""
 
     bits: int
     group_size: int
@@ -58,7 +62,7 @@ class Quantization:
 
     def of(self, name: str) -> tuple[int, int] | None:
         """(bits, group_size) of a layer."""
-        return self.layers.get(name, (self.bits, self.group_size))
+        return self.layers.get(name, None if name.endswith(_ROUTING) else (self.bits, self.group_size))
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,12 @@ class DecoderConfig:
 
     window: positions that the "local" layers of layer_types see, the token's own among them; without layer_types, all
     are. local_rope_theta: their rotary base, without scaling, if they have their own. attention_bias: names among q, k,
-    v, out. qk_norm, norm_plus_one, sandwich_norms: RMS norms of each head's queries and keys; their gain is 1 + weight;
-    another after each attention and feed-forward network. embed_scale, attention_scale: what embeddings and scores are
-    multiplied with (1; 1 / sqrt(head_dim)). dtype: what floats are cast to when loaded; None leaves them as stored.
+    v, out. qk_norm, norm_plus_one, sandwich_norms: RMS norms of each head's queries and keys, or of all heads' at once
+    ("whole"); their gain is 1 + weight; another after each attention and feed-forward network. embed_scale,
+    attention_scale: what embeddings and scores are multiplied with (1; 1 / sqrt(head_dim)). moe: what is in the place
+    of the feed-forward network of every layer but dense_layers. Where an expert's capacity overflows, logits depend on
+    the rest of the batch and on how many tokens a cache got at once. dtype: what floats are cast to when loaded; None
+    leaves them as stored.
     """
 
     vocab_size: int
@@ -81,7 +88,7 @@ class DecoderConfig:
     head_dim: int | None = None
     attention_bias: tuple[str, ...] = ()
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     window: int | None = None
     layer_types: tuple[str, ...] | None = None
     rope_theta: float = 10000.0
@@ -96,6 +103,8 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tie_embeddings: bool = False
+    moe: MoEConfig | None = None
+    dense_layers: tuple[int, ...] = ()
     dtype: str | None = None
     quantization: Quantization | None = None
 
@@ -119,6 +128,7 @@ class DecoderConfig:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
         self._check_choices()
+        self._check_layers()
 
     def _check_choices(self) -> None:
         if not isinstance(self.activation, str) or self.activation not in kernels.GATED:
@@ -127,6 +137,10 @@ class DecoderConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
         if not set(self.attention_bias) <= {"q", "k", "v", "out"}:
             raise ValueError(f"attention_bias must be names among q, k, v, out, got {self.attention_bias!r:.80}")
+        if type(self.qk_norm) is not bool and self.qk_norm != "whole":
+            raise ValueError(f'qk_norm must be true, false or "whole", got {self.qk_norm!r:.80}')
+
+    def _check_layers(self) -> None:
         if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise ValueError(f"window must be a whole number from 1, got {self.window!r:.80}")
         types = self.layer_types
@@ -136,6 +150,31 @@ class DecoderConfig:
             )
         if types is not None and "local" in types and self.window is None:
             raise ValueError("local layers need a window, got none")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        dense, layers = self.dense_layers, range(self.num_layers)
+        if any(type(index) is not int or index not in layers for index in dense) or len(set(dense)) != len(dense):
+            raise ValueError(
+                f"dense_layers must be different numbers below num_layers, {len(layers)}, got {dense!r:.80}"
+            )
+        if self.qk_norm == "whole" and self.norm_plus_one:
+            raise ValueError('norm_plus_one must be false with qk_norm "whole", got true')
+        if self.moe is None:
+            if dense:
+                raise ValueError(f"dense_layers must be empty without a moe, got {dense!r:.80}")
+            return
+        if not isinstance(self.moe, MoEConfig):
+            raise ValueError(f"moe must be a MoEConfig, got a {type(self.moe).__name__}")
+        for name, limit in _LARGEST_MOE.items():
+            if getattr(self.moe, name) > limit:
+                raise ValueError(f"{name} of the moe must be at most {limit}, got {getattr(self.moe, name)}")
+        if self.moe.embed_dim != self.embed_dim:
+            raise ValueError(f"embed_dim of the moe must be the decoder's, {self.embed_dim}, got {self.moe.embed_dim}")
+
+    def has_mixture(self, index: int) -> bool:
+        """Whether layer `index` has the moe."""
+        return self.moe is not None and index not in self.dense_layers
 
     def layer_window(self, index: int) -> int | None:
         """How many positions layer `index` sees; None: all."""
@@ -159,9 +198,9 @@ class DecoderConfig:
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        for name, kind in (("rope_scaling", RotaryScaling), ("quantization", Quantization)):
+        for name, kind in (("rope_scaling", RotaryScaling), ("moe", MoEConfig), ("quantization", Quantization)):
             if isinstance(values.get(name), dict):
-                values[name] = kind(**values[name])
+                values[name] = _read(name, kind, values[name])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,12 +208,23 @@ class DecoderConfig:
         return dataclasses.asdict(self)
 
 
+def _read(name: str, kind: type, values: dict[str, Any]) -> Any:
+    """The configuration of a part, from plain values."""
+    fields = dataclasses.fields(kind)
+    if unknown := sorted(values.keys() - {field.name for field in fields}):
+        raise ValueError(f"{name} has no option named {', '.join(unknown)}")
+    missing = [f.name for f in fields if f.name not in values and f.default is f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"{name} must have {', '.join(missing)}")
+    return kind(**values)
+
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
 
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward network, each on a norm of its own (and, with sandwich norms, through
-    another) and added to what came in."""
+    """Attention, then a gated feed-forward network or a mixture, each on a norm of its own (and, with sandwich norms,
+    through another) and added to what came in."""
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -185,7 +235,7 @@ class Block(nn.Module):
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             bias=config.attention_bias,
-            qk_norm="rms" if config.qk_norm else None,
+            qk_norm="rms_whole" if config.qk_norm == "whole" else "rms" if config.qk_norm else None,
             norm_eps=config.norm_eps,
             rotary=config.rotary(index),
             causal=True,
@@ -195,20 +245,32 @@ class Block(nn.Module):
         )
         if config.qk_norm and config.norm_plus_one:
             self.self_attn.q_norm, self.self_attn.k_norm = norm(config.head_dim), norm(config.head_dim)
-        self.mlp = GatedFeedForward(E, config.hidden_dim, config.activation, bias=config.mlp_bias)
+        self.mlp: nn.Module
+        if config.moe is not None and config.has_mixture(index):
+            self.mlp = MoE(config.moe)
+        else:
+            self.mlp = GatedFeedForward(E, config.hidden_dim, config.activation, bias=config.mlp_bias)
         self.input_layernorm, self.post_attention_layernorm = norm(E), norm(E)
         self.sandwich = config.sandwich_norms
         if self.sandwich:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(E), norm(E)
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        """x (B, L, E) -> the same; `cache` has what came before."""
+    def __call__(self, x: mx.array, cache: KVCache | None = None, routings: list[Routing] | None = None) -> mx.array:
+        """x (B, L, E) -> the same; `cache` has what came before, `routings` gets where a mixture's tokens went."""
         y = self.self_attn(self.input_layernorm(x), cache=cache)
         if not self.sandwich:
             x = x + y
-            return x + self.mlp(self.post_attention_layernorm(x))
+            return x + self._feed(self.post_attention_layernorm(x), routings)
         x = x + self.post_attention_layernorm(y)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + self.post_feedforward_layernorm(self._feed(self.pre_feedforward_layernorm(x), routings))
+
+    def _feed(self, x: mx.array, routings: list[Routing] | None) -> mx.array:
+        y = self.mlp(x)
+        if not isinstance(self.mlp, MoE):
+            return y
+        if routings is not None:
+            routings.append(y[1])
+        return y[0]
 
 
 class Layers(nn.Module):
@@ -220,10 +282,12 @@ class Layers(nn.Module):
         self.layers = [Block(config, index) for index in range(config.num_layers)]
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, plus_one=config.norm_plus_one)
 
-    def __call__(self, x: mx.array, caches: Sequence[KVCache] | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, caches: Sequence[KVCache] | None = None, routings: list[Routing] | None = None
+    ) -> mx.array:
         """Embedded tokens (B, L, E) through the blocks, not yet normed."""
         for index, layer in enumerate(self.layers):
-            x = layer(x, None if caches is None else caches[index])
+            x = layer(x, None if caches is None else caches[index], routings)
         return x
 
 
@@ -240,17 +304,22 @@ class Decoder(nn.Module):
             quantize(self, config.quantization)
 
     def __call__(
-        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
+        self,
+        tokens: mx.array,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        last: int | None = None,
+        routings: list[Routing] | None = None,
     ) -> mx.array:
         """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have
-        the tokens before, and get these."""
+        the tokens before, and get these. `routings` gets the Routing of every mixture, in the order of the layers."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
         if caches is not None and len(caches) != self.config.num_layers:
             raise ValueError(f"caches must be one a layer, {self.config.num_layers}, got {len(caches)}")
         if last is not None and last < 0:
             raise ValueError(f"last must be at least 0, got {last}")
-        x = self.model(self.embed(tokens), caches)
+        x = self.model(self.embed(tokens), caches, routings)
         return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -285,6 +354,11 @@ class Decoder(nn.Module):
                 own = window
             caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
         return caches
+
+
+def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:
+    """What training adds to the loss of a Decoder: the sum of the losses of its mixtures."""
+    return sum((routing.loss for routing in routings), mx.array(0.0))
 
 
 def quantize(model: nn.Module, quantization: Quantization) -> None:

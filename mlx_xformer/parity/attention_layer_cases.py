@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "some biases": {"bias": ("q", "v"), "num_kv_heads": 2},
     "widths": {"head_dim": 5, "value_dim": 7, "out_dim": 11, "num_kv_heads": 3},
     "rms": {"qk_norm": "rms", "num_kv_heads": 2},
+    "rms, whole": {"qk_norm": "rms_whole", "num_kv_heads": 2, "norm_eps": 1e-2},
     "layer norm": {"qk_norm": "layer", "head_dim": 5, "norm_eps": 1e-3},
     "rotary": {"rotary": {"dims": 4, "theta": 100.0}, "head_dim": 6, "causal": True},
     "interleaved": {"rotary": {"dims": 6, "theta": 1e4, "interleaved": True}, "head_dim": 6, "num_kv_heads": 2},

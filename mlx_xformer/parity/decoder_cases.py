@@ -79,7 +79,7 @@ def floats(module: nn.Module) -> Arrays:
     """The parameters by their flat names, packed matrices as the float32 values that they stand for."""
     params = {name: np.array(x) for name, x in flat(module).items()}
     for name, layer in module.named_modules():
-        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        if "scales" in layer:
             packed = layer.weight, layer.scales, layer.biases
             values = mx.dequantize(*packed, group_size=layer.group_size, bits=layer.bits)
             prefix = f"{name}." if name else ""
@@ -106,7 +106,7 @@ def _table(model: Decoder, weights: Arrays) -> Case:
 
 def _block(model: Decoder, layer: Block, index: int, note: str) -> Case:
     """A block: its floats are differentiated by as well, packed matrices are not. `note`: see _fixed."""
-    packed = any(isinstance(part, nn.QuantizedLinear) for _, part in layer.named_modules())
+    packed = any("scales" in part for _, part in layer.named_modules())
     weights, given = floats(layer), {} if packed else floats(layer)
 
     def samples(rng: Rng) -> Iterator[Sample]:

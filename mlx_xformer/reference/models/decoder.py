@@ -11,6 +11,7 @@ import numpy as np
 from .. import kernels
 from ..attention import attention_layer
 from ..layers import Params, gated_feed_forward, linear, rms_norm, sub
+from ..moe import Routing, moe
 
 
 def embed(params: Params, config: Any, tokens: np.ndarray) -> np.ndarray:
@@ -19,13 +20,18 @@ def embed(params: Params, config: Any, tokens: np.ndarray) -> np.ndarray:
     return x if config.embed_scale is None else x * np.asarray(config.embed_scale, x.dtype)
 
 
-def block(params: Params, config: Any, index: int, x: np.ndarray) -> np.ndarray:
-    """Layer `index`, x (B, L, E) -> the same."""
+def block(params: Params, config: Any, index: int, x: np.ndarray, routings: list[Routing] | None = None) -> np.ndarray:
+    """Layer `index`, x (B, L, E) -> the same; `routings` gets where a mixture's tokens went."""
 
     def norm(name: str, y: np.ndarray) -> np.ndarray:
         return rms_norm(sub(params, name), y, eps=config.norm_eps, plus_one=config.norm_plus_one)
 
     def feed(y: np.ndarray) -> np.ndarray:
+        if config.has_mixture(index):
+            y, routing = moe(sub(params, "mlp"), y, config.moe)
+            if routings is not None:
+                routings.append(routing)
+            return y
         return gated_feed_forward(sub(params, "mlp"), y, activation=getattr(kernels, config.activation))
 
     y = attend(sub(params, "self_attn"), config, index, norm("input_layernorm", x))
@@ -52,7 +58,7 @@ def attend(params: Params, config: Any, index: int, x: np.ndarray) -> np.ndarray
         x,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
-        qk_norm="rms" if config.qk_norm else None,
+        qk_norm="rms_whole" if config.qk_norm == "whole" else "rms" if config.qk_norm else None,
         norm_eps=config.norm_eps,
         rotary=rotary,
         positions=np.broadcast_to(np.arange(L), (B, L)),
@@ -71,13 +77,13 @@ def logits(params: Params, config: Any, x: np.ndarray) -> np.ndarray:
     return y if cap is None else cap * np.tanh(y / cap)
 
 
-def from_embedded(params: Params, config: Any, x: np.ndarray) -> np.ndarray:
+def from_embedded(params: Params, config: Any, x: np.ndarray, routings: list[Routing] | None = None) -> np.ndarray:
     """All but the table of embeddings: (B, L, E) -> (B, L, V)."""
     for index in range(config.num_layers):
-        x = block(sub(params, f"model.layers.{index}"), config, index, x)
+        x = block(sub(params, f"model.layers.{index}"), config, index, x, routings)
     return logits(params, config, x)
 
 
-def decoder(params: Params, config: Any, tokens: np.ndarray) -> np.ndarray:
-    """Tokens (B, L) -> logits (B, L, V) of the tokens after them."""
-    return from_embedded(params, config, embed(params, config, tokens))
+def decoder(params: Params, config: Any, tokens: np.ndarray, *, routings: list[Routing] | None = None) -> np.ndarray:
+    """Tokens (B, L) -> logits (B, L, V) of the tokens after them. `routings` gets the Routing of every mixture."""
+    return from_embedded(params, config, embed(params, config, tokens), routings)

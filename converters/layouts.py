@@ -1,0 +1,109 @@
+"""Layouts: how a tensor is turned on its way from source to target, each with its inverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Axis k of the result is axis `axes[k]` of the input."""
+
+    axes: tuple[int, ...]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.ndim != len(self.axes):
+            raise ValueError(f"must have {len(self.axes)} axes, got {x.ndim}")
+        return x.transpose(self.axes)
+
+    def inverse(self) -> Permute:
+        return Permute(tuple(self.axes.index(k) for k in range(len(self.axes))))
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """Drops `axis`, which has one element."""
+
+    axis: int
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.ndim <= self.axis or x.shape[self.axis] != 1:
+            raise ValueError(f"axis {self.axis} must have one element")
+        return x.squeeze(self.axis)
+
+    def inverse(self) -> Expand:
+        return Expand(self.axis)
+
+
+@dataclass(frozen=True)
+class Expand:
+    """Puts in an axis of one element as `axis`."""
+
+    axis: int
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.ndim < self.axis:
+            raise ValueError(f"must have at least {self.axis} axes, got {x.ndim}")
+        return mx.expand_dims(x, self.axis)
+
+    def inverse(self) -> Squeeze:
+        return Squeeze(self.axis)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The rows of each of `heads` heads: neighbours (2i, 2i + 1) go to (i, i + half of the head); back if `joined`."""
+
+    heads: int
+    joined: bool = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not x.ndim or x.shape[0] % (2 * self.heads):
+            raise ValueError(f"must have an even number of rows for each of {self.heads} heads")
+        half = x.shape[0] // self.heads // 2
+        parts = x.reshape(self.heads, *((2, half) if self.joined else (half, 2)), *x.shape[1:])
+        return parts.swapaxes(1, 2).reshape(x.shape)
+
+    def inverse(self) -> Pairs:
+        return Pairs(self.heads, not self.joined)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The rows are those of `count` equal parts, which become axis 0; joined again if `joined`."""
+
+    count: int
+    joined: bool = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.joined:
+            if x.ndim < 2 or x.shape[0] != self.count:
+                raise ValueError(f"must have {self.count} parts as axis 0, each with rows")
+            return mx.flatten(x, 0, 1)
+        if not x.ndim or x.shape[0] % self.count:
+            raise ValueError(f"must have rows in {self.count} equal parts")
+        return mx.unflatten(x, 0, (self.count, x.shape[0] // self.count))
+
+    def inverse(self) -> Stack:
+        return Stack(self.count, not self.joined)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two halves of axis 1 follow each other along axis 0, (E, 2 O, ...) -> (2 E, O, ...); back if `joined`."""
+
+    joined: bool = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        axis = 0 if self.joined else 1
+        if x.ndim < 2 or x.shape[axis] % 2:
+            raise ValueError(f"axis {axis} must have two halves")
+        return mx.concatenate([*mx.split(x, 2, axis=axis)], axis=1 - axis)
+
+    def inverse(self) -> Halves:
+        return Halves(not self.joined)
+
+
+Layout = Permute | Squeeze | Expand | Pairs | Stack | Halves
