@@ -30,7 +30,7 @@ LAYERS = [
     ["converters.folder", "converters.mixture"],
     ["converters.FAMILY"],
     ["converters.gguf"],
-    ["converters.language"],
+    ["converters.language", "converters.networks"],
     ["converters.convert"],
     ["pretrained", "stems", "segments", "samplers", "tokenizer", "prompt_cache"],
     ["decoding"],
