@@ -52,8 +52,9 @@ def convert(
 
     Tensors keep their bits and dtype, but for language models where `quantize` (4 or 8 bits in groups of group_size; 0
     makes floats of packed matrices) or `dtype` (of the floats) asks for others. `family` insists on one; `origin` is
-    added to the provenance. settings: what a file of tensors does not tell of its model, such as num_heads. progress(done, total) is told how many tensors of a language model are written. One
-    ValueError (or OSError, for files) says all that does not fit; then nothing is written.
+    added to the provenance. settings: what a file of tensors does not tell of its model, such as num_heads.
+    progress(done, total) is told how many tensors of a language model are written. One ValueError (or OSError, for
+    files) says all that does not fit; then nothing is written.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -152,7 +153,7 @@ def _to_pytorch(source: Path, out: Path, family: str | None, dry_run: bool) -> R
     _check_family(source, family, checkpoint.family)
     if checkpoint.family == language.FAMILY:
         return language.to_hugging_face(source, out, checkpoint, dry_run=dry_run)
-    if any(kind.FAMILY == checkpoint.family for kind in networks.KINDS):
+    if any(checkpoint.family == kind.FAMILY for kind in networks.KINDS):
         return networks.to_original(source, out, checkpoint, dry_run=dry_run)
     try:
         config = FAMILIES[checkpoint.family][0].from_dict(checkpoint.config)

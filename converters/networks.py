@@ -1,5 +1,5 @@
-"""Encoders, encoder-decoders and other networks: a folder of Hugging Face or a file of tensors into a checkpoint folder,
-and back. What is particular to one kind is in a module of its own, see Kind."""
+"""Encoders, encoder-decoders and other networks: a folder of Hugging Face or a file of tensors into a checkpoint
+folder, and back. What is particular to one kind is in a module of its own, see Kind."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def _read(
 def to_original(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: bool) -> Report:
     """A checkpoint in the layout that it came from, bit for bit."""
     name = checkpoint.provenance.get("kind")
-    kind = next((kind for kind in KINDS if kind.FAMILY == checkpoint.family and _name(kind) == name), None)
+    kind = next((kind for kind in KINDS if checkpoint.family == kind.FAMILY and _name(kind) == name), None)
     if kind is None:
-        kind = next(kind for kind in KINDS if kind.FAMILY == checkpoint.family)
+        kind = next(kind for kind in KINDS if checkpoint.family == kind.FAMILY)
     try:
         config = FAMILIES[checkpoint.family][0].from_dict(checkpoint.config)
         rules = kind.rules(config, checkpoint.weights)
