@@ -23,6 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .models.bert import Bert, BertConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
 
@@ -31,6 +32,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
     "decoder": (DecoderConfig, Decoder),
+    "bert": (BertConfig, Bert),
 }
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

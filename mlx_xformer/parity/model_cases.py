@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint import load_model
+from ..models.bert import Bert
 from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
 from ..reference.layers import linear
@@ -22,6 +23,7 @@ from ..reference.models.htdemucs import htdemucs
 from ..reference.models.htdemucs.layers import decoder_layer, encoder_layer
 from ..reference.models.htdemucs.model import levels
 from ..reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
+from .bert_cases import bert_cases
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
 
@@ -40,6 +42,8 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
         }
     if isinstance(model, Decoder):
         return decoder_cases(model)
+    if isinstance(model, Bert):
+        return bert_cases(model)
     if not isinstance(model, HTDemucs):
         raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)
