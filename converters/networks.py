@@ -19,6 +19,7 @@ from mlx_xformer.checkpoint import (
     new_folder,
     parameter_shapes,
     save_checkpoint,
+    write_extras,
     write_safetensors,
 )
 
@@ -141,8 +142,7 @@ def to_original(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: boo
         with new_folder(out, replace=False) as fresh:
             write_safetensors(fresh / "model.safetensors", tensors, {"format": "pt"})
             (fresh / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-            for extra, content in extras.items():
-                (fresh / extra).write_bytes(content)
+            write_extras(fresh, extras)
     rows = make_rows(invert(rules), checkpoint.weights, tensors)
     files = ("config.json", "model.safetensors", *extras)
     return Report(source, out, checkpoint.family, rows, files, not dry_run, *totals(tensors))

@@ -34,7 +34,7 @@ LAYERS = [
     ["converters.convert"],
     ["pretrained", "stems", "segments", "samplers", "tokenizer", "prompt_cache"],
     ["decoding"],
-    ["generate", "separate", "measure"],
+    ["generate", "separate", "measure", "sentences"],
     ["report"],
     ["parity"],
     ["cli"],
