@@ -23,7 +23,7 @@ from mlx_xformer.checkpoint import (
     write_safetensors,
 )
 
-from . import bert, folder
+from . import bert, folder, t5
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, inverse_shapes, invert
 from .source import SUFFIXES, read_source, scan, sha256_of
@@ -55,6 +55,7 @@ class Kind(Protocol):
 
 KINDS: tuple[Any, ...] = (  # of modules that are a Kind
     bert,
+    t5,
 )
 
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from .models.bert import Bert, BertConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.t5 import T5, T5Config
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
@@ -33,6 +34,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs_bag": (BagConfig, Bag),
     "decoder": (DecoderConfig, Decoder),
     "bert": (BertConfig, Bert),
+    "t5": (T5Config, T5),
 }
 SENTENCES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")  # of sentence-transformers
 EXTRAS = (

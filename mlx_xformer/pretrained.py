@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .models.bert import Bert
     from .models.decoder import Decoder
     from .models.htdemucs import Bag, HTDemucs
+    from .models.t5 import T5
 
 NAMES = ("htdemucs", "htdemucs_ft", "htdemucs_6s", "htdemucs_mini")
 EMBEDDED = {"htdemucs_mini": Path(__file__).parent / "data" / "htdemucs_mini"}
@@ -43,9 +44,9 @@ _SMALL = 1 << 26  # bytes up to which a file of a language model is known by its
 _T = TypeVar("_T")
 
 
-def load(path_or_name: str | Path) -> HTDemucs | Bag | Decoder | Bert:
+def load(path_or_name: str | Path) -> HTDemucs | Bag | Decoder | Bert | T5:
     """The model, ready to run. Takes what `resolve` takes."""
-    return cast("HTDemucs | Bag | Decoder | Bert", load_model(resolve(path_or_name)))
+    return cast("HTDemucs | Bag | Decoder | Bert | T5", load_model(resolve(path_or_name)))
 
 
 def resolve(path_or_name: str | Path) -> Path:
