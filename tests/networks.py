@@ -1,8 +1,8 @@
-"""What tests of networks against transformers share: gradients under our names."""
+"""What tests of networks share: weights of an original, and gradients of transformers' under our names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +11,17 @@ import numpy as np
 from harness import assert_within_budget
 from mlx.utils import tree_flatten
 from mlx_xformer.converters.rules import plan
+
+
+def drawn_as(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Tensors of these names and shapes: matrices of about unit gain, no gain and no bias 0 or 1."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for name, shape in shapes.items():
+        low, high = (-0.2, 0.2) if name.endswith("bias") else (0.7, 1.3)
+        drawn = rng.uniform(low, high, shape) if len(shape) == 1 else rng.normal(size=shape) * shape[-1] ** -0.5
+        state[name] = drawn.astype(np.float32)
+    return state
 
 
 def same_gradients(kind: Any, model: nn.Module, loss: Callable[[], mx.array], theirs: dict[str, np.ndarray]) -> None:

@@ -76,7 +76,7 @@ def _layer(model: Bert, index: int) -> Case:
         return with_params(layer, params)(arrays["x"], mask=options["mask"][:, None, None])
 
     def theirs(params: dict, arrays: Arrays, options: Options) -> np.ndarray:
-        return layer_twin(params, model.config.layer, arrays["x"], mask=options["mask"][:, None, None])
+        return layer_twin(params, twin.layer_of(model.config), arrays["x"], mask=options["mask"][:, None, None])
 
     return Case(samples, ours, theirs)
 
@@ -94,7 +94,8 @@ def _whole(model: Bert, weights: Arrays) -> Case:
         for L in _LENGTHS:
             mask = _mask(min(L, config.max_positions))
             x = twin.embed(weights, config, rng.integers(0, config.vocab_size, mask.shape))
-            yield Sample(described(x=x.shape, valid=_VALID), {"x": x.astype(np.float64)}, {"mask": mask})
+            what = described(x=x.shape, valid=tuple(mask.sum(axis=1).tolist()))
+            yield Sample(what, {"x": x.astype(np.float64)}, {"mask": mask})
 
     def ours(_: dict, arrays: dict, options: Options) -> Any:
         return model.encoder(arrays["x"], mask=options["mask"][:, None, None])

@@ -89,23 +89,24 @@ def _bias(side: Side) -> Case:
 
 def _layer(side: Side, index: int) -> Case:
     """A layer, differentiated by its weights as well, with a bias and hidden positions of the text."""
-    layer, config = side.stack.layers[index], side.stack.config
+    layer, cross, config = side.stack.layers[index], side.stack.config.cross, side.config
+    kind = twin.layer_of(config, decoder=cross)
     S, L = _SIZES[-1]
-    length = L if config.cross else S
+    length = L if cross else S
 
     def samples(rng: Rng) -> Iterator[Sample]:
         arrays = {"x": rng.normal(size=(2, length, config.embed_dim))}
-        arrays |= {"memory": rng.normal(size=(2, S, config.embed_dim))} if config.cross else {}
+        arrays |= {"memory": rng.normal(size=(2, S, config.embed_dim))} if cross else {}
         arrays["bias"] = rng.normal(size=(config.num_heads, length, length))
-        hidden = {"memory_mask" if config.cross else "mask": _mask(S)[:, None, None]}
-        what = described(x=arrays["x"].shape, memory=(2, S) if config.cross else None)
+        hidden = {"memory_mask" if cross else "mask": _mask(S)[:, None, None]}
+        what = described(x=arrays["x"].shape, memory=(2, S) if cross else None)
         yield Sample(what, arrays, hidden, _arrays(layer), joint=True)
 
     def ours(params: dict, arrays: dict, options: Options) -> mx.array:
         return with_params(layer, params)(**arrays, **options)
 
     def theirs(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
-        return layer_twin(params, config, **arrays, **options)
+        return layer_twin(params, kind, **arrays, **options)
 
     return Case(samples, ours, theirs)
 

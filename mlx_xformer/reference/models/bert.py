@@ -3,6 +3,7 @@
 The tables may have a narrower dtype than the norm of the embeddings, which sets that of the result.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,19 @@ def embed(params: Params, config: Any, tokens: np.ndarray, token_types: np.ndarr
     return layer_norm(sub(params, "norm"), x, config.norm_eps)
 
 
+def layer_of(config: Any) -> Any:
+    """What a layer is, as blocks.layer takes it."""
+    plain = {"num_kv_heads": None, "scale": None, "window": None, "moe": None, "gated": False, "norm": "layer"}
+    plain |= {"causal": False, "cross": False, "norm_first": False}
+    own = {"num_heads": config.num_heads, "activation": config.activation, "norm_eps": config.norm_eps}
+    return SimpleNamespace(**plain, **own)
+
+
 def encode(params: Params, config: Any, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """All but the embeddings: (B, L, E) -> the same. mask (B, L): True = valid."""
     for index in range(config.num_layers):
         seen = None if mask is None else mask[:, None, None]
-        x = layer(sub(params, f"encoder.layers.{index}"), config.layer, x, mask=seen)
+        x = layer(sub(params, f"encoder.layers.{index}"), layer_of(config), x, mask=seen)
     return x
 
 

@@ -1,5 +1,6 @@
 """T5, step by step. Axes: B batch, S tokens of the text, L of the answer, H heads, E embed_dim, V vocab_size."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,13 @@ import numpy as np
 from ..blocks import stack
 from ..layers import Params, linear, sub
 from ..positions import relative_buckets
+
+
+def layer_of(config: Any, *, decoder: bool) -> Any:
+    """What a layer is, as blocks.layer takes it."""
+    plain = {"num_kv_heads": None, "scale": 1.0, "window": None, "moe": None, "norm": "rms", "norm_first": True}
+    own = {"num_heads": config.num_heads, "activation": config.activation, "gated": config.gated}
+    return SimpleNamespace(**plain, **own, norm_eps=config.norm_eps, causal=decoder, cross=decoder)
 
 
 def bias(params: Params, config: Any, length: int, *, bidirectional: bool) -> np.ndarray:
@@ -25,7 +33,7 @@ def encode(params: Params, config: Any, x: np.ndarray, mask: np.ndarray | None =
     own = sub(params, "encoder")
     added = bias(own, config, x.shape[1], bidirectional=True)
     seen = None if mask is None else mask[:, None, None]
-    return stack(sub(own, "stack"), config.encoder, x, mask=seen, bias=added)
+    return stack(sub(own, "stack"), layer_of(config, decoder=False), x, mask=seen, bias=added)
 
 
 def decode(
@@ -35,7 +43,7 @@ def decode(
     own = sub(params, "decoder")
     added = bias(own, config, x.shape[1], bidirectional=False)
     seen = None if memory_mask is None else memory_mask[:, None, None]
-    return stack(sub(own, "stack"), config.decoder, x, memory, memory_mask=seen, bias=added)
+    return stack(sub(own, "stack"), layer_of(config, decoder=True), x, memory, memory_mask=seen, bias=added)
 
 
 def logits(params: Params, config: Any, x: np.ndarray) -> np.ndarray:
