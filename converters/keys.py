@@ -15,7 +15,8 @@ HARMLESS = {
     *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "return_dict"),
     *("torchscript", "finetuning_task", "problem_type", "keys_to_ignore_at_inference", "_attn_implementation_autoset"),
     *("attn_implementation", "gradient_checkpointing", "classifier_dropout", "task_specific_params", "n_positions"),
-    *("transformers.js_config", "model_type"),
+    *("transformers.js_config", "model_type", "max_length", "min_length", "num_beams", "early_stopping"),
+    *("length_penalty", "no_repeat_ngram_size"),  # of how answers are searched
 }
 # Keys of which one value is understood.
 ONLY: dict[str, tuple[Any, ...]] = {"pruned_heads": ({}, None), "cross_attention_hidden_size": (None,)}
