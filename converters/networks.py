@@ -135,7 +135,7 @@ def to_original(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: boo
         rules = kind.rules(config, checkpoint.weights)
         shapes = inverse_shapes(rules, parameter_shapes(checkpoint.family, checkpoint.config))
         tensors = apply_rules(invert(rules), checkpoint.weights, shapes)
-        values = kind.original(config)
+        values = _told(kind, config, checkpoint, tensors) or kind.original(config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     extras = {extra: (source / extra).read_bytes() for extra in EXTRAS if (source / extra).is_file()}
@@ -147,6 +147,17 @@ def to_original(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: boo
     rows = make_rows(invert(rules), checkpoint.weights, tensors)
     files = ("config.json", "model.safetensors", *extras)
     return Report(source, out, checkpoint.family, rows, files, not dry_run, *totals(tensors))
+
+
+def _told(kind: Any, config: Any, checkpoint: Checkpoint, tensors: Tensors) -> dict[str, Any] | None:
+    """The config.json that a checkpoint was made from, as long as it means the configuration."""
+    values = checkpoint.provenance.get("original")
+    if not isinstance(values, dict) or values.get("model_type") not in kind.MODEL_TYPES:
+        return None
+    try:
+        return values if kind.config(values, tensors) == config else None
+    except (ValueError, ArithmeticError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def _name(kind: Any) -> str:

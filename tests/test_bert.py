@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -208,8 +211,25 @@ def test_there_and_back(tmp_path, prefix, old, extra, pooler):
     words = {"gamma": "weight", "beta": "bias"}
     kept = {".".join(words.get(word, word) for word in name.split(".")): x for name, x in kept.items()}
     same_tensors(back, kept)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == VALUES
     convert(tmp_path / "back", tmp_path / "again")
     assert read_checkpoint(tmp_path / "again").config == read_checkpoint(tmp_path / "mlx").config
+
+
+def test_another_configuration_leads_to_another_config(tmp_path):
+    """The config.json of a checkpoint that was edited is written anew; so is that of a file."""
+    write_original(tmp_path / "hf", pad_token_id=0)
+    convert(tmp_path / "hf", tmp_path / "mlx")
+    path = tmp_path / "mlx/config.json"
+    path.write_text(path.read_text().replace('"activation": "gelu"', '"activation": "gelu_tanh"'))
+    convert(tmp_path / "mlx", tmp_path / "back", to="pytorch")
+    values = json.loads((tmp_path / "back/config.json").read_text())
+    assert values["hidden_act"] == "gelu_new" and "pad_token_id" not in values
+    assert names.config(values, {"pooler.dense.weight": None}) == changed(activation="gelu_tanh")
+    convert(tmp_path / "hf/model.safetensors", tmp_path / "file", settings={"num_heads": 3})
+    convert(tmp_path / "file", tmp_path / "of file", to="pytorch")
+    values = json.loads((tmp_path / "of file/config.json").read_text())
+    assert names.config(values, {"pooler.dense.weight": None}) == CONFIG
 
 
 def test_each_tensor_has_its_place(tmp_path):
@@ -335,6 +355,14 @@ def test_sentences(sentences, tmp_path, monkeypatch):
     assert encoder.encode([]).shape == (0, 21)
     assert isinstance(load(sentences), Bert)
     assert len(list((tmp_path / "cache/converted").iterdir())) == 1
+
+
+def test_the_example(sentences, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_XFORMER_CACHE", str(tmp_path / "cache"))
+    script = Path(__file__).parent.parent / "examples/embed.py"
+    shown = subprocess.run([sys.executable, script, sentences, *TEXTS], capture_output=True, text=True, check=True)
+    lines = shown.stdout.splitlines()
+    assert len(lines) == 5 and all("1.00" in line for line in lines[1:]) and lines[1].endswith("  A cat sleeps")
 
 
 def test_without_files_of_sentence_transformers(sentences, tmp_path):

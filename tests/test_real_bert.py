@@ -95,9 +95,8 @@ def test_it_leads_back(converted, tmp_path):
         if (original() / name).is_file():
             assert (tmp_path / "back" / name).read_bytes() == (original() / name).read_bytes()
             assert name in report.files
-    values = json.loads((tmp_path / "back/config.json").read_text())
-    told = json.loads((original() / "config.json").read_text())
-    assert all(told[key] == value for key, value in values.items())
+    values, told = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", original()))
+    assert values == told
     convert(tmp_path / "back", tmp_path / "again")
     assert read_checkpoint(tmp_path / "again").config == read_checkpoint(converted[0]).config
 

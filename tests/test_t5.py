@@ -298,6 +298,9 @@ def test_there_and_back(tmp_path, values, given, changes):
     table = given.get("table", "shared.weight")
     kept = {"shared.weight" if n == table else n: mx.array(x) for n, x in state.items() if n not in dropped}
     same_tensors(read_source(tmp_path / "back/model.safetensors").tensors, kept)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == {**VALUES, **values}
+    written = names.original(changed(**changes))
+    assert names.config(written, read_source(tmp_path / "back/model.safetensors").tensors) == changed(**changes)
     convert(tmp_path / "back", tmp_path / "again")
     assert read_checkpoint(tmp_path / "again").config == read_checkpoint(tmp_path / "mlx").config
 
