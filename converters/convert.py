@@ -24,7 +24,7 @@ from mlx_xformer.checkpoint import (
 )
 from mlx_xformer.models.htdemucs import BagConfig, HTDemucsConfig
 
-from . import htdemucs, language
+from . import htdemucs, language, networks
 from .originals import Originals, find_originals
 from .report import Report, make_rows, totals
 from .rules import apply_rules, inverse_shapes, invert
@@ -44,6 +44,7 @@ def convert(
     quantize: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Converts a model file, a bag's .yaml, a language model's folder or GGUF file, or a folder that holds one of them
@@ -51,8 +52,9 @@ def convert(
 
     Tensors keep their bits and dtype, but for language models where `quantize` (4 or 8 bits in groups of group_size; 0
     makes floats of packed matrices) or `dtype` (of the floats) asks for others. `family` insists on one; `origin` is
-    added to the provenance. progress(done, total) is told how many tensors of a language model are written. One
-    ValueError (or OSError, for files) says all that does not fit; then nothing is written.
+    added to the provenance. settings: what a file of tensors does not tell of its model, such as num_heads.
+    progress(done, total) is told how many tensors of a language model are written. One ValueError (or OSError, for
+    files) says all that does not fit; then nothing is written.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -66,6 +68,14 @@ def convert(
                 "quantize, group_size and dtype are of no use where a checkpoint leads back to its original"
             )
         return _to_pytorch(source, out, family, dry_run)
+    kind = networks.kind_of_folder(source) or networks.kind_of_file(source)
+    if kind is not None:
+        if precision != language.Precision():
+            raise ValueError("quantize, group_size and dtype are for language models only")
+        _check_family(source, family, kind.FAMILY)
+        return networks.to_mlx(source, out, kind, settings=settings or {}, dry_run=dry_run, origin=origin or {})
+    if settings:
+        raise ValueError(f"{source}: settings are for files of tensors of a known kind, got {', '.join(settings)}")
     if language.is_language(source):
         _check_family(source, family, language.FAMILY)
         return language.to_mlx(source, out, precision, dry_run=dry_run, origin=origin or {}, progress=progress)
@@ -143,6 +153,8 @@ def _to_pytorch(source: Path, out: Path, family: str | None, dry_run: bool) -> R
     _check_family(source, family, checkpoint.family)
     if checkpoint.family == language.FAMILY:
         return language.to_hugging_face(source, out, checkpoint, dry_run=dry_run)
+    if any(checkpoint.family == kind.FAMILY for kind in networks.KINDS):
+        return networks.to_original(source, out, checkpoint, dry_run=dry_run)
     try:
         config = FAMILIES[checkpoint.family][0].from_dict(checkpoint.config)
         rules = htdemucs.rules(config)

@@ -24,6 +24,7 @@ from mlx_xformer.checkpoint import (
     parameter_count,
     parameter_shapes,
     save_checkpoint,
+    write_extras,
     write_safetensors,
 )
 from mlx_xformer.models.decoder import DTYPES, DecoderConfig, Quantization
@@ -269,8 +270,7 @@ def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run:
         with new_folder(out, replace=False) as fresh:
             write_safetensors(fresh / "model.safetensors", after, metadata, _moved(moves, stream))
             (fresh / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-            for name, extra in extras.items():
-                (fresh / name).write_bytes(extra)
+            write_extras(fresh, extras)
     files = ("config.json", "model.safetensors", *extras)
     rows = make_rows(rules, unpacked, after, read=blanks)
     return Report(source, out, FAMILY, rows, files, not dry_run, *totals(after))

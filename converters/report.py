@@ -42,13 +42,14 @@ class Report:
     parameters: int
     bytes: int
     warnings: tuple[str, ...] = ()
+    reason: str = ""  # why the source is taken for what it is, where names and shapes had to tell
 
     def __str__(self) -> str:
         read = [dtype for row in self.rows for dtype in row.source_dtypes]
         made = [dtype for row in self.rows for dtype in row.target_dtypes]
         lines = [
             f"{self.source} -> {self.out}" + ("" if self.written else " (dry run: nothing was written)"),
-            f"  family      {self.family}",
+            f"  family      {self.family}" + (f" ({self.reason})" if self.reason else ""),
             f"  tensors     {_counted(read)}, all accounted for, become {_counted(made)}",
             f"  parameters  {self.parameters:,} in {self.bytes:,} bytes",
             f"  files       {', '.join(self.files)}",

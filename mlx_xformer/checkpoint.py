@@ -23,18 +23,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .models.bert import Bert, BertConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.t5 import T5, T5Config
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
     "decoder": (DecoderConfig, Decoder),
+    "bert": (BertConfig, Bert),
+    "t5": (T5Config, T5),
 }
+SENTENCES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")  # of sentence-transformers
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("generation_config.json", "chat_template.jinja"),
+    *SENTENCES,
 )
 DTYPES = {  # in the words of safetensors
     "F64": mx.float64,
@@ -50,7 +56,7 @@ DTYPES = {  # in the words of safetensors
     "BOOL": mx.bool_,
 }
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_FILES = {_CONFIG, _WEIGHTS, *EXTRAS}
+_FILES = {_CONFIG, _WEIGHTS, *(name.partition("/")[0] for name in EXTRAS)}
 _LISTED = 20
 
 
@@ -153,8 +159,14 @@ def save_checkpoint(
     with new_folder(folder, replace=True) as fresh:
         write_safetensors(fresh / _WEIGHTS, weights, {"format": "mlx"}, arrays)
         (fresh / _CONFIG).write_text(text, "utf-8")
-        for name, extra in (extras or {}).items():
-            (fresh / name).write_bytes(extra)
+        write_extras(fresh, extras or {})
+
+
+def write_extras(folder: Path, extras: Mapping[str, bytes]) -> None:
+    """Files of EXTRAS, some of which have a folder of their own."""
+    for name, content in extras.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def write_safetensors(

@@ -80,6 +80,13 @@ class LayerScale(nn.Module):
         return x * self.scale
 
 
+def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    """x, each number 0 at this rate by a random key, and else larger by 1 / (1 - rate); x itself without a key."""
+    if key is None or not rate:
+        return x
+    return x * mx.random.bernoulli(1 - rate, x.shape, key).astype(x.dtype) * (1 / (1 - rate))
+
+
 class FeedForward(nn.Module):
     """linear1, activation, linear2: (..., E) -> (..., hidden_dim) -> (..., E). Activation: "gelu" (exact),
     "gelu_tanh" or "relu"."""
@@ -93,10 +100,13 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias)
         self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
+        """dropout: the rate, by a random key, at which numbers in the middle become 0."""
         if not x.size:
             return x
         activation = kernels.ACTIVATIONS[self.activation]
+        if key is not None and dropout:
+            return self.linear2(dropped(activation(self.linear1(x)), dropout, key))
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens).reshape(x.shape)
 
@@ -119,14 +129,15 @@ class GatedFeedForward(nn.Module):
         """Makes one product of the first two where x is one row, see Joint."""
         self._joint = joined((self.gate_proj, self.up_proj), self._joint)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
+        """dropout: the rate, by a random key, at which numbers in the middle become 0."""
         if self._joint is not None and not self._joint.holds((self.gate_proj, self.up_proj)):
             self._joint = None
         if self._joint is not None and one_row(x):
             gate, up = mx.split(self._joint(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(kernels.GATED[self.activation](gate, up))
+        return self.down_proj(dropped(kernels.GATED[self.activation](gate, up), dropout, key))
 
 
 class Embedding(nn.Embedding):

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ._version import __version__
-from .checkpoint import EXTRAS, is_checkpoint, load_model, parameter_count, parameter_shapes, read_checkpoint
+from .checkpoint import (
+    EXTRAS,
+    SENTENCES,
+    is_checkpoint,
+    load_model,
+    parameter_count,
+    parameter_shapes,
+    read_checkpoint,
+)
 from .converters import folder as hugging_face
 from .converters import language
 from .converters.convert import convert
@@ -23,8 +31,10 @@ from .converters.originals import find_originals
 from .converters.source import dtype_name, plain_name, read_bag
 
 if TYPE_CHECKING:
+    from .models.bert import Bert
     from .models.decoder import Decoder
     from .models.htdemucs import Bag, HTDemucs
+    from .models.t5 import T5
 
 NAMES = ("htdemucs", "htdemucs_ft", "htdemucs_6s", "htdemucs_mini")
 EMBEDDED = {"htdemucs_mini": Path(__file__).parent / "data" / "htdemucs_mini"}
@@ -34,9 +44,9 @@ _SMALL = 1 << 26  # bytes up to which a file of a language model is known by its
 _T = TypeVar("_T")
 
 
-def load(path_or_name: str | Path) -> HTDemucs | Bag | Decoder:
+def load(path_or_name: str | Path) -> HTDemucs | Bag | Decoder | Bert | T5:
     """The model, ready to run. Takes what `resolve` takes."""
-    return cast("HTDemucs | Bag | Decoder", load_model(resolve(path_or_name)))
+    return cast("HTDemucs | Bag | Decoder | Bert | T5", load_model(resolve(path_or_name)))
 
 
 def resolve(path_or_name: str | Path) -> Path:
@@ -100,8 +110,11 @@ def describe(path_or_name: str | Path) -> str:
 
 def _made_of(family: str, config: dict[str, Any]) -> str:
     """The line of what a model is about."""
+    if "sources" in config:
+        return f"  sources     {', '.join(config['sources'])}"
     if family != language.FAMILY:
-        return f"  sources     {', '.join(config.get('sources', []))}"
+        tokens = f", {config['vocab_size']} tokens" if "vocab_size" in config else ""
+        return f"  layers      {config.get('num_layers')} of width {config.get('embed_dim')}{tokens}"
     packed = config.get("quantization")
     bits = f", {packed['bits']} bits in groups of {packed['group_size']}" if packed else ""
     moe = config.get("moe")
@@ -185,7 +198,8 @@ def _language_from_hub(repo: str) -> Path | None:
         return None
     _fetch(repo, "config.json", revision, staging)
     for extra in EXTRAS:
-        _fetch_if_there(repo, extra, revision, staging)
+        if extra not in SENTENCES[1:] or (staging / SENTENCES[0]).is_file():
+            _fetch_if_there(repo, extra, revision, staging)
     index = _fetch_if_there(repo, hugging_face.INDEX, revision, staging)
     for file in [hugging_face.ONE] if index is None else hugging_face.shards(index):
         _fetch(repo, file, revision, staging)

@@ -72,7 +72,8 @@ class Separator:
         found = model if isinstance(model, (HTDemucs, Bag)) else load(model)
         if not isinstance(found, (HTDemucs, Bag)):
             kind = type(found).__name__
-            raise ValueError(f"{model}: must be a model that separates, got a {kind} (mlx-xformer generate?)")
+            hint = " (mlx-xformer generate?)" if kind == "Decoder" else ""
+            raise ValueError(f"{model}: must be a model that separates, got a {kind}{hint}")
         self.model = found
         for member in members(self.model)[0]:
             self.options.check(member.config)

@@ -50,6 +50,18 @@ class Tokenizer:
             ids.insert(0, self.bos)
         return ids
 
+    def encode_all(self, texts: Sequence[str], *, longest: int) -> list[list[int]]:
+        """The tokens of each text, `longest` at most: of a longer one its beginning, between the tokens that the
+        tokenizer puts around every text."""
+        around = self._library.num_special_tokens_to_add(is_pair=False)
+        if longest <= around:
+            raise ValueError(f"longest must be more than the {around} tokens around every text, got {longest}")
+        self._library.enable_truncation(longest)
+        try:
+            return [self.encode(text)[:longest] for text in texts]
+        finally:
+            self._library.no_truncation()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones. What is not whole UTF-8 becomes U+FFFD."""
         return self._library.decode(list(ids), skip_special_tokens=True)

@@ -40,7 +40,8 @@ for line in sys.stdin:
 
 
 def source_of(module: str) -> str:
-    return (PACKAGE / f"{module.replace('.', '/')}.py").read_text()
+    folder = PACKAGE.parent if module.startswith("converters.") else PACKAGE
+    return (folder / f"{module.replace('.', '/')}.py").read_text()
 
 
 def task(name: str, module: str, source: str, planted: str, *given: str) -> tuple[str, ...]:

@@ -373,7 +373,7 @@ def test_wrong_words(tmp_path):
     write_original(tmp_path, "sig", tiny())
     for arguments, reason in [
         ({"to": "onnx"}, 'to must be "mlx" or "pytorch"'),
-        ({"family": "bert"}, "family must be one of htdemucs"),
+        ({"family": "abacus"}, "family must be one of htdemucs"),
         ({"family": "htdemucs_bag"}, "family must be htdemucs_bag, got htdemucs"),
     ]:
         with pytest.raises(ValueError, match=reason):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_bert
 import yaml
 from decoders import config, write_folder
 from htdemucs_options import options
@@ -346,3 +347,29 @@ def test_a_repository_that_is_neither(tmp_path, cache, hub):
     share(hub, "me/other", tmp_path / "other")
     refused(ask("me/other", hub.url, tmp_path / "hf"), "ValueError", "model_type must be one of llama")
     assert not (cache / "hub").exists()
+
+
+# Encoders
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_encoder_of_sentences_from_the_hub_and_then_without_it(tmp_path, cache, hub, listed):
+    """With the files of sentence-transformers beside it, which are asked for where modules.json is there."""
+    test_bert.write_original(tmp_path / "bert")
+    test_bert.tokenizer(tmp_path / "bert")
+    test_bert.modules(tmp_path / "bert")
+    pooling = tmp_path / "bert" / "1_Pooling"
+    content = (pooling / "config.json").read_bytes()
+    shutil.rmtree(pooling)
+    if not listed:
+        (tmp_path / "bert" / "modules.json").unlink()
+    share(hub, "some/sentences", tmp_path / "bert")
+    hub.add("some/sentences/1_Pooling/config.json", content, large=False)
+    answer = ask("some/sentences", hub.url, tmp_path / "hf")
+    folder = cache / "hub" / "some--sentences" / "model" / COMMIT
+    assert answer == {"folder": str(folder), "kind": "Bert"} and files(cache / "downloads") == []
+    assert {"tokenizer.json", "model.safetensors"} < set(files(folder))
+    assert ("1_Pooling/config.json" in files(folder)) == listed
+    assert "layers      2 of width 21, 31 tokens" in pretrained.describe("some/sentences")
+    hub.server.shutdown()
+    assert ask("some/sentences", "http://127.0.0.1:9", tmp_path / "hf") == answer

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import runtime
 from .._version import __version__
@@ -61,6 +63,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     add("--group-size", type=int, choices=[32, 64, 128], default=64, help="numbers that share a scale")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of a language model's floats, if not as they are")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="what a file does not tell, as num_heads=8")
     add("--dry-run", action="store_true", help="report what would be written, write nothing")
 
 
@@ -77,9 +80,21 @@ def _convert(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         given = {name: getattr(options, name) for name in names}
+        given["settings"] = dict(map(_setting, options.set))
         report = convert(options.source, options.out, **given, progress=progress)
     print(report)
     return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value that is not JSON is text."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ValueError(f"--set must be NAME=VALUE, got {text!r:.80}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

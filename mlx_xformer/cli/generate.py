@@ -273,7 +273,8 @@ def _language_model(name: str) -> Path:
     folder = resolve(name)
     family = read_checkpoint(folder).family
     if family != "decoder":
-        raise ValueError(f"{name}: must be a language model, got one of family {family} (mlx-xformer separate?)")
+        hint = " (mlx-xformer separate?)" if family.startswith("htdemucs") else ""
+        raise ValueError(f"{name}: must be a language model, got one of family {family}{hint}")
     return folder
 
 

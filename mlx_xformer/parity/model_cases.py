@@ -15,15 +15,19 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint import load_model
+from ..models.bert import Bert
 from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
+from ..models.t5 import T5
 from ..reference.layers import linear
 from ..reference.models.htdemucs import htdemucs
 from ..reference.models.htdemucs.layers import decoder_layer, encoder_layer
 from ..reference.models.htdemucs.model import levels
 from ..reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
+from .bert_cases import bert_cases
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
+from .t5_cases import t5_cases
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
 _FRAMES = (3, 7)
@@ -40,6 +44,10 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
         }
     if isinstance(model, Decoder):
         return decoder_cases(model)
+    if isinstance(model, Bert):
+        return bert_cases(model)
+    if isinstance(model, T5):
+        return t5_cases(model)
     if not isinstance(model, HTDemucs):
         raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)

@@ -1,0 +1,153 @@
+"""BERT: tokens to a vector for each, by an encoder that sees both sides; and vectors of whole sentences.
+
+Sources: Devlin et al. 2019, arXiv 1810.04805; names as in transformers' BertModel where ours have no others; sentences
+by Reimers and Gurevych 2019, arXiv 1908.10084. Axes: B batch, L tokens, E embed_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..blocks import LayerConfig, Stack
+from ..inputs import check_mask, check_tokens
+from ..kernels import ACTIVATIONS, Linear
+from ..layers import LayerNorm
+
+# Far beyond any model, and below what would keep a reader of a hostile file busy.
+_LARGEST = {
+    "vocab_size": 10**8,
+    "embed_dim": 10**6,
+    "num_layers": 1000,
+    "num_heads": 10**5,
+    "hidden_dim": 10**7,
+    "max_positions": 10**7,
+    "num_token_types": 10**4,
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """What a Bert is. ValueError names the field that is unknown, of the wrong type or out of range.
+
+    max_positions: tokens that a text may have. num_token_types: kinds of segments. pooler: a layer on the first token,
+    see Bert.pooled.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    max_positions: int = 512
+    num_token_types: int = 2
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    pooler: bool = True
+
+    def __post_init__(self) -> None:
+        for name, limit in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r:.80}")
+        eps = self.norm_eps
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < float("inf"):
+            raise ValueError(f"norm_eps must be a number above 0, got {eps!r:.80}")
+        if type(self.pooler) is not bool:
+            raise ValueError(f"pooler must be true or false, got {self.pooler!r:.80}")
+
+    @property
+    def layer(self) -> LayerConfig:
+        """What each layer is."""
+        sizes = self.embed_dim, self.num_heads, self.hidden_dim
+        return LayerConfig(*sizes, activation=self.activation, norm_eps=self.norm_eps)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BertConfig:
+        """The configuration from plain values."""
+        fields = dataclasses.fields(cls)
+        unknown = sorted(values.keys() - {field.name for field in fields})
+        if unknown:
+            raise ValueError(f"the BERT has no option named {', '.join(unknown)}")
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+
+class Embeddings(nn.Module):
+    """The vectors of a token, of its place and of its segment, added and normed."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.embed_dim)
+        self.token_type_embeddings = nn.Embedding(config.num_token_types, config.embed_dim)
+        self.norm = LayerNorm(config.embed_dim, config.norm_eps)
+
+    def __call__(self, tokens: mx.array, token_types: mx.array) -> mx.array:
+        """(B, L) each -> (B, L, E)"""
+        places = self.position_embeddings.weight[: tokens.shape[1]]
+        return self.norm(self.word_embeddings(tokens) + self.token_type_embeddings(token_types) + places)
+
+
+class Bert(nn.Module):
+    """Tokens to a vector for each."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Stack(config.layer, config.num_layers)
+        if config.pooler:
+            self.pooler = Linear(config.embed_dim, config.embed_dim)
+
+    def __call__(
+        self, tokens: mx.array, *, mask: mx.array | None = None, token_types: mx.array | None = None
+    ) -> mx.array:
+        """tokens (B, L) -> (B, L, E). mask (B, L): True where a token is valid, all by default; what others become is
+        of no use. token_types (B, L): which segment each is of, the first by default."""
+        config = self.config
+        check_tokens("tokens", tokens, config.vocab_size)
+        if tokens.shape[1] > config.max_positions:
+            raise ValueError(f"tokens must be at most {config.max_positions} a text, got {tokens.shape[1]}")
+        token_types = mx.zeros_like(tokens) if token_types is None else token_types
+        check_tokens("token_types", token_types, config.num_token_types)
+        if token_types.shape != tokens.shape:
+            raise ValueError(f"token_types must have the shape of tokens, {tokens.shape}, got {token_types.shape}")
+        if mask is not None:
+            check_mask("mask", mask, tokens.shape)
+        x = self.embeddings(tokens, token_types)
+        return self.encoder(x, mask=None if mask is None else mask[:, None, None])
+
+    def pooled(self, hidden: mx.array) -> mx.array:
+        """What the model gives, (B, L, E), to one vector a text, (B, E): tanh of a layer on its first token."""
+        if not self.config.pooler:
+            raise ValueError("pooled must be of a BERT with a pooler, got one without")
+        return mx.tanh(self.pooler(hidden[:, 0]))
+
+
+def mean_pooled(hidden: mx.array, mask: mx.array) -> mx.array:
+    """The mean of the valid tokens of each text: hidden (B, L, E), mask (B, L), True = valid -> (B, E). That of a text
+    without any is 0."""
+    check_mask("mask", mask, hidden.shape[:2])
+    valid = mask.astype(hidden.dtype)[:, None]  # (B, 1, L)
+    count = mx.maximum(valid.sum(axis=-1), 1)  # (B, 1)
+    return (valid @ mx.where(mask[..., None], hidden, mx.array(0, hidden.dtype)))[:, 0] / count
+
+
+def normalized(x: mx.array) -> mx.array:
+    """x (..., E) to length 1; what is 0 stays so."""
+    return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,261 @@
+"""T5: an encoder of a text and a decoder that answers it; also T5 1.1 and FLAN-T5, by configuration.
+
+Source: Raffel et al. 2020, arXiv 1910.10683, as transformers has it: norms without bias or mean before every step,
+scores that are not scaled, and to all layers of a side the same bias by distance. Axes: B batch, S tokens of the text,
+L tokens of the answer, H heads, E embed_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..blocks import LayerConfig, Stack
+from ..cache import CrossCache, KVCache
+from ..inputs import check_mask, check_tokens
+from ..kernels import ACTIVATIONS, GATED, Linear
+from ..layers import Embedding, dropped
+from ..positions import buckets_by_distance
+
+# Far beyond any model, and below what would keep a reader of a hostile file busy.
+_LARGEST = {
+    "vocab_size": 10**8,
+    "embed_dim": 10**6,
+    "num_layers": 1000,
+    "num_decoder_layers": 1000,
+    "num_heads": 10**5,
+    "head_dim": 10**5,
+    "hidden_dim": 10**7,
+    "num_buckets": 10**6,
+    "max_distance": 10**9,
+}
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """What a T5 is. ValueError names the field that is unknown, of the wrong type or out of range.
+
+    num_decoder_layers: as many as num_layers unless given. gated: the feed-forward networks are, with activation "silu"
+    or "gelu_tanh". num_buckets, max_distance: see positions.relative_buckets. tie_embeddings: the head is the table of
+    embeddings. scale_logits: what the head gets is divided by sqrt(embed_dim), as in models whose head is tied from the
+    start. dropout: in training. start_token: what an answer begins with.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    hidden_dim: int
+    num_decoder_layers: int | None = None
+    activation: str = "relu"
+    gated: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    scale_logits: bool = True
+    dropout: float = 0.0
+    start_token: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_decoder_layers is None:
+            object.__setattr__(self, "num_decoder_layers", self.num_layers)
+        for name, limit in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        for name in ("gated", "tie_embeddings", "scale_logits"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        known = GATED if self.gated else ACTIVATIONS
+        if not isinstance(self.activation, str) or self.activation not in known:
+            raise ValueError(f"activation must be one of {', '.join(known)}, got {self.activation!r:.80}")
+        for name, end in (("norm_eps", float("inf")), ("dropout", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
+                raise ValueError(f"{name} must be a number from 0 and below {end}, got {value!r:.80}")
+        if type(self.start_token) is not int or not 0 <= self.start_token < self.vocab_size:
+            raise ValueError(f"start_token must be from 0 to {self.vocab_size - 1}, got {self.start_token!r:.80}")
+        for bidirectional in (True, False):
+            self.buckets(1, 1, bidirectional=bidirectional)
+
+    def buckets(self, L: int, S: int, *, bidirectional: bool) -> mx.array:
+        """See positions.buckets_by_distance."""
+        sizes = {"num_buckets": self.num_buckets, "max_distance": self.max_distance}
+        return buckets_by_distance(L, S, **sizes, bidirectional=bidirectional)
+
+    @property
+    def encoder(self) -> LayerConfig:
+        """What each layer of the encoder is."""
+        return self._layer()
+
+    @property
+    def decoder(self) -> LayerConfig:
+        """What each layer of the decoder is."""
+        return self._layer(causal=True, cross=True)
+
+    def _layer(self, **more: Any) -> LayerConfig:
+        return LayerConfig(
+            self.embed_dim,
+            self.num_heads,
+            self.hidden_dim,
+            head_dim=self.head_dim,
+            activation=self.activation,
+            gated=self.gated,
+            norm="rms",
+            norm_first=True,
+            norm_eps=self.norm_eps,
+            bias=False,
+            ffn_bias=False,
+            scale=1.0,
+            dropout=self.dropout,
+            **more,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> T5Config:
+        """The configuration from plain values."""
+        fields = dataclasses.fields(cls)
+        unknown = sorted(values.keys() - {field.name for field in fields})
+        if unknown:
+            raise ValueError(f"the T5 has no option named {', '.join(unknown)}")
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+
+class Side(nn.Module):
+    """The encoder or the decoder: layers in a row, a norm, and what all of them add to scores by distance."""
+
+    def __init__(self, config: T5Config, layer: LayerConfig, num_layers: int):
+        super().__init__()
+        self.config = config
+        self.stack = Stack(layer, num_layers, final_norm=True)
+        self.relative = nn.Embedding(config.num_buckets, config.num_heads)
+
+    def __call__(
+        self,
+        x: mx.array,
+        memory: mx.array | None = None,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        key: mx.array | None = None,
+        **options: Any,
+    ) -> mx.array:
+        """As Stack, x (B, L, E) -> the same. With caches x follows what they hold."""
+        rate = self.config.dropout if self.training else 0.0
+        first, inner, last = [None] * 3 if key is None else mx.random.split(key, 3)
+        held = caches[0].length if caches else 0
+        bias = self.bias(x.shape[1], held + x.shape[1])
+        x = self.stack(dropped(x, rate, first), memory, bias=bias, caches=caches, key=inner, **options)
+        return dropped(x, rate, last)
+
+    def bias(self, L: int, S: int) -> mx.array:
+        """What is added to the scores of the last L of S positions, (H, L, S)."""
+        bidirectional = not self.stack.config.causal
+        by_distance = self.relative(self.config.buckets(L, S, bidirectional=bidirectional)).T  # (H, S + L - 1)
+        ahead = mx.arange(S)[None] - mx.arange(L)[:, None] + (L - 1)
+        return mx.take(by_distance, ahead, axis=1)
+
+
+class T5(nn.Module):
+    """A text and the beginning of an answer to the logits of the answer's next tokens."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        assert config.num_decoder_layers is not None  # for the type checker: the configuration has set it
+        self.shared = Embedding(config.vocab_size, config.embed_dim)
+        self.encoder = Side(config, config.encoder, config.num_layers)
+        self.decoder = Side(config, config.decoder, config.num_decoder_layers)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.embed_dim, config.vocab_size, bias=False)
+
+    def __call__(
+        self, source: mx.array, tokens: mx.array, *, mask: mx.array | None = None, key: mx.array | None = None
+    ) -> mx.array:
+        """source (B, S), tokens (B, L), which begin with the start token -> logits (B, L, V) of the tokens after each.
+        mask (B, S): True where the source is valid. key: random, for dropout in training."""
+        keys = [None] * 2 if key is None else mx.random.split(key, 2)
+        memory = self.encode(source, mask=mask, key=keys[0])
+        check_tokens("tokens", tokens, self.config.vocab_size)
+        return self.decode(tokens, memory, memory_mask=mask, key=keys[1])
+
+    def encode(self, source: mx.array, *, mask: mx.array | None = None, key: mx.array | None = None) -> mx.array:
+        """source (B, S) -> the memory (B, S, E) that answers attend to."""
+        check_tokens("source", source, self.config.vocab_size)
+        if mask is not None:
+            check_mask("mask", mask, source.shape)
+        return self.encoder(self.shared(source), mask=None if mask is None else mask[:, None, None], key=key)
+
+    def decode(
+        self,
+        tokens: mx.array,
+        memory: mx.array,
+        *,
+        memory_mask: mx.array | None = None,
+        caches: Sequence[KVCache] | None = None,
+        cross_caches: Sequence[CrossCache] | None = None,
+        last: int | None = None,
+        key: mx.array | None = None,
+    ) -> mx.array:
+        """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. caches, one
+        a layer, have the tokens before, and get these; cross_caches the memory, projected. The tokens are not read, so
+        that steps can be queued: those of a vocabulary's size and beyond give numbers without a meaning."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        if memory.ndim != 3 or memory.shape[::2] != (len(tokens), self.config.embed_dim):
+            expected = f"({len(tokens)}, S, {self.config.embed_dim})"
+            raise ValueError(f"memory must be {expected}, the batch of the tokens by embed_dim, got {memory.shape}")
+        if memory_mask is not None:
+            check_mask("memory_mask", memory_mask, memory.shape[:2])
+            memory_mask = memory_mask[:, None, None]
+        if last is not None and last < 0:
+            raise ValueError(f"last must be at least 0, got {last}")
+        more: dict[str, Any] = {"memory_mask": memory_mask, "caches": caches, "cross_caches": cross_caches, "key": key}
+        x = self.decoder(self.shared(tokens), memory, **more)
+        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What the decoder gives, (B, L, E) -> (B, L, V)."""
+        if self.config.scale_logits:
+            x = x * self.config.embed_dim**-0.5
+        return self.shared.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
+
+    def make_caches(self, **options: Any) -> list[KVCache]:
+        """A cache for each layer of the decoder; options as of Stack.make_caches. The bias by distance needs keep 0."""
+        return self.decoder.stack.make_caches(**options)
+
+    def make_cross_caches(self) -> list[CrossCache]:
+        """A cache of the memory for each layer of the decoder."""
+        return [CrossCache() for _ in self.decoder.stack.layers]
+
+
+class Answer:
+    """A T5 and the memory of a text, as generate() takes models: the answer begins with [config.start_token]."""
+
+    def __init__(self, model: T5, source: mx.array, *, mask: mx.array | None = None):
+        """source (B, S), mask: see T5.encode; B is 1 for generate()."""
+        self.model, self.config = model, model.config
+        self._mask, self._memory = mask, model.encode(source, mask=mask)
+        self._cross = model.make_cross_caches()
+
+    def make_caches(self, **options: Any) -> list[KVCache]:
+        """See T5.make_caches."""
+        return self.model.make_caches(**options)
+
+    def __call__(self, tokens: mx.array, *, caches: Sequence[KVCache], last: int | None = None) -> mx.array:
+        """tokens (B, L), which follow what the caches hold -> logits (B, last or L, V)."""
+        given: dict[str, Any] = {"memory_mask": self._mask, "caches": caches, "cross_caches": self._cross}
+        return self.model.decode(tokens, self._memory, **given, last=last)
