@@ -22,7 +22,7 @@ from mlx_xformer.checkpoint import (
     write_safetensors,
 )
 
-from . import folder
+from . import ctranslate2, folder, whisper
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, inverse_shapes, invert
 from .source import SUFFIXES, read_source, scan, sha256_of
@@ -52,7 +52,9 @@ class Kind(Protocol):
         """The config.json or the settings that mean the configuration."""
 
 
-KINDS: tuple[Any, ...] = ()  # of modules that are a Kind
+KINDS: tuple[Any, ...] = (  # of modules that are a Kind
+    whisper,
+)
 
 
 def kind_of_folder(source: Path) -> Any:
@@ -64,7 +66,9 @@ def kind_of_folder(source: Path) -> Any:
 
 
 def kind_of_file(source: Path) -> Any:
-    """The kind of a file of tensors, by their names and shapes; None if there is none. ValueError for several."""
+    """The kind of a file of tensors, or of a folder with CTranslate2's, by their names and shapes; None if there is
+    none. ValueError for several."""
+    source = ctranslate2.find_file(source) or source
     if not source.is_file() or source.suffix not in SUFFIXES:
         return None
     tensors = read_source(source).tensors
@@ -103,7 +107,7 @@ def to_mlx(
         save_checkpoint(out, weights, family=kind.FAMILY, config=config.to_dict(), provenance=provenance, extras=extras)
     rows = make_rows(rules, tensors, weights)
     written = ("config.json", "model.safetensors", *extras)
-    why = kind.detect(tensors) if source.is_file() else f"model_type {values['model_type']}"
+    why = f"model_type {values['model_type']}" if "model_type" in values else kind.detect(tensors)
     notes = tuple(scan(dict(tensors)))
     return Report(source, out, kind.FAMILY, rows, written, not dry_run, *totals(weights), notes, why)
 
@@ -114,6 +118,8 @@ def _read(
     """Configuration, tensors, files and what goes along."""
     if source.is_file():
         return dict(settings), read_source(source).tensors, (source,), {}
+    if file := ctranslate2.find_file(source):
+        return dict(settings), read_source(file).tensors, (file,), ctranslate2.extras(source)
     found = folder.read(source)
     if settings:
         raise ValueError(f"{source}: settings are for files of tensors, got {', '.join(settings)} beside a config.json")

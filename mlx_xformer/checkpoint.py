@@ -25,12 +25,14 @@ from safetensors import SafetensorError, safe_open
 
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.whisper import Whisper, WhisperConfig
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
     "decoder": (DecoderConfig, Decoder),
+    "whisper": (WhisperConfig, Whisper),
 }
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
