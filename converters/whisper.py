@@ -236,5 +236,6 @@ def original(config: WhisperConfig) -> dict[str, Any]:
     """The config.json of Hugging Face that means the configuration."""
     values = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()}
     values |= {"decoder_attention_heads": config.num_heads, "decoder_ffn_dim": config.hidden_dim, **_ONLY}
+    values["pad_token_id"] = None  # which it is depends on the tokenizer, and it means nothing to the weights
     del values["use_weighted_layer_sum"]
     return {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **values}

@@ -25,7 +25,7 @@ def log_mel(audio: mx.array, *, bins: int = 80, samples: int | None = SAMPLES) -
 
     Zeros fill the audio up to `samples` (None: it stays as long as it is). Powers of ten, of which what is more than 80
     dB below the loudest of the recording is raised to that, are brought near -1 to 1. ValueError for audio that is
-    empty or longer.
+    empty, longer, or too short to be mirrored at its ends.
     """
     N = audio.shape[-1] if audio.ndim else 0
     if not N:
@@ -33,6 +33,8 @@ def log_mel(audio: mx.array, *, bins: int = 80, samples: int | None = SAMPLES) -
     if samples is not None and N > samples:
         raise ValueError(f"audio must be at most {samples} samples at {SAMPLE_RATE} Hz, got {N}")
     fill = (N if samples is None else samples) - N
+    if N + fill <= N_FFT // 2:  # the ends are mirrored
+        raise ValueError(f"audio must be at least {N_FFT // 2 + 1} samples without filling, got {N + fill}")
     x = mx.pad(audio.astype(mx.float32), [(0, 0)] * (audio.ndim - 1) + [(0, fill)])
     spectrum = stft(x, n_fft=N_FFT, hop_length=HOP, normalized=False)[..., :-1, :]  # (..., T, N_FFT // 2 + 1)
     power = mx.square(mx.real(spectrum)) + mx.square(mx.imag(spectrum))

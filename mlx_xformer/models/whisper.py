@@ -185,10 +185,9 @@ class Whisper(nn.Module):
 
     def listen(self, mel: mx.array) -> Listener:
         """A model of the tokens of one recording, mel (T, F) or (1, T, F), for generate()."""
-        mel = mel[None] if mel.ndim == 2 else mel
-        if mel.shape[0] != 1:
-            raise ValueError(f"mel must be of one recording, got shape {mel.shape}")
-        return Listener(self, self.encoder(mel))
+        if mel.ndim not in (2, 3) or (mel.ndim == 3 and mel.shape[0] != 1):
+            raise ValueError(f"mel must be (T, F) or (1, T, F), got shape {mel.shape}")
+        return Listener(self, self.encoder(mel[None] if mel.ndim == 2 else mel))
 
 
 class Listener:

@@ -17,6 +17,7 @@ import numpy as np
 from ..checkpoint import load_model
 from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
+from ..models.whisper import Whisper
 from ..reference.layers import linear
 from ..reference.models.htdemucs import htdemucs
 from ..reference.models.htdemucs.layers import decoder_layer, encoder_layer
@@ -24,6 +25,7 @@ from ..reference.models.htdemucs.model import levels
 from ..reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
+from .whisper_cases import whisper_cases
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
 _FRAMES = (3, 7)
@@ -40,6 +42,8 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
         }
     if isinstance(model, Decoder):
         return decoder_cases(model)
+    if isinstance(model, Whisper):
+        return whisper_cases(model)
     if not isinstance(model, HTDemucs):
         raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)

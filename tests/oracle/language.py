@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from speech import OPS as SPEECH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 Arrays = dict[str, np.ndarray]
@@ -139,4 +140,5 @@ OPS = {
     "language_logits": language_logits,
     "language_routing": language_routing,
     "gemma": gemma,
+    **SPEECH,
 }
