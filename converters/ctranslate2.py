@@ -26,7 +26,8 @@ _SUPPRESSED = {"suppress_ids": "suppress_tokens", "suppress_ids_begin": "begin_s
 
 
 def is_ctranslate2(file: BinaryIO) -> bool:
-    """Whether a file begins as CTranslate2's: a small number, then a name that ends in "Spec". The file is where it was."""
+    """Whether a file begins as CTranslate2's, with a small number and a name that ends in "Spec"; it is left where it
+    was."""
     at = file.tell()
     head = file.read(6)
     version, length = struct.unpack("<IH", head) if len(head) == 6 else (0, 0)

@@ -118,7 +118,7 @@ class ZeroPart:
         given = self.count - 1 if self.joined else self.count
         if not x.ndim or x.shape[0] % given:
             raise ValueError(f"must have rows in {given} equal parts")
-        parts = mx.split(x, given, axis=0)
+        parts = [*mx.split(x, given, axis=0)]
         if self.joined:
             parts.insert(self.index, mx.zeros_like(parts[0]))
         elif mx.any(parts.pop(self.index)).item():

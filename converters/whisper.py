@@ -1,7 +1,7 @@
 """Whisper: rules from the names of Hugging Face and of CTranslate2, and the configuration from either.
 
-Sources: transformers 5.23, models/whisper; CTranslate2 4, python/ctranslate2/specs/whisper_spec.py, whose projections of
-one input are one, with zeros where keys have no bias.
+Sources: transformers 5.23, models/whisper; CTranslate2 4, python/ctranslate2/specs/whisper_spec.py, whose projections
+of one input are one, with zeros where keys have no bias.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from mlx_xformer.models.whisper import WhisperConfig
 
-from .decoder import HARMLESS
 from .layouts import Permute, ZeroPart
 from .rules import Rule
 from .torch_pickle import short
@@ -40,7 +39,7 @@ _SIZES = {
         "{side}/layer_{i}/ffn/linear_0/weight",
     ),
 }
-_WORDS = {"hugging face": "transformers", "ctranslate2": "CTranslate2"}
+_WORDS = {"hugging face": "transformers'", "ctranslate2": "CTranslate2's"}
 _HEADS = {"hugging face": "proj_out.weight", "ctranslate2": "decoder/projection/weight"}
 _CONVOLUTION = (Permute((0, 2, 1)),)
 
@@ -64,8 +63,11 @@ ABSENT: dict[str, Any] = {
 }
 _ONLY = {key: ABSENT[key] for key in ("activation_function", "scale_embedding", "tie_word_embeddings")}
 _ONLY |= {"is_encoder_decoder": True, "use_weighted_layer_sum": False}
-# What makes no difference to the answers of a loaded model, beside what makes none in any.
+# What makes no difference to the answers of a loaded model.
 _HARMLESS = {
+    *("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "max_length"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "attn_implementation", "return_dict"),
+    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id"),
     *("model_type", "num_hidden_layers", "encoder_layerdrop", "decoder_layerdrop", "dropout", "activation_dropout"),
     *("init_std", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids"),
     *("classifier_proj_size", "apply_spec_augment", "median_filter_width", "num_attention_heads", "hidden_size"),
@@ -90,7 +92,7 @@ def _layout(names: Iterable[str]) -> str | None:
 def detect(tensors: Tensors) -> str | None:
     """Why tensors of these names and shapes are a Whisper, in words; None if they are not."""
     layout = _layout(tensors)
-    return None if layout is None else f"names of {_WORDS[layout]}'s Whisper: {_SIZES[layout][1]}, {_SIZES[layout][2]}"
+    return None if layout is None else f"names of {_WORDS[layout]} Whisper: {_SIZES[layout][1]}, {_SIZES[layout][2]}"
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
@@ -119,7 +121,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
 
 
 def _of_hugging_face(values: Mapping[str, Any]) -> WhisperConfig:
-    known = _SAME.keys() | ABSENT.keys() | _ONLY.keys() | _HARMLESS | HARMLESS
+    known = _SAME.keys() | ABSENT.keys() | _ONLY.keys() | _HARMLESS
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
     values = {**ABSENT, **values}
@@ -166,7 +168,7 @@ def _scalars(tensors: Tensors) -> int:
     for name, right in _SCALARS.items():
         if tensors[name].item() != right:
             raise ValueError(f"{name} must be {right}, got {tensors[name].item()}")
-    heads = [tensors[side].item() for side in sides]
+    heads: list[Any] = [tensors[side].item() for side in sides]
     if heads[0] != heads[1]:
         raise ValueError(f"decoder/num_heads must be the encoder's, {heads[0]}, got {heads[1]}")
     return int(heads[0])

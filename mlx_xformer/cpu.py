@@ -19,9 +19,9 @@ import mlx.core as mx
 
 from . import runtime
 
-# Odd functions as x P(x^2) / Q(x^2) up to a limit, lowest power first, from bench/fit_rational.py. They are fitted up to
-# 4 and 9; of the limits just below, these are ones at which float32 gives exactly -1 / 2 for half of the function: what is
-# left there would be multiplied with all that lies beyond, however large.
+# Odd functions as x P(x^2) / Q(x^2) up to a limit, lowest power first, from bench/fit_rational.py. They are fitted up
+# to 4 and 9; of the limits just below, these are ones at which float32 gives exactly -1 / 2 for half of the function:
+# what is left there would be multiplied with all that lies beyond, however large.
 _ERF = (
     3.99,
     (1.12837898, 0.196248762, 0.0534674435, 0.00400363533, 0.000288041, 1.97482888e-06),

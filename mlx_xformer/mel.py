@@ -1,7 +1,7 @@
 """Log-mel spectrograms as Whisper takes them.
 
-Sources: openai/whisper, whisper/audio.py; the mel scale and the weights of M. Slaney, Auditory Toolbox, 1998, as librosa
-has them. Axes: N samples, T frames, F mel bins.
+Sources: openai/whisper, whisper/audio.py; the mel scale and the weights of M. Slaney, Auditory Toolbox, 1998, as
+librosa has them. Axes: N samples, T frames, F mel bins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def log_mel(audio: mx.array, *, bins: int = 80, samples: int | None = SAMPLES) -
     N = audio.shape[-1] if audio.ndim else 0
     if not N:
         raise ValueError(f"audio must hold at least one sample, got shape {audio.shape}")
-    if samples is not None and N > samples:
+    if samples is not None and samples < N:
         raise ValueError(f"audio must be at most {samples} samples at {SAMPLE_RATE} Hz, got {N}")
     fill = (N if samples is None else samples) - N
     if N + fill <= N_FFT // 2:  # the ends are mirrored

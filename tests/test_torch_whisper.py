@@ -113,7 +113,7 @@ def test_the_way_back(oracle, folder, theirs, tmp_path):
 
 @pytest.mark.parametrize("bins", [80, 128])
 def test_spectrograms(oracle, bins):
-    """A window of noise in a falling spectrum, and a shorter one, which zeros fill. The filters are the same numbers."""
+    """A window of noise in a falling spectrum, and a shorter one, which zeros fill. The filters are the same."""
     audio = noise(2, SAMPLES, seed=bins)
     audio[1, 50021:] = 0
     theirs = oracle.call("whisper_features", {"audio": audio}, bins=bins)

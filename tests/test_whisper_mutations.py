@@ -1,4 +1,4 @@
-"""Planted bugs in Whisper and its spectrograms: the tests of test_mel.py and test_whisper.py must fail with each of them."""
+"""Planted bugs in Whisper and its spectrograms: test_mel.py and test_whisper.py must fail with each of them."""
 
 import pytest
 from planted import outcomes, source_of, task

@@ -1,4 +1,4 @@
-"""A small Whisper of drawn weights, and what it is stored as elsewhere: a folder of Hugging Face, a CTranslate2 file."""
+"""A small Whisper of drawn weights, and what it is elsewhere: a folder of Hugging Face, a CTranslate2 file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def theirs(model: Whisper, layout: str, dtype: mx.Dtype = mx.float16) -> dict[st
     }
     rules = names.rules(model.config, marker if layout == "ctranslate2" else ())
     shapes = inverse_shapes(rules, {name: x.shape for name, x in ours.items()})
-    return {name: np.array(x) for name, x in apply_rules(invert(rules), ours, shapes).items()}
+    return {name: np.ascontiguousarray(x) for name, x in apply_rules(invert(rules), ours, shapes).items()}
 
 
 def hugging_face(folder: Path, model: Whisper, **changes) -> Path:

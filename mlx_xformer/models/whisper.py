@@ -191,7 +191,7 @@ class Whisper(nn.Module):
 
 
 class Listener:
-    """A Whisper with a recording in its ear: the memory's keys and values are made once, and only new tokens are fed."""
+    """A Whisper that has heard a recording: the memory's keys and values are made once, and only new tokens are fed."""
 
     def __init__(self, model: Whisper, memory: mx.array):
         """memory: (1, S, E)."""

@@ -5,7 +5,7 @@ Axes: B batch, T frames, S positions of the memory, L tokens, E embed_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -100,7 +100,7 @@ def _table(model: Whisper, weights: Arrays, length: int) -> Case:
 def _fixed(
     ours: Callable[..., mx.array],
     theirs: Callable[..., np.ndarray],
-    sizes: dict[str, tuple[int, ...]],
+    sizes: Mapping[str, tuple[int, ...]],
     *,
     vjp: bool = True,
     scale: float = 1.0,
