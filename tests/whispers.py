@@ -11,7 +11,6 @@ import numpy as np
 from harness import draw
 from mlx.utils import tree_flatten
 from mlx_xformer.converters import whisper as names
-from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from safetensors.numpy import save_file
 
 from mlx_xformer.checkpoint import save_checkpoint
@@ -53,14 +52,54 @@ def whisper_folder(folder: Path, seed: int = 1) -> Path:
 
 
 def theirs(model: Whisper, layout: str, dtype: mx.Dtype = mx.float16) -> dict[str, np.ndarray]:
-    """The tensors under other names, by the inverted table."""
-    ours = weights(model, dtype)
-    marker = {"encoder/conv1/weight", "decoder/embeddings/weight"} | {
-        f"{s}/position_encodings/encodings" for s in ("encoder", "decoder")
-    }
-    rules = names.rules(model.config, marker if layout == "ctranslate2" else ())
-    shapes = inverse_shapes(rules, {name: x.shape for name, x in ours.items()})
-    return {name: np.ascontiguousarray(x) for name, x in apply_rules(invert(rules), ours, shapes).items()}
+    """The tensors under other names and in their layout, spelt out."""
+    ours = {name: np.array(x) for name, x in weights(model, dtype).items()}
+    return (_ctranslate2 if layout == "ctranslate2" else _hugging_face)(model.config, ours)
+
+
+def _hugging_face(config: WhisperConfig, ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    words = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
+    words |= {"cross_attn": "encoder_attn", "mlp.linear1": "fc1", "mlp.linear2": "fc2"}
+    out = {}
+    for name, x in ours.items():
+        name = name.replace("stack.norm.", "layer_norm.").replace("stack.", "")
+        for word, other in words.items():
+            name = name.replace(f".{word}.", f".{other}.")
+        out[f"model.{name}"] = np.ascontiguousarray(x.transpose(0, 2, 1) if x.ndim == 3 else x)
+    return out
+
+
+def _ctranslate2(config: WhisperConfig, ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out = {"decoder/embeddings/weight": ours["decoder.embed_tokens.weight"]}
+    leaves = {"gamma": "weight", "beta": "bias"}
+    for conv in ("conv1", "conv2"):  # (out, kernel, in) here, (out, in, kernel) there
+        out[f"encoder/{conv}/weight"] = np.ascontiguousarray(ours[f"encoder.{conv}.weight"].transpose(0, 2, 1))
+        out[f"encoder/{conv}/bias"] = ours[f"encoder.{conv}.bias"]
+    for side, count in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        out[f"{side}/position_encodings/encodings"] = ours[f"{side}.embed_positions.weight"]
+        norms = {f"{side}/layer_norm": f"{side}.stack.norm"}
+        for i in range(count):
+            there, here = f"{side}/layer_{i}", f"{side}.stack.layers.{i}"
+            w = {n.removeprefix(here + "."): x for n, x in ours.items() if n.startswith(here + ".")}
+            zeros = np.zeros_like(w["self_attn.q_proj.bias"])
+            q, k, v = (w[f"self_attn.{p}_proj.weight"] for p in "qkv")
+            out[f"{there}/self_attention/linear_0/weight"] = np.concatenate([q, k, v])
+            q, v = w["self_attn.q_proj.bias"], w["self_attn.v_proj.bias"]
+            out[f"{there}/self_attention/linear_0/bias"] = np.concatenate([q, zeros, v])
+            norms |= {f"{there}/self_attention/layer_norm": f"{here}.norm1", f"{there}/ffn/layer_norm": f"{here}.norm3"}
+            plain = {"self_attention/linear_1": "self_attn.out_proj"}
+            plain |= {"ffn/linear_0": "mlp.linear1", "ffn/linear_1": "mlp.linear2"}
+            if side == "decoder":
+                norms[f"{there}/attention/layer_norm"] = f"{here}.norm2"
+                plain |= {"attention/linear_0": "cross_attn.q_proj", "attention/linear_2": "cross_attn.out_proj"}
+                k, v = w["cross_attn.k_proj.weight"], w["cross_attn.v_proj.weight"]
+                out[f"{there}/attention/linear_1/weight"] = np.concatenate([k, v])
+                out[f"{there}/attention/linear_1/bias"] = np.concatenate([zeros, w["cross_attn.v_proj.bias"]])
+            for a, b in plain.items():
+                out |= {f"{there}/{a}/{leaf}": w[f"{b}.{leaf}"] for leaf in ("weight", "bias")}
+        for a, b in norms.items():
+            out |= {f"{a}/{theirs}": ours[f"{b}.{leaf}"] for theirs, leaf in leaves.items()}
+    return out
 
 
 def hugging_face(folder: Path, model: Whisper, **changes) -> Path:
