@@ -130,7 +130,7 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"family": "bert"}, "family must be one of htdemucs, htdemucs_bag, decoder, got 'bert'"),
+        ({"family": "abacus"}, "family must be one of htdemucs, htdemucs_bag, decoder.*got 'abacus'"),
         ({"format": 2}, "format must be 1, got 2"),
         ({"format": None}, "names no format and family"),
         ({"config": [1]}, "must be objects"),
@@ -182,7 +182,7 @@ def test_files_that_are_damaged_or_absent(tmp_path):
 
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="family must be one of"):
-        save(tmp_path / "a", family="bert")
+        save(tmp_path / "a", family="abacus")
     with pytest.raises(ValueError, match=r"weights must not be float64.*got wide"):
         save(tmp_path / "a", {"wide": mx.view(mx.zeros((2,), mx.int64), mx.float64, stream=mx.cpu)})
     with pytest.raises(TypeError):
