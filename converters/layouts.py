@@ -106,4 +106,27 @@ class Halves:
         return Halves(not self.joined)
 
 
-Layout = Permute | Squeeze | Expand | Pairs | Stack | Halves
+@dataclass(frozen=True)
+class ZeroPart:
+    """Of the rows, `count` equal parts, part `index` holds nothing but zeros, and goes; back if `joined`."""
+
+    count: int
+    index: int
+    joined: bool = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        given = self.count - 1 if self.joined else self.count
+        if not x.ndim or x.shape[0] % given:
+            raise ValueError(f"must have rows in {given} equal parts")
+        parts = [*mx.split(x, given, axis=0)]
+        if self.joined:
+            parts.insert(self.index, mx.zeros_like(parts[0]))
+        elif mx.any(parts.pop(self.index)).item():
+            raise ValueError(f"part {self.index + 1} of its {self.count} parts of rows must be zeros")
+        return mx.concatenate(parts, axis=0)
+
+    def inverse(self) -> ZeroPart:
+        return ZeroPart(self.count, self.index, not self.joined)
+
+
+Layout = Permute | Squeeze | Expand | Pairs | Stack | Halves | ZeroPart

@@ -23,7 +23,7 @@ from mlx_xformer.checkpoint import (
     write_safetensors,
 )
 
-from . import bert, folder, t5
+from . import bert, ctranslate2, folder, t5, whisper
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, inverse_shapes, invert
 from .source import SUFFIXES, read_source, scan, sha256_of
@@ -56,6 +56,7 @@ class Kind(Protocol):
 KINDS: tuple[Any, ...] = (  # of modules that are a Kind
     bert,
     t5,
+    whisper,
 )
 
 
@@ -68,7 +69,9 @@ def kind_of_folder(source: Path) -> Any:
 
 
 def kind_of_file(source: Path) -> Any:
-    """The kind of a file of tensors, by their names and shapes; None if there is none. ValueError for several."""
+    """The kind of a file of tensors, or of a folder with CTranslate2's, by their names and shapes; None if there is
+    none. ValueError for several."""
+    source = ctranslate2.find_file(source) or source
     if not source.is_file() or source.suffix not in SUFFIXES:
         return None
     tensors = read_source(source).tensors
@@ -107,7 +110,7 @@ def to_mlx(
         save_checkpoint(out, weights, family=kind.FAMILY, config=config.to_dict(), provenance=provenance, extras=extras)
     rows = make_rows(rules, tensors, weights)
     written = ("config.json", "model.safetensors", *extras)
-    why = kind.detect(tensors) if source.is_file() else f"model_type {values['model_type']}"
+    why = f"model_type {values['model_type']}" if "model_type" in values else kind.detect(tensors)
     notes = tuple(scan(dict(tensors)))
     return Report(source, out, kind.FAMILY, rows, written, not dry_run, *totals(weights), notes, why)
 
@@ -118,6 +121,8 @@ def _read(
     """Configuration, tensors, files and what goes along."""
     if source.is_file():
         return dict(settings), read_source(source).tensors, (source,), {}
+    if file := ctranslate2.find_file(source):
+        return dict(settings), read_source(file).tensors, (file,), ctranslate2.extras(source)
     found = folder.read(source)
     if settings:
         raise ValueError(f"{source}: settings are for files of tensors, got {', '.join(settings)} beside a config.json")

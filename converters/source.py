@@ -1,4 +1,5 @@
-"""Reads other people's files: .safetensors, PyTorch's .th, .pt and .bin (without PyTorch), .npz, and bags.
+"""Reads other people's files: .safetensors, PyTorch's .th, .pt and .bin (without PyTorch), CTranslate2's .bin, .npz,
+and bags.
 
 Tensors come bit for bit in their stored dtype; nothing is ever unpickled. Every problem with a file is one ValueError
 that begins with its path.
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_xformer.checkpoint import DTYPES
 
+from .ctranslate2 import is_ctranslate2, read_ctranslate2
 from .torch_file import RawTensor, read_torch
 from .torch_pickle import short
 
@@ -92,7 +94,10 @@ def read_source(path: str | Path) -> Source:
                 stored, metadata = open_safetensors(path)
                 tensors = {name: tensor.read() for name, tensor in stored.items()}
             else:
-                raw, metadata = _read_npz(file) if path.suffix == ".npz" else read_torch(file, size)
+                if path.suffix == ".npz":
+                    raw, metadata = _read_npz(file)
+                else:
+                    raw, metadata = (read_ctranslate2 if is_ctranslate2(file) else read_torch)(file, size)
                 tensors = {name: _array(tensor) for name, tensor in raw.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

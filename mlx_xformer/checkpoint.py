@@ -27,6 +27,7 @@ from .models.bert import Bert, BertConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
 from .models.t5 import T5, T5Config
+from .models.whisper import Whisper, WhisperConfig
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
@@ -35,6 +36,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "decoder": (DecoderConfig, Decoder),
     "bert": (BertConfig, Bert),
     "t5": (T5Config, T5),
+    "whisper": (WhisperConfig, Whisper),
 }
 SENTENCES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")  # of sentence-transformers
 EXTRAS = (

@@ -10,7 +10,7 @@ Axes: B batch, V vocabulary, n tokens so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -73,6 +73,23 @@ def make_sampler(
         if min_p is not None:
             logits = keep_min_p(logits, min_p)
         return mx.random.categorical(logits, key=mx.array([seed, history.shape[1]], mx.uint32))
+
+    return sample
+
+
+def suppressing(sampler: Sampler, tokens: Sequence[int], *, first: Sequence[int] = (), prompt: int = 0) -> Sampler:
+    """`sampler` without these tokens and, for the token that follows a prompt of so many, without those of `first`."""
+    at_all, at_first = (mx.array(sorted(set(some)), mx.int32) for some in (tokens, [*tokens, *first]))
+
+    def sample(logits: mx.array, history: mx.array) -> mx.array:
+        away = at_first if history.shape[1] == prompt else at_all
+        if not away.size:
+            return sampler(logits, history)
+        rows, size = logits.shape
+        # Numbers of other vocabularies go to a column of their own: MLX writes beyond the end without a word.
+        index = mx.broadcast_to(mx.where((away < 0) | (away >= size), size, away), (rows, away.size))
+        hidden = mx.put_along_axis(mx.zeros((rows, size + 1), mx.bool_), index, mx.array(True), axis=-1)[:, :size]
+        return sampler(mx.where(hidden, -mx.inf, logits), history)
 
     return sample
 

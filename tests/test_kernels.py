@@ -23,6 +23,14 @@ def test_elementwise(name):
     check_gradient(getattr(kernels, name), getattr(twin, name), rng.normal(size=(5, 6)) * 2)
 
 
+@pytest.mark.parametrize("name", ["gelu", "silu", "gelu_tanh"])
+def test_nothing_is_left_far_below_zero(name):
+    """A rest of half a step in Phi would be multiplied with x: 6e-8 of -6, or of -1e6."""
+    x = -np.geomspace(20, 1e6, 4096).astype(np.float32)
+    assert (np.array(kernels.ACTIVATIONS[name](mx.array(x))) == 0).all()
+    assert (np.array(kernels.ACTIVATIONS[name](mx.array(-x))) == -x).all()
+
+
 def test_gelu_is_the_exact_one():
     x = np.array([-2.7, 2.7])
     assert np.abs(np.array(kernels.gelu(mx.array(x.astype(np.float32)))) - twin.gelu(x)).max() < 1e-6

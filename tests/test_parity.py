@@ -16,7 +16,7 @@ from decoders import config, write_folder
 from mlx_xformer.converters.convert import convert
 
 import mlx_xformer
-from mlx_xformer import kernels, layers, masks, parity, positions, scores, sdpa, spectral, torch_layout
+from mlx_xformer import kernels, layers, masks, mel, parity, positions, scores, sdpa, spectral, torch_layout
 from mlx_xformer.cache import KVCache, kv
 from mlx_xformer.models.decoder import Decoder, DecoderConfig
 from mlx_xformer.models.htdemucs import layers as htdemucs_layers
@@ -53,6 +53,7 @@ def test_everything_passes(report):
 
 EXEMPT = {
     "hann_window": "a factor of stft and istft",
+    "mel_filters": "a factor of log_mel",
     "alibi_slopes": "a factor of alibi_bias",
     "QuantizedEmbedding": "packed matrices are compared with their dequantised values in test_decoder",
 }
@@ -60,7 +61,7 @@ EXEMPT = {
 
 def test_every_public_operation_has_a_case():
     """Functions and classes that these modules define, but for plans and what is named above."""
-    for module in (sdpa, masks, positions, layers, spectral, torch_layout):
+    for module in (sdpa, masks, positions, layers, spectral, mel, torch_layout):
         for name, thing in vars(module).items():
             public = not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
             if public and (inspect.isfunction(thing) or inspect.isclass(thing)) and name not in ("plan", "Plan"):

@@ -19,6 +19,7 @@ from ..models.bert import Bert
 from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
 from ..models.t5 import T5
+from ..models.whisper import Whisper
 from ..reference.layers import linear
 from ..reference.models.htdemucs import htdemucs
 from ..reference.models.htdemucs.layers import decoder_layer, encoder_layer
@@ -28,6 +29,7 @@ from .bert_cases import bert_cases
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
 from .t5_cases import t5_cases
+from .whisper_cases import whisper_cases
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
 _FRAMES = (3, 7)
@@ -48,6 +50,8 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
         return bert_cases(model)
     if isinstance(model, T5):
         return t5_cases(model)
+    if isinstance(model, Whisper):
+        return whisper_cases(model)
     if not isinstance(model, HTDemucs):
         raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from encoders import OPS as NETWORKS
+from speech import OPS as SPEECH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 Arrays = dict[str, np.ndarray]
@@ -141,4 +142,5 @@ OPS = {
     "language_routing": language_routing,
     "gemma": gemma,
     **NETWORKS,
+    **SPEECH,
 }

@@ -1,0 +1,212 @@
+"""Whisper: an encoder of log-mel spectrograms and a decoder of tokens that listens to it.
+
+Sources: Radford et al. 2022, arXiv 2212.04356; openai/whisper, whisper/model.py. Axes: B batch, T frames of the
+spectrogram, F mel bins, S positions of the memory, L tokens, E embed_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..blocks import LayerConfig, Stack
+from ..cache import CrossCache, KVCache
+from ..kernels import gelu
+from ..layers import Embedding
+from ..positions import sinusoidal_1d
+
+# Far beyond any model, and below what would keep a reader of a hostile file busy.
+_LARGEST = {
+    "vocab_size": 10**8,
+    "embed_dim": 10**6,
+    "num_heads": 10**5,
+    "hidden_dim": 10**7,
+    "encoder_layers": 1000,
+    "decoder_layers": 1000,
+    "mel_bins": 10**5,
+    "source_positions": 10**7,
+    "target_positions": 10**7,
+}
+
+
+@dataclass(frozen=True)
+class WhisperConfig:
+    """What a Whisper is. ValueError names the field that is unknown, of the wrong type or out of range.
+
+    num_heads, hidden_dim: of the layers on both sides. source_positions: the most that the memory has, half as many as
+    the spectrogram has frames. target_positions: the most tokens that there may be.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_heads: int
+    hidden_dim: int
+    encoder_layers: int
+    decoder_layers: int
+    mel_bins: int = 80
+    source_positions: int = 1500
+    target_positions: int = 448
+
+    def __post_init__(self) -> None:
+        for name, limit in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        if self.embed_dim < 4 or self.embed_dim % 2:
+            raise ValueError(f"embed_dim must be even and at least 4, got {self.embed_dim}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WhisperConfig:
+        """The configuration from plain values."""
+        fields = dataclasses.fields(cls)
+        if unknown := sorted(values.keys() - {field.name for field in fields}):
+            raise ValueError(f"Whisper has no option named {', '.join(unknown)}")
+        if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+    def layer(self, *, decoder: bool) -> LayerConfig:
+        """The layers of the encoder, or of the decoder. Keys have no bias: it would change no weight of attention."""
+        return LayerConfig(
+            self.embed_dim,
+            self.num_heads,
+            self.hidden_dim,
+            activation="gelu",
+            norm_first=True,
+            bias=("q", "v", "out"),
+            causal=decoder,
+            cross=decoder,
+        )
+
+
+class Encoder(nn.Module):
+    """Two convolutions, the second of which halves the frames, positions, and layers with a norm after the last."""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__()
+        self.config = config
+        E = config.embed_dim
+        self.conv1 = nn.Conv1d(config.mel_bins, E, 3, padding=1)
+        self.conv2 = nn.Conv1d(E, E, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.source_positions, E)
+        cosines, sines = mx.split(sinusoidal_1d(config.source_positions, E), 2, axis=1)
+        self.embed_positions.weight = mx.concatenate([sines, cosines], axis=1)
+        self.embed_positions.freeze()  # they are a formula's: training leaves them alone
+        self.stack = Stack(config.layer(decoder=False), config.encoder_layers, final_norm=True)
+
+    def __call__(self, mel: mx.array) -> mx.array:
+        """mel (B, T, F) -> the memory (B, S, E) with S = T / 2, rounded up."""
+        config, longest = self.config, 2 * self.config.source_positions
+        if mel.ndim != 3 or mel.shape[2] != config.mel_bins or not 1 <= mel.shape[1] <= longest:
+            raise ValueError(f"mel must be (B, 1 to {longest} frames, {config.mel_bins} bins), got shape {mel.shape}")
+        x = self.embed(mel)
+        return self.stack(x + self.embed_positions.weight[: x.shape[1]])
+
+    def embed(self, mel: mx.array) -> mx.array:
+        """What the convolutions make of it, (B, T, F) -> (B, S, E)."""
+        return gelu(self.conv2(gelu(self.conv1(mel))))
+
+
+class Decoder(nn.Module):
+    """Tokens and learned positions through causal layers that attend to the memory, with a norm after the last."""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.embed_dim)
+        self.embed_positions = nn.Embedding(config.target_positions, config.embed_dim)
+        self.stack = Stack(config.layer(decoder=True), config.decoder_layers, final_norm=True)
+
+    def embed(self, tokens: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """tokens (B, L), the first at position `offset`, of each row if (B,) -> (B, L, E)."""
+        places = mx.arange(tokens.shape[1]) + (offset if isinstance(offset, int) else offset[:, None])
+        return self.embed_tokens(tokens) + self.embed_positions(mx.maximum(places, 0))  # below 0 is padding
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What the stack gives, (B, L, E) -> (B, L, V), by the table of the embeddings."""
+        return self.embed_tokens.as_linear(x)
+
+
+class Whisper(nn.Module):
+    """A spectrogram and the tokens so far to the logits of the tokens after them."""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def __call__(self, mel: mx.array, tokens: mx.array) -> mx.array:
+        """mel (B, T, F), tokens (B, L) -> logits (B, L, V)."""
+        return self.decode(tokens, self.encoder(mel))
+
+    def decode(
+        self,
+        tokens: mx.array,
+        memory: mx.array,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        cross_caches: Sequence[CrossCache] | None = None,
+        last: int | None = None,
+    ) -> mx.array:
+        """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`,
+        one a layer, have the tokens before, and get these; `cross_caches` the memory, once it has been seen."""
+        E, most = self.config.embed_dim, self.config.target_positions
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        if memory.ndim != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != E:
+            raise ValueError(f"memory must be ({tokens.shape[0]}, length, {E}), got shape {memory.shape}")
+        if last is not None and last < 0:
+            raise ValueError(f"last must be at least 0, got {last}")
+        before = caches[0].length if caches else 0
+        if before + tokens.shape[1] > most:
+            raise ValueError(f"tokens must be at most {most}, one a position, got {before + tokens.shape[1]}")
+        x = self.decoder.embed(tokens, caches[0].offset if caches else 0)
+        x = self.decoder.stack(x, memory, caches=caches, cross_caches=cross_caches)
+        return self.decoder.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+
+    def make_caches(self, **options: Any) -> list[KVCache]:
+        """A cache for each layer of the decoder, see Stack.make_caches. They hold as many tokens as there are
+        positions, if no other capacity is given."""
+        if options.get("capacity") is None:
+            options["capacity"] = self.config.target_positions
+        return self.decoder.stack.make_caches(**options)
+
+    def listen(self, mel: mx.array) -> Listener:
+        """A model of the tokens of one recording, mel (T, F) or (1, T, F), for generate()."""
+        if mel.ndim not in (2, 3) or (mel.ndim == 3 and mel.shape[0] != 1):
+            raise ValueError(f"mel must be (T, F) or (1, T, F), got shape {mel.shape}")
+        return Listener(self, self.encoder(mel[None] if mel.ndim == 2 else mel))
+
+
+class Listener:
+    """A Whisper that has heard a recording: the memory's keys and values are made once, and only new tokens are fed."""
+
+    def __init__(self, model: Whisper, memory: mx.array):
+        """memory: (1, S, E)."""
+        self.config = model.config
+        self.memory = memory
+        self._model = model
+        self._cross_caches = [CrossCache() for _ in range(model.config.decoder_layers)]
+
+    def make_caches(self, **options: Any) -> list[KVCache]:
+        """See Whisper.make_caches."""
+        return self._model.make_caches(**options)
+
+    def __call__(
+        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
+    ) -> mx.array:
+        """tokens (1, L) -> logits (1, L, V), or (1, last, V)."""
+        crosses = self._cross_caches
+        return self._model.decode(tokens, self.memory, caches=caches, cross_caches=crosses, last=last)
