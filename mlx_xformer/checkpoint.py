@@ -23,14 +23,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .models.attention_layer import AttentionLayer, AttentionLayerConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.stack import EncoderDecoder, EncoderDecoderConfig, StackConfig, TransformerStack
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
     "decoder": (DecoderConfig, Decoder),
+    "attention_layer": (AttentionLayerConfig, AttentionLayer),
+    "transformer_stack": (StackConfig, TransformerStack),
+    "stack_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
 }
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

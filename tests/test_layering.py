@@ -27,7 +27,7 @@ LAYERS = [
     ["converters.torch_pickle", "converters.layouts"],
     ["converters.torch_file"],
     ["converters.source", "converters.rules", "converters.rope"],
-    ["converters.folder", "converters.mixture"],
+    ["converters.folder", "converters.mixture", "converters.scratch"],
     ["converters.FAMILY"],
     ["converters.gguf"],
     ["converters.language", "converters.networks"],

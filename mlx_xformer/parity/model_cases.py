@@ -15,8 +15,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint import load_model
+from ..models.attention_layer import AttentionLayer
 from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
+from ..models.stack import EncoderDecoder, TransformerStack
 from ..reference.layers import linear
 from ..reference.models.htdemucs import htdemucs
 from ..reference.models.htdemucs.layers import decoder_layer, encoder_layer
@@ -24,6 +26,7 @@ from ..reference.models.htdemucs.model import levels
 from ..reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
+from .stack_cases import attention_cases, stack_cases
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
 _FRAMES = (3, 7)
@@ -40,6 +43,10 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
         }
     if isinstance(model, Decoder):
         return decoder_cases(model)
+    if isinstance(model, (TransformerStack, EncoderDecoder)):
+        return stack_cases(model)
+    if isinstance(model, AttentionLayer):
+        return attention_cases(model)
     if not isinstance(model, HTDemucs):
         raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)

@@ -22,6 +22,7 @@ from . import (
     moe_cases,
     position_cases,
     spectral_cases,
+    stack_cases,
     torch_layout_cases,
 )
 from .judge import DTYPES, Trial, Verdict
@@ -38,6 +39,7 @@ _PARTS = (
     layer_cases,
     moe_cases,
     spectral_cases,
+    stack_cases,
 )
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
 NAMES = tuple(CASES)
