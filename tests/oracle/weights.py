@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import scratch
 import torch
 from demucs.demucs import DConv
 from demucs.hdemucs import HDecLayer, HEncLayer
@@ -35,6 +36,7 @@ MODULES = {
     "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d,
     "embedding": nn.Embedding,
+    **scratch.MODULES,
 }
 
 
