@@ -63,7 +63,9 @@ def stack_config(values: Mapping[str, Any], tensors: Tensors, prefix: str = "") 
     def shape(name: str) -> tuple[int, ...]:
         found = tensors.get(f"{prefix}blocks.0.{name}.weight")
         if found is None or found.ndim != 2:
-            raise ValueError(f"{prefix}blocks.0.{name}.weight must be a matrix, got {found and found.shape}")
+            raise ValueError(
+                f"{prefix}blocks.0.{name}.weight must be a matrix, got {None if found is None else found.shape}"
+            )
         return found.shape
 
     (rows, model_dim), (hidden_dim, _) = shape("attention_layer.W_Q"), shape("ffn.lin_1")

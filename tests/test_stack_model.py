@@ -287,6 +287,12 @@ def test_calls_that_are_refused(call, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_token_beyond_the_vocabulary():
+    """MLX would read beyond the table without a word."""
+    with pytest.raises(ValueError, match="tokens must be from 0 to 18, got 19"):
+        model()[0](mx.array([[1, 19]]), array(1, S, M))
+
+
 def test_padding_does_not_use_up_positions():
     made, _ = model(max_len=L)
     caches = made.make_caches(padding=[4, 6])
