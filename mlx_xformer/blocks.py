@@ -119,6 +119,8 @@ class Layer(nn.Module):
             raise ValueError("memory must be given to a layer with cross-attention, got none")
         if not self.config.cross and memory is not None:
             raise ValueError("memory must not be given to a layer without cross-attention")
+        if cache is not None and not self.config.causal:
+            raise ValueError("a cache must be given to causal layers only, got causal=False")
         keys = _keys(key, 6) if self.training and self.config.dropout else [None] * 6
         x = self._step(
             x, self.norm1, lambda y: self.self_attn(y, mask=mask, bias=bias, cache=cache, key=keys[0]), keys[1]
