@@ -17,6 +17,7 @@ from .._version import __version__
 from . import (
     attention_cases,
     attention_layer_cases,
+    blocks_cases,
     cache_cases,
     layer_cases,
     moe_cases,
@@ -32,6 +33,7 @@ from .samples import Case, Rng, Sample
 _PARTS = (
     attention_cases,
     attention_layer_cases,
+    blocks_cases,
     torch_layout_cases,
     cache_cases,
     position_cases,
