@@ -215,6 +215,11 @@ class Stack(nn.Module):
         return [KVCache(**options, padding=padding) for _ in self.layers]  # type: ignore[arg-type]
 
 
+def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:
+    """What training adds to the loss of a model: the sum of the losses of its mixtures."""
+    return sum((routing.loss for routing in routings), mx.array(0.0))
+
+
 def _keys(key: mx.array | None, count: int) -> list[mx.array]:
     if key is None:
         raise ValueError("dropout in training needs a random key, got none")

@@ -162,5 +162,5 @@ def _in_chunks(params: dict, arrays: dict, options: Options) -> mx.array:
 CASES = {
     "Layer": Case(_layers, _ours, _theirs, half=4.0, half_vjp=8.0),
     "Stack": Case(_stacks, _ours, _theirs, half=6.0, half_vjp=12.0),
-    "Stack, cached": Case(_cached, _in_chunks, _theirs, half=6.0, vjp=False),
+    "Stack.cached": Case(_cached, _in_chunks, _theirs, half=6.0, vjp=False),
 }

@@ -22,6 +22,7 @@ from . import (
     layer_cases,
     moe_cases,
     position_cases,
+    sequence_cases,
     spectral_cases,
     torch_layout_cases,
 )
@@ -39,6 +40,7 @@ _PARTS = (
     position_cases,
     layer_cases,
     moe_cases,
+    sequence_cases,
     spectral_cases,
 )
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
