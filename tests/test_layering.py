@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["_version"],
+    ["_version", "fields"],
     ["runtime"],
     ["cpu"],
     ["kernels"],
@@ -22,6 +22,7 @@ LAYERS = [
     ["experts"],
     ["moe", "torch_layout"],
     ["blocks"],
+    ["conditioning"],
     ["models"],
     ["checkpoint"],
     ["converters.torch_pickle", "converters.layouts"],

@@ -17,10 +17,12 @@ from .._version import __version__
 from . import (
     attention_cases,
     attention_layer_cases,
+    blocks_cases,
     cache_cases,
     layer_cases,
     moe_cases,
     position_cases,
+    sequence_cases,
     spectral_cases,
     stack_cases,
     torch_layout_cases,
@@ -33,11 +35,13 @@ from .samples import Case, Rng, Sample
 _PARTS = (
     attention_cases,
     attention_layer_cases,
+    blocks_cases,
     torch_layout_cases,
     cache_cases,
     position_cases,
     layer_cases,
     moe_cases,
+    sequence_cases,
     spectral_cases,
     stack_cases,
 )
