@@ -285,15 +285,15 @@ def test_score_dropout_refuses_a_cache_in_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 100000, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 1000000, got 0"),
         ({"num_heads": 2}, "model_dim must be a multiple of num_heads, 2, got 21"),
         ({"num_stack": 0}, "num_stack must be a whole number from 1 to 1000, got 0"),
         ({"model_dim": True}, "model_dim must be a whole number"),
         ({"key_dim": 1.5}, "key_dim must be a whole number"),
         ({"hidden_dim": 10**8}, "hidden_dim must be a whole number"),
         ({"enc_out_dim": 0}, "enc_out_dim must be a whole number"),
-        ({"ffn_dropout": 1.0}, "ffn_dropout must be at least 0 and below 1, got 1.0"),
-        ({"block_dropout": "0.1"}, "block_dropout must be at least 0 and below 1"),
+        ({"ffn_dropout": 1.0}, "ffn_dropout must be a number from 0 to below 1, got 1.0"),
+        ({"block_dropout": "0.1"}, "block_dropout must be a number from 0 to below 1"),
         ({"causal": 1}, "causal must be true or false, got 1"),
         ({"norm": "rms"}, "norm must be one of layer, unbiased, got 'rms'"),
         ({"norm": []}, r"norm must be one of layer, unbiased, got \[\]"),
@@ -310,5 +310,5 @@ def test_configurations_that_are_refused(changes, message):
 
 def test_configuration_there_and_back():
     assert StackConfig.from_dict(CONFIG.to_dict()) == CONFIG
-    with pytest.raises(ValueError, match="key_dim, hidden_dim must be given"):
+    with pytest.raises(ValueError, match="the stack must be given key_dim, hidden_dim"):
         StackConfig.from_dict({"model_dim": 3})

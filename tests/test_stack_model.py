@@ -10,12 +10,13 @@ import pytest
 from harness import as32, assert_within_budget, check_gradient, draw
 from mlx.utils import tree_flatten
 
-from mlx_xformer import generate, make_sampler, parity
-from mlx_xformer.cache import KVCache
+from mlx_xformer import batch_generate, generate, make_sampler, parity
+from mlx_xformer.cache import CrossCache, KVCache
 from mlx_xformer.checkpoint import load_model, save_checkpoint
 from mlx_xformer.models.attention_layer import AttentionLayer, AttentionLayerConfig
-from mlx_xformer.models.stack import EncoderDecoder, EncoderDecoderConfig, Listener, StackConfig, cross_entropy
+from mlx_xformer.models.stack import EncoderDecoder, EncoderDecoderConfig, StackConfig, cross_entropy
 from mlx_xformer.reference.models import stack as twin
+from mlx_xformer.samplers import greedy
 
 B, L, S, E, M, V = 3, 13, 7, 21, 11, 19
 STILL = {"attention_dropout": 0.0, "ffn_dropout": 0.0, "block_dropout": 0.0}
@@ -180,7 +181,7 @@ def test_cached_is_the_full_pass(chunks, window):
     """Prefill and single steps or chunks, with growing and with sliding caches, against the pass over all at once."""
     made, _ = model()
     given, memory = tokens(B, L), array(B, S, M)
-    caches, cross, at, parts = made.make_caches(window=window), made.make_cross_caches(), 0, []
+    caches, cross, at, parts = made.make_caches(window=window), [CrossCache() for _ in made.decoder.blocks], 0, []
     for n in chunks:
         parts.append(made.decode(given[:, at : at + n], memory, caches=caches, cross_caches=cross))
         at += n
@@ -198,7 +199,7 @@ def test_cached_ragged_rows(chunks):
     made, _ = model()
     padding, memory = [0, 4, 9], array(B, S, M)
     given = tokens(B, L)
-    caches, cross, at, parts = made.make_caches(padding=padding), made.make_cross_caches(), 0, []
+    caches, cross, at, parts = made.make_caches(padding=padding), [CrossCache() for _ in made.decoder.blocks], 0, []
     for n in chunks:
         parts.append(made.decode(given[:, at : at + n], memory, caches=caches, cross_caches=cross))
         at += n
@@ -238,26 +239,40 @@ def test_generation_reads_its_own_outputs(sampler):
     texts = []
     for seed in (0, 1):
         memory = array(1, S, M, seed=seed)
-        listener = Listener(made, memory)
+        listener = made.conditioned(memory)
         texts.append([token.id for token in generate(listener, [1, 4], max_tokens=24, sampler=sampler)])
-        held = [id(x) for cache in listener._cross for x in cache.arrays]
         assert texts[-1] == by_hand(made, [1, 4], memory, 24, sampler)
+        held = [id(x) for cache in listener._whole.caches for x in cache.arrays]
         listener(mx.array([[3]]), caches=listener.make_caches())
-        assert held == [id(x) for cache in listener._cross for x in cache.arrays] and len(held) == 4
+        assert held == [id(x) for cache in listener._whole.caches for x in cache.arrays] and len(held) == 4
     assert texts[0] != texts[1] and len(set(texts[0])) > 2
 
 
-def test_listener_hides_padding_of_the_memory():
+def test_generation_of_several_rows():
+    """Prompts of different lengths, each with its row of the memory, as each alone."""
+    made, _ = model()
+    made.eval()
+    prompts, memory = [[1, 4, 7, 3], [1], [1, 9]], array(B, S, M)
+    together = batch_generate(made.conditioned(memory), prompts, max_tokens=9)
+    assert together == [by_hand(made, p, memory[i : i + 1], 9, greedy) for i, p in enumerate(prompts)]
+
+
+def test_generation_without_a_memory():
+    made, _ = model(stack=dataclasses.replace(STACK, enc_out_dim=None))
+    made.eval()
+    assert [t.id for t in generate(made, [1, 4], max_tokens=9)] == by_hand(made, [1, 4], None, 9, greedy)
+
+
+def test_padding_of_a_memory_is_not_heard():
     made, _ = model()
     made.eval()
     memory = array(1, S, M)
     longer = mx.concatenate([memory, array(1, 4, M, seed=2) * 100], axis=1)
-    mask = (mx.arange(S + 4) < S)[None, None, None]
+    mask = (mx.arange(S + 4) < S)[None]
     texts = [
-        [t.id for t in generate(Listener(made, *given), [1], max_tokens=9)] for given in [(memory,), (longer, mask)]
+        [t.id for t in generate(made.conditioned(*given), [1], max_tokens=9)] for given in [(memory,), (longer, mask)]
     ]
     assert texts[0] == texts[1]
-    assert "_memory" not in dict(tree_flatten(Listener(made, memory).parameters()))
 
 
 # What is refused
@@ -266,18 +281,20 @@ def test_listener_hides_padding_of_the_memory():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(mx.array([[1, 19]]), array(1, S, M)), "tokens must be from 0 to 18, got 19"),
-        (lambda m: m(mx.array([[1, -2]]), array(1, S, M)), "tokens must be from 0 to 18, got -2"),
-        (lambda m: m.loss(mx.array([[1, 19, 2]]), array(1, S, M)), "tokens must be from 0 to 18, got 19"),
-        (lambda m: m(mx.array([1, 2]), array(1, S, M)), r"tokens must be \(batch, length\), got shape \(2,\)"),
+        (lambda m: m(mx.array([[1, 19]]), array(1, S, M)), "target must hold tokens from 0 to 18, got 19"),
+        (lambda m: m(mx.array([[1, -2]]), array(1, S, M)), "target must hold tokens from 0 to 18, got -2"),
+        (lambda m: m.loss(mx.array([[1, 19, 2]]), array(1, S, M)), "target must hold tokens from 0 to 18, got 19"),
+        (
+            lambda m: m(mx.array([1, 2]), array(1, S, M)),
+            r"target must be \(batch, length\) of whole numbers, got .* \(2,\)",
+        ),
         (lambda m: m(tokens(1, L), array(1, S, M), last=-1), "last must be at least 0, got -1"),
-        (lambda m: m(tokens(1, L + 1), array(1, S, M)), "tokens must be at most max_len, 13, .* got 14"),
+        (lambda m: m(tokens(1, L + 1), array(1, S, M)), "target must be at most max_len, 13 positions, got 14"),
         (lambda m: m(tokens(1, L)), "memory must be given to a block with enc_out_dim, got none"),
         (lambda m: m(tokens(1, L), array(1, S, M + 1)), "source must have 11 channels, got 12"),
-        (lambda m: Listener(m, array(2, S, M)), r"memory must be \(1, length, channels\), of one row, got shape"),
-        (lambda m: Listener(m, array(S, M)), r"memory must be \(1, length, channels\), of one row, got shape"),
-        (lambda m: list(generate(Listener(m, array(1, S, M)), [19])), "prompt must hold tokens from 0 to 18, got 19"),
-        (lambda m: list(generate(Listener(m, array(1, S, M)), [1], max_tokens=20)), "max_len, 13, .* got 14"),
+        (lambda m: m(tokens(1, L), array(1, S, M), memory_mask=mx.ones((1, S + 1)) > 0), "memory_mask must be boolean"),
+        (lambda m: list(generate(m.conditioned(array(1, S, M)), [19])), "prompt must hold tokens from 0 to 18, got 19"),
+        (lambda m: list(generate(m.conditioned(array(1, S, M)), [1], max_tokens=20)), "max_len, 13 positions, got 14"),
     ],
 )
 def test_calls_that_are_refused(call, message):
@@ -289,7 +306,7 @@ def test_calls_that_are_refused(call, message):
 
 def test_a_token_beyond_the_vocabulary():
     """MLX would read beyond the table without a word."""
-    with pytest.raises(ValueError, match="tokens must be from 0 to 18, got 19"):
+    with pytest.raises(ValueError, match="target must hold tokens from 0 to 18, got 19"):
         model()[0](mx.array([[1, 19]]), array(1, S, M))
 
 
@@ -297,7 +314,7 @@ def test_padding_does_not_use_up_positions():
     made, _ = model(max_len=L)
     caches = made.make_caches(padding=[4, 6])
     made.decode(tokens(2, L + 4), array(2, S, M), caches=caches)
-    with pytest.raises(ValueError, match=r"max_len, 13, .* got 14"):
+    with pytest.raises(ValueError, match="max_len, 13 positions, got 14"):
         made.decode(tokens(2, 1), array(2, S, M), caches=caches)
     assert isinstance(caches[0], KVCache)
 
@@ -309,7 +326,7 @@ def test_padding_does_not_use_up_positions():
         ({"max_len": 2.0}, "max_len must be a whole number"),
         ({"padding_idx": 19}, "padding_idx must be a token from 0 to 18, got 19"),
         ({"padding_idx": "0"}, "padding_idx must be a token"),
-        ({"embed_dropout": -0.1}, "embed_dropout must be at least 0 and below 1"),
+        ({"embed_dropout": -0.1}, "embed_dropout must be a number from 0 to below 1"),
         ({"stack": 3}, "stack must be a causal StackConfig, got 3"),
         ({"stack": {**STACK.to_dict(), "colour": 1}}, "the stack has no option named colour"),
         ({"colour": 1}, "the encoder-decoder has no option named colour"),

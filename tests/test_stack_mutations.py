@@ -10,20 +10,20 @@ STACK, WHOLE = "test_stack", "test_stack_model"
 MUTANTS = {
     "positions along the batch": (
         MODEL,
-        "x = x + sinusoidal(L, config.stack.model_dim, offset=offset).astype(x.dtype)",
-        "x = x + sinusoidal(x.shape[0], config.stack.model_dim)[:, None].astype(x.dtype)",
+        'x = positioned(x, config.max_len, "target", cache)',
+        'x = positioned(x.swapaxes(0, 1), config.max_len, "target", cache).swapaxes(0, 1)',
         *(WHOLE, "test_t2_1_positions_follow_the_sequence", {"width": 21}),
     ),
     "positions of a cached step from 0": (
         MODEL,
-        "config.stack.model_dim, offset=offset)",
-        "config.stack.model_dim, offset=0)",
+        'x = positioned(x, config.max_len, "target", cache)',
+        'x = positioned(x, config.max_len, "target", None)',
         *(WHOLE, "test_cached_is_the_full_pass", {"chunks": [1] * 13, "window": None}),
     ),
     "positions of ragged rows from the padding": (
-        MODEL,
-        "at = mx.maximum(offset[:, None] + mx.arange(L), 0)",
-        "at = mx.maximum(mx.full(offset.shape, cache.length)[:, None] + mx.arange(L), 0)",
+        "conditioning",
+        "offset=before - row)",
+        "offset=before)",
         *(WHOLE, "test_cached_ragged_rows", {"chunks": [6, 1, 2, 4]}),
     ),
     "scores dropped by default": (
@@ -82,14 +82,14 @@ MUTANTS = {
     ),
     "no shift": (
         MODEL,
-        "return cross_entropy(logits, tokens[:, 1:],",
-        "return cross_entropy(logits, tokens[:, :-1],",
+        "return cross_entropy(logits, target[:, 1:],",
+        "return cross_entropy(logits, target[:, :-1],",
         *(WHOLE, "test_loss_is_teacher_forced", {}),
     ),
     "padding counts": (
         MODEL,
-        "logits, tokens[:, 1:], self.config.padding_idx)",
-        "logits, tokens[:, 1:], None)",
+        "logits, target[:, 1:], self.config.padding_idx)",
+        "logits, target[:, 1:], None)",
         *(WHOLE, "test_loss_is_teacher_forced", {}),
     ),
     "padding in the mean": (
@@ -106,8 +106,8 @@ MUTANTS = {
     ),
     "memory ignored": (
         MODEL,
-        "x = self.decoder(x, memory, caches",
-        "x = self.decoder(x, memory if memory is None else memory * 0, caches",
+        "x = self.decoder(x, memory, ",
+        "x = self.decoder(x, memory if memory is None else memory * 0, ",
         *(WHOLE, "test_t2_7_memory_changes_every_position", {}),
     ),
     "the first positions instead of the last": (
@@ -118,15 +118,15 @@ MUTANTS = {
     ),
     "tokens not looked at": (
         MODEL,
-        "if mx.any(wrong).item():",
-        "if False:",
+        "if caches is None:",
+        "if caches is not None:",
         *(WHOLE, "test_a_token_beyond_the_vocabulary", {}),
     ),
-    "the listener's mask lost": (
+    "the mask of the model's memory ignored": (
         MODEL,
-        "memory_mask=self._mask, ",
-        "",
-        *(WHOLE, "test_listener_hides_padding_of_the_memory", {}),
+        '"memory_mask": seen',
+        '"memory_mask": None',
+        *(WHOLE, "test_padding_of_a_memory_is_not_heard", {}),
     ),
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import fields
 from ..attention import Attention
 
-# Far beyond any layer, and below what would keep a reader of a hostile file busy.
-_LARGEST = {"embed_dim": 10**6, "num_heads": 10**5, "num_kv_heads": 10**5}
+_LIMITS = dict.fromkeys(("embed_dim", "num_heads", "num_kv_heads"), (1, fields.WIDTH))
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,13 @@ class AttentionLayerConfig:
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        for name, limit in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
-        for name in ("bias", "causal"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        fields.check_whole(self, _LIMITS)
+        fields.check_flags(self, "bias", "causal")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AttentionLayerConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> AttentionLayerConfig:
         """The configuration from plain values."""
-        fields = dataclasses.fields(cls)
-        if unknown := sorted(values.keys() - {field.name for field in fields}):
-            raise ValueError(f"the attention layer has no option named {', '.join(unknown)}")
-        if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
-            raise ValueError(f"{', '.join(missing)} must be given")
-        return cls(**values)
+        return fields.read(cls, "the attention layer", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..cache import CrossCache
 from ..models.attention_layer import AttentionLayer
 from ..models.stack import EncoderDecoder, StackConfig, TransformerBlock, TransformerStack, UnbiasedLayerNorm
 from ..reference.attention import attention_layer
@@ -98,7 +99,7 @@ def stack_cases(model: TransformerStack | EncoderDecoder) -> dict[str, Case]:
         return model.unembed(model.decoder(x, memory))
 
     def cached(x: mx.array, memory: mx.array | None) -> mx.array:
-        caches, cross, at, parts = model.make_caches(), model.make_cross_caches(), 0, []
+        caches, cross, at, parts = model.make_caches(), [CrossCache() for _ in model.decoder.blocks], 0, []
         for n in _CHUNKS:
             parts.append(model.decoder(x[:, at : at + n], memory, caches=caches, cross_caches=cross))
             at += n

@@ -7,12 +7,11 @@ Source: yucoder14/guitar_effects, transformer_fun.ipynb, whose blocks and names 
 
 from .blocks import TransformerBlock, TransformerStack, UnbiasedLayerNorm
 from .config import EncoderDecoderConfig, StackConfig
-from .model import EncoderDecoder, Listener, cross_entropy
+from .model import EncoderDecoder, cross_entropy
 
 __all__ = [
     "EncoderDecoder",
     "EncoderDecoderConfig",
-    "Listener",
     "StackConfig",
     "TransformerBlock",
     "TransformerStack",

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LARGEST = {"model_dim": 10**6, "key_dim": 10**6, "hidden_dim": 10**7, "num_heads": 10**5, "num_stack": 1000}
+from ... import fields
+
+_LIMITS = {
+    "model_dim": (1, fields.WIDTH),
+    "key_dim": (1, fields.WIDTH),
+    "hidden_dim": (1, 10 * fields.WIDTH),
+    "num_heads": (1, fields.WIDTH),
+    "enc_out_dim": (1, fields.WIDTH),
+    "num_stack": (1, fields.LAYERS),
+}
 RATES = ("attention_dropout", "ffn_dropout", "block_dropout")
 
 
@@ -37,20 +46,13 @@ class StackConfig:
     score_dropout: bool = False
 
     def __post_init__(self) -> None:
-        for name, limit in _LARGEST.items():
-            _check_whole(name, getattr(self, name), limit)
-        if self.enc_out_dim is not None:
-            _check_whole("enc_out_dim", self.enc_out_dim, 10**6)
+        fields.check_whole(self, _LIMITS, ("enc_out_dim",))
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads, {self.num_heads}, got {self.model_dim}")
-        for name in RATES:
-            _check_rate(name, getattr(self, name))
-        for name in ("causal", "score_dropout"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
-        for name, known in (("norm", ("layer", "unbiased")), ("dropout_at", ("branches", "residual"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r:.80}")
+        fields.check_rate(self, *RATES)
+        fields.check_flags(self, "causal", "score_dropout")
+        fields.check_one_of(self, "norm", ("layer", "unbiased"))
+        fields.check_one_of(self, "dropout_at", ("branches", "residual"))
         if self.norm == "unbiased" and self.model_dim < 2:
             raise ValueError(f"model_dim must be at least 2 for an unbiased deviation, got {self.model_dim}")
         eps = self.norm_eps
@@ -58,9 +60,9 @@ class StackConfig:
             raise ValueError(f"norm_eps must be a number above 0, got {eps!r:.80}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StackConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> StackConfig:
         """The configuration from plain values."""
-        return cls(**_known("stack", cls, values))
+        return fields.read(cls, "the stack", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""
@@ -79,9 +81,8 @@ class EncoderDecoderConfig:
     embed_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_whole("vocab_size", self.vocab_size, 10**8)
-        _check_whole("max_len", self.max_len, 10**7)
-        _check_rate("embed_dropout", self.embed_dropout)
+        fields.check_whole(self, {"vocab_size": (1, fields.VOCABULARY), "max_len": (1, 10**8)})
+        fields.check_rate(self, "embed_dropout")
         if not isinstance(self.stack, StackConfig) or not self.stack.causal:
             raise ValueError(f"stack must be a causal StackConfig, got {self.stack!r:.80}")
         pad = self.padding_idx
@@ -89,33 +90,13 @@ class EncoderDecoderConfig:
             raise ValueError(f"padding_idx must be a token from 0 to {self.vocab_size - 1}, got {pad!r:.80}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EncoderDecoderConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderDecoderConfig:
         """The configuration from plain values."""
-        values = _known("encoder-decoder", cls, values)
-        if isinstance(values["stack"], dict):
+        values = dict(values)
+        if isinstance(values.get("stack"), dict):
             values["stack"] = StackConfig.from_dict(values["stack"])
-        return cls(**values)
+        return fields.read(cls, "the encoder-decoder", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""
         return dataclasses.asdict(self)
-
-
-def _known(what: str, kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of values, which are all of `kind` and all that it must have."""
-    fields = dataclasses.fields(kind)
-    if unknown := sorted(values.keys() - {field.name for field in fields}):
-        raise ValueError(f"the {what} has no option named {', '.join(unknown)}")
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
-        raise ValueError(f"{', '.join(missing)} must be given")
-    return dict(values)
-
-
-def _check_whole(name: str, value: Any, limit: int) -> None:
-    if type(value) is not int or not 1 <= value <= limit:
-        raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r:.80}")
