@@ -111,6 +111,18 @@ def test_what_is_learnt():
     assert mx.median(mx.abs(last - wave[:, 2:])).item() < 1e-3  # sin(a + r) = 2 cos(r) sin(a) - sin(a - r)
 
 
+@named
+def test_the_readme_has_the_limits_and_figures_below_them(name):
+    """Three seeds, as many steps as the script takes, every loss below its limit, and the picture."""
+    text = (EXAMPLES / "README.md").read_text()
+    lines = text[text.index(f"| {name} |") :].splitlines()[:3]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0][1] == str(EXPERIMENTS[name].steps) and [row[2] for row in rows] == ["0", "1", "2"]
+    assert all(float(row[4]) < float(row[5]) == EXPERIMENTS[name].limit < float(row[3]) for row in rows)
+    assert sum(float(row[6]) for row in rows) < 120
+    assert f"({name}_loss.png)" in text and (EXAMPLES / f"{name}_loss.png").exists()
+
+
 def command(name, *arguments):
     return subprocess.run([sys.executable, EXAMPLES / f"{name}.py", *arguments], capture_output=True, text=True)
 

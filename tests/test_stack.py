@@ -232,6 +232,21 @@ def test_t2_6_masks():
     assert mx.allclose(out[:, 2], module(x, memory)[:, 2], atol=1e-6) and mx.isfinite(out).all()
 
 
+def test_additive_masks():
+    """S2-02: minus infinity above the diagonal is causality; where a whole row is, attention gives 0; no slice is taken
+    of one that does not fit."""
+    module, x, memory = made(causal=False), array(B, L, E), array(B, S, M, seed=1)
+    bias = mx.where(mx.tril(mx.ones((L, L))) > 0, 0.0, -mx.inf)
+    assert mx.allclose(module(x, memory, bias=bias), made(causal=True)(x, memory), atol=1e-5)
+    bias[2] = -mx.inf
+    out = module(x, memory, bias=bias)
+    module.self_attn.out_proj.weight = mx.zeros((E, E))
+    assert mx.allclose(out[:, 2], module(x, memory)[:, 2], atol=1e-6) and mx.isfinite(out).all()
+    for size in (L - 1, L + 1):
+        with pytest.raises(ValueError, match="bias must broadcast to"):
+            module(x, memory, bias=mx.zeros((L, size)))
+
+
 def test_padding_of_the_memory_is_hidden():
     module, x, memory = made(TransformerStack), array(1, L, E), array(1, S, M, seed=1)
     longer = mx.concatenate([memory, array(1, 4, M, seed=2) * 100], axis=1)

@@ -98,7 +98,7 @@ def test_encoder_decoder(oracle, source):
     """Logits with the file's buffers dropped; the loss of rows with padding and its gradients, of which the padding's
     embedding gets none."""
     tokens = np.random.default_rng(0).integers(1, V, (B, L))
-    tokens[1, 4:] = 0
+    tokens[1, 4:], tokens[0, 3] = 0, 0
     inputs = {"tokens": tokens, **({"memory": noise(B, S, M, seed=1)} if source else {})}
     options = {**OPTIONS, "source": source, "eps": 1e-6, "unbiased": True, "causal": True}
     options |= {"vocab": V, "positions": 31, "padding_idx": 0}
