@@ -25,12 +25,17 @@ from safetensors import SafetensorError, safe_open
 
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.seq2seq import SequenceCheckpoint
+from .models.seq2seq import make as make_seq2seq
+from .models.transformer import Transformer, TransformerConfig
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
     "decoder": (DecoderConfig, Decoder),
+    "seq2seq": (SequenceCheckpoint, make_seq2seq),
+    "transformer": (TransformerConfig, Transformer),
 }
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

@@ -40,7 +40,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "vectors": {"vocab_size": None},
     "vectors, pre-norm": {"vocab_size": None, "norm_first": True, "final_norm": True, "activation": "gelu"},
     "apart": {"tie_embeddings": False, "source_vocab_size": 17, "norm_eps": 1e-3},
-    "pre-norm": {"norm_first": True, "final_norm": True, "activation": "gelu", "bias": False},
+    "pre-norm": {"norm_first": True, "final_norm": True, "activation": "gelu"},
 }
 _CALLED = ("mask", "source_mask", "target_mask")
 
