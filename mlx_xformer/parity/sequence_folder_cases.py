@@ -108,7 +108,7 @@ def _whole(
     ours: Callable[[dict], mx.array],
     lengths: tuple[int, ...],
 ) -> Case:
-    """All of the model. Its gradient is not asked for: rounding alone moves that of many layers, each of them proven."""
+    """All of the model. Its gradient is not asked for: rounding alone moves that of many layers."""
     weights = {name: np.array(x.astype(mx.float32), np.float64) for name, x in flat(model).items()}
 
     def samples(rng: Rng) -> Iterator[Sample]:
