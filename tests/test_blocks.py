@@ -1,5 +1,5 @@
-"""Layers and stacks: causality, dropout, caches, mixtures, what they refuse. Their values and gradients are parity's and
-PyTorch's (test_torch_blocks)."""
+"""Layers and stacks: causality, dropout, caches, mixtures, what they refuse. Their values and gradients are those of
+parity and of test_torch_blocks."""
 
 import dataclasses
 import re
