@@ -22,7 +22,7 @@ from mlx_xformer.checkpoint import (
     write_safetensors,
 )
 
-from . import ferrotorch, folder, scratch, scratch_model
+from . import ferrotorch, folder, llm_prep, scratch, scratch_model, torch_transformer
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, inverse_shapes, invert
 from .source import SUFFIXES, read_source, scan, sha256_of
@@ -52,10 +52,12 @@ class Kind(Protocol):
         """The config.json or the settings that mean the configuration."""
 
 
-KINDS: tuple[Any, ...] = (  # of modules that are a Kind
+KINDS: tuple[Any, ...] = (  # of modules, or objects, that are a Kind
     scratch,
     scratch_model,
     ferrotorch,
+    llm_prep,
+    *torch_transformer.KINDS,
 )
 
 

@@ -26,7 +26,10 @@ from safetensors import SafetensorError, safe_open
 from .models.attention_layer import AttentionLayer, AttentionLayerConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.seq2seq import SequenceCheckpoint
+from .models.seq2seq import make as make_seq2seq
 from .models.stack import EncoderDecoder, EncoderDecoderConfig, StackConfig, TransformerStack
+from .models.transformer import Transformer, TransformerConfig
 
 FORMAT = 1
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
@@ -36,6 +39,8 @@ FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "attention_layer": (AttentionLayerConfig, AttentionLayer),
     "transformer_stack": (StackConfig, TransformerStack),
     "stack_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
+    "seq2seq": (SequenceCheckpoint, make_seq2seq),
+    "transformer": (TransformerConfig, Transformer),
 }
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

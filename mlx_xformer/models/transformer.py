@@ -42,7 +42,7 @@ class TransformerConfig:
     and so is the result: torch.nn.Transformer. source_vocab_size: by default the same. tie_embeddings: one table for
     source, target and logits. Without encoder layers there is a decoder only, to which a memory is given, and without
     decoder layers an encoder only. norm_first: pre-norm; final_norm: a norm after each stack, as torch.nn.Transformer
-    has it. bias: of projections and feed-forward networks. max_len: the most positions of a source or a target.
+    has it. max_len: the most positions of a source or a target.
     """
 
     vocab_size: int | None
@@ -56,14 +56,13 @@ class TransformerConfig:
     norm_first: bool = False
     final_norm: bool = False
     norm_eps: float = 1e-5
-    bias: bool = True
     dropout: float = 0.1
     max_len: int = 5000
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
         fields.check_whole(self, _LIMITS, ("vocab_size", "source_vocab_size"))
-        fields.check_flags(self, "norm_first", "final_norm", "bias", "tie_embeddings")
+        fields.check_flags(self, "norm_first", "final_norm", "tie_embeddings")
         fields.check_rate(self, "dropout")
         fields.check_one_of(self, "activation", ACTIVATIONS)
         if self.embed_dim % self.num_heads:
@@ -91,8 +90,6 @@ class TransformerConfig:
             activation=self.activation,
             norm_first=self.norm_first,
             norm_eps=self.norm_eps,
-            bias=self.bias,
-            ffn_bias=self.bias,
             causal=decoder,
             cross=decoder,
             dropout=self.dropout,

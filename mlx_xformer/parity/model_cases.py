@@ -26,6 +26,8 @@ from ..reference.models.htdemucs.model import levels
 from ..reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
+from .sequence_folder_cases import MODELS as SEQUENCE_MODELS
+from .sequence_folder_cases import sequence_folder_cases
 from .stack_cases import attention_cases, stack_cases
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
@@ -47,6 +49,8 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
         return stack_cases(model)
     if isinstance(model, AttentionLayer):
         return attention_cases(model)
+    if isinstance(model, SEQUENCE_MODELS):
+        return sequence_folder_cases(model)
     if not isinstance(model, HTDemucs):
         raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
     return _htdemucs_cases(model)

@@ -22,7 +22,7 @@ from ..reference.models import transformer as twin_transformer
 from .samples import Arrays, Case, Options, Rng, Sample, described, drawn, with_params
 
 I, O, E, HEADS, HIDDEN, V = 5, 7, 18, 6, 13, 11
-_CHUNKS = (4, 1, 1, 3)
+CHUNKS = (4, 1, 1, 3)
 _ALL = {"use_moe": True, "num_experts": 3, "topk": 3}  # rounding cannot change who is chosen
 CONFIGS: dict[str, dict[str, Any]] = {
     "multi-head": {},
@@ -40,7 +40,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "vectors": {"vocab_size": None},
     "vectors, pre-norm": {"vocab_size": None, "norm_first": True, "final_norm": True, "activation": "gelu"},
     "apart": {"tie_embeddings": False, "source_vocab_size": 17, "norm_eps": 1e-3},
-    "pre-norm": {"norm_first": True, "final_norm": True, "activation": "gelu", "bias": False},
+    "pre-norm": {"norm_first": True, "final_norm": True, "activation": "gelu"},
 }
 _CALLED = ("mask", "source_mask", "target_mask")
 
@@ -129,13 +129,13 @@ def _theirs(form: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 def _in_chunks(step: Callable[..., mx.array], x: mx.array) -> mx.array:
     """What `step` gives of x (B, L, ...), some positions at a time."""
     parts, at = [], 0
-    for n in _CHUNKS:
+    for n in CHUNKS:
         parts.append(step(x[:, at : at + n]))
         at += n
     return mx.concatenate(parts, axis=1)
 
 
-def _cached(model: Any, arrays: dict) -> mx.array:
+def cached(model: Any, arrays: dict) -> mx.array:
     """A model of document 1, or the Transformer, through caches."""
     caches = model.make_caches()
     if isinstance(model, AutoregressiveTransformerModel):
@@ -147,14 +147,14 @@ def _cached(model: Any, arrays: dict) -> mx.array:
 
 
 def _through_caches(make: Callable[[Options], nn.Module]) -> Callable[..., mx.array]:
-    return lambda params, arrays, options: _cached(
+    return lambda params, arrays, options: cached(
         with_params(make(options), params).eval(), {**arrays, **_given(options)}
     )
 
 
 def _long(samples: Callable[[Rng], Iterator[Sample]]) -> Callable[[Rng], Iterator[Sample]]:
     """Of several lengths the one that chunks are of."""
-    return lambda rng: (sample for sample in samples(rng) if f",{sum(_CHUNKS)})" in sample.what)
+    return lambda rng: (sample for sample in samples(rng) if f",{sum(CHUNKS)})" in sample.what)
 
 
 def _transformers(rng: Rng) -> Iterator[Sample]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import scratch
 import torch
+from compositions import MODULES as COMPOSITIONS
 from demucs.demucs import DConv
 from demucs.hdemucs import HDecLayer, HEncLayer
 from demucs.htdemucs import HTDemucs
@@ -37,6 +38,7 @@ MODULES = {
     "conv_transpose2d": nn.ConvTranspose2d,
     "embedding": nn.Embedding,
     **scratch.MODULES,
+    **COMPOSITIONS,
 }
 
 
