@@ -120,6 +120,7 @@ ABSENT: dict[str, dict[str, Any]] = {
     },
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_MOST_LAYERS = 1000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -188,6 +189,9 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
     for key in ("hidden_size", "query_pre_attn_scalar"):
         if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
             raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
+    count = values["num_hidden_layers"]  # lists of so many are made before a DecoderConfig can refuse it
+    if type(count) is not int or not 1 <= count <= _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be a whole number from 1 to {_MOST_LAYERS}, got {short(str(count))}")
     if kind in mixture.KEYS:
         mixture.check(values, kind)
 

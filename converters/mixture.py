@@ -2,6 +2,7 @@
 
 Sources: transformers 5.23 (models/mixtral, qwen2_moe, qwen3_moe, olmoe; conversion_mapping.py, whose names of single
 experts its save_pretrained writes unless told otherwise); mlx-lm's `switch_mlp`, where experts are stacked and packed.
+router_aux_loss_coef is the alpha of each layer here; there it is that of one loss over the tokens of all layers.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, A
     own = dict(_ATTENTION.get(kind, {}))
     if values.get("qkv_bias"):
         own["attention_bias"] = ("q", "k", "v")
-    every, only = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or ()
+    every, only = values.get("decoder_sparse_step", 1), set(values.get("mlp_only_layers") or ())
     count, experts = values["num_hidden_layers"], values["num_experts"]
     dense = tuple(n for n in range(count) if n in only or (n + 1) % every or not experts)
     if len(dense) == count:

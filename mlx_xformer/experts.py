@@ -1,20 +1,20 @@
 """The feed-forward networks of a MoE, as stacked matrices, and the forms of their products.
 
 Axes: T tokens, E experts, k experts a token, I and O what a matrix is given and makes; n groups of b rows of one expert
-each, into which tokens are spread: E of them, in order ("dispatch"), or as many as it takes ("blocks").
+each, see grouping.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu, kernels, runtime
 from .moe_config import MoEConfig
-from .routing import places
 
 _HALF = (mx.float16, mx.bfloat16)  # a CPU multiplies them in scalar loops, and gathers none
 
@@ -24,123 +24,8 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-class Table(NamedTuple):
-    """Which token each row of n groups of b holds, and where the choices of the tokens are.
-
-    source (n b,): a token, or T for a row that holds none. place (T, k): a row, or n b where the expert was full, which
-    `full` says can be. experts (n,): of the groups, None for those in order.
-    """
-
-    source: mx.array
-    place: mx.array
-    rows: int
-    experts: mx.array | None
-    full: bool
-
-
-def dispatch(experts: mx.array, num_experts: int, rows: int) -> Table:
-    """A group for each expert: `rows` of the choices (T, k), those of the first tokens."""
-    place, _ = places(experts, num_experts)
-    full = rows < len(experts)
-    at = experts * rows + place
-    if full:
-        at = mx.where(place < rows, at, num_experts * rows)
-    return Table(_source(at, num_experts * rows), at, rows, None, full)
-
-
-def blocks(experts: mx.array, num_experts: int, rows: int) -> Table:
-    """As many groups for each expert as its choices (T, k) fill; those at the end may hold none."""
-    place, load = places(experts, num_experts)
-    ends = mx.cumsum((load + (rows - 1)) // rows)  # (E,), in groups
-    groups = num_groups(experts.size, num_experts, rows)
-    at = mx.take(mx.concatenate([mx.zeros((1,), ends.dtype), ends[:-1]]) * rows, experts) + place
-    which = mx.minimum((mx.arange(groups)[:, None] >= ends).sum(axis=1), num_experts - 1)
-    return Table(_source(at, groups * rows), at, rows, which, False)
-
-
-def num_groups(choices: int, num_experts: int, rows: int) -> int:
-    """The most groups of so many rows that as many choices fill, at any load."""
-    return (choices + min(choices, num_experts) * (rows - 1)) // rows
-
-
-def _source(at: mx.array, size: int) -> mx.array:
-    """(T, k) -> (size,): the inverse."""
-    T, k = at.shape
-    source = mx.full((size + 1,), T, mx.int32)
-    source[mx.flatten(at)] = mx.flatten(mx.broadcast_to(mx.arange(T, dtype=mx.int32)[:, None], (T, k)))
-    return source[:-1]
-
-
-def _below(x: mx.array) -> mx.array:
-    """x (R, C) with a row of zeros below."""
-    return mx.concatenate([x, mx.zeros((1, x.shape[1]), x.dtype)])
-
-
-@mx.custom_function
-def _spread(x: mx.array, source: mx.array, place: mx.array) -> mx.array:
-    return _below(x)[source]
-
-
-@_spread.vjp
-def _(primals, cotangent, _):
-    x, source, place = primals
-    return _below(cotangent)[place].sum(axis=1), mx.zeros_like(source), mx.zeros_like(place)
-
-
-def spread(x: mx.array, table: Table) -> mx.array:
-    """x (T, D) -> (n, b, D). The gradient gathers too: MLX's scatters go element by element on a CPU."""
-    rows = cast(mx.array, _spread(x, table.source, table.place))
-    return mx.unflatten(rows, 0, (-1, table.rows))
-
-
-def _weighted(rows: mx.array, weights: mx.array) -> mx.array:
-    return (rows * weights[..., None]).sum(axis=1)
-
-
-@mx.custom_function
-def _collect(y: mx.array, weights: mx.array, source: mx.array, place: mx.array) -> mx.array:
-    return _weighted(y[place], weights)
-
-
-@mx.custom_function
-def _collect_kept(y: mx.array, weights: mx.array, source: mx.array, place: mx.array) -> mx.array:
-    return _weighted(_below(y)[place], weights)
-
-
-def _uncollect(primals: tuple[mx.array, ...], cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
-    y, weights, source, place = primals
-    at = mx.zeros((len(source) + 1,), weights.dtype)
-    at[mx.flatten(place)] = mx.flatten(weights)
-    by_y = _below(cotangent)[source] * at[:-1, None]
-    by_weights = (_below(y)[place] * cotangent[:, None]).sum(axis=-1)
-    return by_y.astype(y.dtype), by_weights, mx.zeros_like(source), mx.zeros_like(place)
-
-
-_collect.vjp(_uncollect)
-_collect_kept.vjp(_uncollect)
-
-
-def collect(y: mx.array, weights: mx.array, table: Table) -> mx.array:
-    """y (n, b, D), weights (T, k) -> (T, D): the weighted sums of what the tokens chose and found."""
-    form = _collect_kept if table.full else _collect
-    return cast(mx.array, form(mx.flatten(y, 0, 1), weights, table.source, table.place))
-
-
-# Products of groups of rows
-
-
-def _by_weight(cotangent: mx.array, x: mx.array) -> mx.array:
-    return cotangent.swapaxes(1, 2) @ x
-
-
-def _both(by_x: Callable[..., mx.array], arrays: tuple[mx.array, ...], by_weight: Callable[[], mx.array]) -> list:
-    """Both gradients of a product side by side: that by x in as many stretches as leave each worker one task."""
-    stretches = max(1, runtime.workers - 1)
-    step = -(-len(arrays[0]) // stretches)
-    starts = range(0, len(arrays[0]), step)
-    tasks = [by_weight, *(lambda at=at: by_x(*(a[at : at + step] for a in arrays)) for at in starts)]
-    weight, *parts = kernels.side_by_side(tasks)
-    return [parts[0] if len(parts) == 1 else mx.concatenate(parts), weight]
+# Products of groups of rows. Each gradient is shared out by itself: MLX computes what was asked for last, so that the
+# gradients by weights, side by side with those by x, would all run at the end on one core.
 
 
 @mx.custom_function
@@ -151,7 +36,8 @@ def _dispatched(x: mx.array, weight: mx.array) -> mx.array:
 @_dispatched.vjp
 def _(primals, cotangent, _):
     x, weight = primals
-    return tuple(_both(lambda y, w: y @ w, (cotangent, weight), lambda: _by_weight(cotangent, x)))
+    by_x = cpu.by_rows(lambda y, weight: y @ weight, cotangent, weight)
+    return by_x, cpu.by_rows(lambda y, x: y.swapaxes(1, 2) @ x, cotangent, x)
 
 
 @mx.custom_function
@@ -163,14 +49,13 @@ def _blocked(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
 @_blocked.vjp
 def _(primals, cotangent, _):
     x, weight, experts = primals
-
-    def by_weight() -> mx.array:
-        groups = mx.flatten(_by_weight(cotangent, x), 1, 2)  # (n, O I), summed by expert
-        hot = (mx.arange(len(weight))[:, None] == experts).astype(x.dtype)
-        return (hot @ groups).reshape(weight.shape)
-
-    by_x = lambda y, experts: mx.gather_mm(y, weight, rhs_indices=experts)  # noqa: E731
-    return (*_both(by_x, (cotangent, experts), by_weight), mx.zeros_like(experts))
+    own = mx.arange(len(weight))[:, None]
+    ends = [(experts < own).sum(axis=1), (experts <= own).sum(axis=1)]  # the groups of each lie side by side
+    segments = mx.stack(ends, axis=1).astype(mx.uint32) * x.shape[1]
+    rows, columns = mx.flatten(x, 0, 1), mx.flatten(cotangent, 0, 1).T
+    by_x = cpu.by_rows(lambda y, experts: mx.gather_mm(y, weight, rhs_indices=experts), cotangent, experts)
+    by_weight = cpu.by_rows(lambda some: mx.segmented_mm(columns, rows, some), segments)
+    return by_x, by_weight, mx.zeros_like(experts)
 
 
 def grouped_product(x: mx.array, weight: mx.array, experts: mx.array | None) -> mx.array:
@@ -180,6 +65,31 @@ def grouped_product(x: mx.array, weight: mx.array, experts: mx.array | None) -> 
         return x @ turned if experts is None else mx.gather_mm(x, turned, rhs_indices=experts)
     x, weight = (y.astype(mx.float32) if y.dtype in _HALF else y for y in (x, weight))
     return cast(mx.array, _dispatched(x, weight) if experts is None else _blocked(x, weight, experts))
+
+
+@lru_cache
+def _in_stretches(elementwise: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The function of arrays (n, b, C), whose gradient a CPU computes side by side: exp is slow there."""
+    function = mx.custom_function(elementwise)
+
+    @function.vjp
+    def gradient(primals, cotangent, _):
+        primals = primals if isinstance(primals, (tuple, list)) else (primals,)
+        step = -(-len(cotangent) // runtime.workers)
+        parts = [slice(at, at + step) for at in range(0, len(cotangent), step)]
+        ones: Any = [partial(_gradients, elementwise, primals, cotangent, part) for part in parts]
+        found: Any = cpu.side_by_side(ones)
+        gradients = [mx.concatenate(list(pieces)) for pieces in zip(*found, strict=True)]
+        return tuple(gradients) if len(gradients) > 1 else gradients[0]
+
+    return cast(Callable[..., mx.array], function)
+
+
+def _gradients(
+    elementwise: Callable[..., mx.array], primals: Sequence[mx.array], cotangent: mx.array, part: slice
+) -> list[mx.array]:
+    """Of a stretch, which is cut on the worker's own stream: on another it would wait for what that does."""
+    return cast(list[mx.array], mx.vjp(elementwise, [x[part] for x in primals], [cotangent[part]])[1])
 
 
 # Modules
@@ -307,11 +217,16 @@ class Experts(nn.Module):
 
     def grouped(self, x: mx.array, experts: mx.array | None) -> mx.array:
         """x (n, b, D) through the experts (n,), or all in order -> (n, b, D)."""
-        return self._network(lambda layer, x: layer.grouped(x, experts), x)
+        return self._network(lambda layer, x: layer.grouped(x, experts), x, _in_stretches if on_cpu() else None)
 
-    def _network(self, through: Callable[[Any, mx.array], mx.array], x: mx.array) -> mx.array:
-        activation = kernels.ACTIVATIONS[self.activation]
+    def _network(
+        self,
+        through: Callable[[Any, mx.array], mx.array],
+        x: mx.array,
+        form: Callable[[Callable], Callable[..., mx.array]] | None = None,
+    ) -> mx.array:
+        activation: Callable[..., mx.array] = (kernels.GATED if self.gated else kernels.ACTIVATIONS)[self.activation]
+        activation = activation if form is None else form(activation)
         if self.gated:
-            gate, up = through(self.gate_proj, x), through(self.up_proj, x)
-            return through(self.down_proj, activation(gate) * up)
+            return through(self.down_proj, activation(through(self.gate_proj, x), through(self.up_proj, x)))
         return through(self.linear2, activation(through(self.linear1, x)))

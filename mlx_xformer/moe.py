@@ -11,9 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import experts as layouts
-from . import kernels
-from .experts import ExpertLinear, Experts, QuantizedExpertLinear
+from . import grouping, kernels
+from .experts import ExpertLinear, Experts, QuantizedExpertLinear, on_cpu
 from .layers import FeedForward, GatedFeedForward
 from .moe_config import MoEConfig
 from .routing import Routing, balanced_bias, route
@@ -31,16 +30,16 @@ __all__ = [
 ]
 
 
-# The form that products take, measured by bench/run.py --mixture.
-_FEW = 24  # choices that a CPU multiplies one by one
+# The form that products take, by what bench/run.py --mixture and its like measured.
+_FEW = 8  # choices, or as many as there are experts if these are more, that a CPU multiplies one by one
 _SORTED = 64  # choices from which a GPU gains by sorting
 _PADDED = 1.15  # how many rows "dispatch" may have for one of "blocks", whose products are smaller
 
 
 def block_rows(choices: int, num_experts: int) -> int:
-    """The rows of a group: a quarter of what an expert gets on average, where padding and small products cost alike."""
-    rows = 16
-    while rows < 64 and rows * 4 * num_experts < choices:
+    """The rows of a group, which grow with the root of what an expert gets: padding and small products cost alike."""
+    rows = 8
+    while rows < 64 and rows * rows * num_experts < 4 * choices:
         rows *= 2
     return rows
 
@@ -49,14 +48,14 @@ def layout(config: MoEConfig, tokens: int, *, half: bool, training: bool) -> str
     """ "gather": each choice by itself; "sorted": so, in the order of the experts; "dispatch": a group of as many rows
     as an expert may take for each; "blocks": as many groups as are filled."""
     choices, taken = tokens * config.num_experts_per_tok, config.slots(tokens)
-    if not layouts.on_cpu():
+    if not on_cpu():
         if training and taken < tokens:
             return "dispatch"
         return "sorted" if choices >= _SORTED else "gather"
-    if not training and choices <= (config.num_experts // 2 if half else _FEW):
+    if not training and choices <= (config.num_experts // 2 if half else max(_FEW, config.num_experts)):
         return "gather"
     rows = block_rows(choices, config.num_experts)
-    blocks = layouts.num_groups(choices, config.num_experts, rows) * rows
+    blocks = grouping.num_groups(choices, config.num_experts, rows) * rows
     return "dispatch" if config.num_experts * taken <= _PADDED * blocks else "blocks"
 
 
@@ -97,9 +96,6 @@ class MoE(nn.Module):
             raise ValueError(f"x must be (..., embed_dim), {config.embed_dim} wide, got {x.shape}")
         tokens = x if x.ndim == 2 else x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         routing = self.route(tokens)
-        kind = mx.result_type(x, self.experts.dtype)
-        if not x.size:
-            return x.astype(kind), routing
         y = self.mixed(tokens, routing)
         if "overflow_expert" in self and routing.kept is not None:
             over = mx.where(routing.kept, mx.array(0.0), routing.weights).sum(axis=-1, keepdims=True)
@@ -109,7 +105,7 @@ class MoE(nn.Module):
             if "shared_expert_gate" in self:
                 shared = shared * mx.sigmoid(self.shared_expert_gate(tokens))
             y = y + shared
-        y = y.astype(kind)
+        y = y.astype(mx.result_type(x, self.experts.dtype))
         return y if x.ndim == 2 else y.reshape(x.shape), routing
 
     def route(self, x: mx.array) -> Routing:
@@ -118,20 +114,20 @@ class MoE(nn.Module):
 
     def mixed(self, x: mx.array, routing: Routing) -> mx.array:
         """x (T, D) -> the same, of the experts that had room."""
-        config, T, experts = self.config, len(x), routing.experts
+        config, T, experts = routing.config, len(x), routing.experts
         taken = config.slots(T)
         if not taken:
             return mx.zeros(x.shape, x.dtype)
         how = layout(config, T, half=x.dtype != mx.float32, training=self.training)
         if how == "dispatch":
-            table = layouts.dispatch(experts, config.num_experts, taken)
+            table = grouping.dispatch(experts, config.num_experts, taken)
         elif how == "blocks":
-            table = layouts.blocks(experts, config.num_experts, block_rows(experts.size, config.num_experts))
+            table = grouping.blocks(experts, config.num_experts, block_rows(experts.size, config.num_experts))
         weights = routing.weights
         if routing.kept is not None and how != "dispatch":
             weights = mx.where(routing.kept, weights, mx.array(0.0))
         if how in ("dispatch", "blocks"):
-            return layouts.collect(self.experts.grouped(layouts.spread(x, table), table.experts), weights, table)
+            return grouping.collect(self.experts.grouped(grouping.spread(x, table), table.experts), weights, table)
         y = self.experts(x[:, None], experts) if how == "gather" else self.experts.sorted(x, experts)
         return (y * weights[..., None]).sum(axis=1)
 

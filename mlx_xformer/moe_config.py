@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from . import kernels
 
-GATED = ("silu", "gelu_tanh")  # activations of gated experts
 ROUTERS, OVERFLOWS, BALANCES = ("softmax", "sigmoid"), ("drop", "expert"), ("switch", "document")
 
 
@@ -79,7 +78,7 @@ class MoEConfig:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts, {self.num_experts}, got {self.num_experts_per_tok}"
             )
-        _one_of("activation", self.activation, GATED if self.gated else tuple(kernels.ACTIVATIONS))
+        _one_of("activation", self.activation, tuple(kernels.GATED if self.gated else kernels.ACTIVATIONS))
         _one_of("router", self.router, ROUTERS)
         _one_of("overflow", self.overflow, OVERFLOWS)
         _one_of("balance", self.balance, BALANCES)

@@ -104,7 +104,10 @@ def _made_of(family: str, config: dict[str, Any]) -> str:
         return f"  sources     {', '.join(config.get('sources', []))}"
     packed = config.get("quantization")
     bits = f", {packed['bits']} bits in groups of {packed['group_size']}" if packed else ""
-    return f"  layers      {config['num_layers']} of width {config['embed_dim']}, {config['vocab_size']} tokens{bits}"
+    moe = config.get("moe")
+    experts = f", {moe['num_experts']} experts, {moe['num_experts_per_tok']} a token" if moe else ""
+    layers = f"{config['num_layers']} of width {config['embed_dim']}, {config['vocab_size']} tokens"
+    return f"  layers      {layers}{experts}{bits}"
 
 
 def available() -> dict[str, str]:

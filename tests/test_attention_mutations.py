@@ -184,6 +184,18 @@ MUTANTS = {
         "q = q if config.qk_norm is None else self.k_norm(q)",
         "Attention",
     ),
+    "heads normed as a whole in another order": (
+        "layers",
+        "mx.flatten(x.swapaxes(1, 2), 2, 3)",
+        "mx.flatten(x.transpose(0, 2, 3, 1), 2, 3)",
+        "Attention",
+    ),
+    "heads normed one by one": (
+        "layers",
+        "        y = super().__call__(mx.flatten(x.swapaxes(1, 2), 2, 3))",
+        "        y = mx.fast.rms_norm(x.swapaxes(1, 2), None, self.eps)\n        y = mx.flatten(y, 2, 3) * self.weight",
+        "Attention",
+    ),
     "ALiBi the wrong way": (
         LAYER,
         "far.append(alibi_by_distance(config.num_heads, L, S))",

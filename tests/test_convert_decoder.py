@@ -289,6 +289,17 @@ def test_null_is_not_absent(kind, values, wanted):
             {"layer_types": ["sliding_attention"] * 7},
             "layer_types must be full_attention throughout in a mix",
         ),
+        (
+            "mixtral",
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers must be a whole number from 1 to 1000, got 1000000",
+        ),
+        ("mixtral", {"num_local_experts": 10**12}, "num_experts of the moe must be at most 10000, got 1000000000000"),
+        (
+            "gemma2",
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers must be a whole number from 1 to 1000, got 1000000",
+        ),
         ("llama", {"num_experts": 4}, "keys that are not handled: num_experts"),
         ("qwen2_moe", {"num_local_experts": 60}, "keys that are not handled: num_local_experts"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be a whole number"),

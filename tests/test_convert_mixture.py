@@ -2,26 +2,43 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import time
+import types
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import test_convert_decoder
 from decoders import config, write_folder
+from language import tiny_decoder
+from mlx.utils import tree_flatten
+from mlx_xformer.converters import convert as converting
 from mlx_xformer.converters import decoder as names
-from mlx_xformer.converters import mixture
+from mlx_xformer.converters import language, mixture
 from mlx_xformer.converters.convert import convert
-from mlx_xformer.converters.rules import plan
+from mlx_xformer.converters.rules import inverse_shapes, plan
 from safetensors.numpy import load_file, save_file
 from test_convert import same_tensors
-from test_convert_decoder import CHILD, check_logits, edited, ours, refused, tensors, written
+from test_convert_decoder import (
+    CHILD,
+    SIZES,
+    check_logits,
+    edited,
+    ours,
+    refused,
+    tensors,
+    written,
+)
 
-from mlx_xformer import cli
-from mlx_xformer.checkpoint import load_model, read_checkpoint
+from mlx_xformer import cli, parity
+from mlx_xformer.checkpoint import load_model, parameter_shapes, read_checkpoint, save_checkpoint
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization
 from mlx_xformer.moe import MoEConfig
 
@@ -312,5 +329,158 @@ def test_the_commands(tmp_path, capsys):
                      "32"]) == 0  # fmt: skip
     assert cli.main(["parity", str(tmp_path / "mlx"), "--seeds", "1"]) == 0
     assert "model.layers.2" in capsys.readouterr().out
-    quantization = Quantization(8, 32)
-    assert load_model(tmp_path / "mlx").config.quantization == quantization
+    assert cli.main(["info", str(tmp_path / "mlx")]) == 0
+    line = "layers      3 of width 64, 37 tokens, 7 experts, 3 a token, 8 bits in groups of 32"
+    assert line in capsys.readouterr().out
+    assert load_model(tmp_path / "mlx").config.quantization == Quantization(8, 32)
+
+
+def test_a_capacity_is_proven(tmp_path):
+    """What overflows is the twin's; caches are left out, since chunks overflow otherwise."""
+    model = tiny_decoder(moe={"embed_dim": 40, "hidden_dim": 23, "num_experts": 5, "num_experts_per_tok": 2,
+                              "capacity": 0.75, "overflow": "expert"}, dense_layers=[1])  # fmt: skip
+    weights = dict(tree_flatten(model.parameters()))
+    save_checkpoint(tmp_path / "mlx", weights, family="decoder", config=model.config.to_dict(), provenance={})
+    report = parity.run(folder=tmp_path / "mlx", seeds=1)
+    assert not report.failed, report.table()
+    assert "model.layers.2" in report.table() and "cached" not in report.table()
+    with pytest.raises(ValueError, match="no architecture of Hugging Face has this configuration"):
+        convert(tmp_path / "mlx", tmp_path / "back", to="pytorch")
+
+
+# Released models, and what of their configuration matters
+
+_LM = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
+       "tie_word_embeddings": False, "torch_dtype": "bfloat16", "output_router_logits": False}  # fmt: skip
+RELEASED = {
+    "Mixtral-8x7B-v0.1": {
+        **{**_LM, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "bos_token_id": 1},
+        **{"eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768},
+        **{"num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8},
+        **{"num_local_experts": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02},
+        **{"sliding_window": None, "vocab_size": 32000, "transformers_version": "4.36.0.dev0"},
+    },
+    "Qwen1.5-MoE-A2.7B": {
+        **{**_LM, "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "bos_token_id": 151643},
+        **{"eos_token_id": 151643, "decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 5632},
+        **{"max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408},
+        **{"norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4},
+        **{"num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
+        **{"router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632, "sliding_window": 32768},
+        **{"use_sliding_window": False, "vocab_size": 151936},
+    },
+    "Qwen3-30B-A3B": {
+        **{**_LM, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False},
+        **{"decoder_sparse_step": 1, "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144},
+        **{"max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": []},
+        **{"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128},
+        **{"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+        **{"rope_scaling": None, "rope_theta": 1e6, "router_aux_loss_coef": 0.001, "sliding_window": None},
+        **{"use_sliding_window": False, "vocab_size": 151936},
+    },
+    "OLMoE-1B-7B-0924": {
+        **{**_LM, "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "attention_bias": False},
+        **{"clip_qkv": None, "eos_token_id": 50279, "pad_token_id": 1, "hidden_size": 2048, "intermediate_size": 1024},
+        **{"max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64},
+        **{"num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-5},
+        **{"rope_scaling": None, "rope_theta": 1e4, "router_aux_loss_coef": 0.01, "vocab_size": 50304},
+    },
+}
+BILLIONS = {"Mixtral-8x7B-v0.1": 46.7, "Qwen1.5-MoE-A2.7B": 14.3, "Qwen3-30B-A3B": 30.5, "OLMoE-1B-7B-0924": 6.9}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models(name):
+    """They are understood, have as many parameters as their names tell, and their names are planned at once."""
+    own = names.config(RELEASED[name])
+    shapes = parameter_shapes("decoder", own.to_dict())
+    assert round(sum(map(math.prod, shapes.values())) / 1e9, 1) == BILLIONS[name]
+    start = time.process_time()
+    sources = inverse_shapes(names.rules(own), shapes)
+    moves, problems = plan(names.rules(own), sources)
+    assert not problems and len(moves) == len(shapes) and time.process_time() - start < 2
+    assert names.config(names.original(own)) == own
+
+
+# Planted bugs
+
+MUTANTS = {  # bug -> (file, source, what it becomes, the test that must see it)
+    "w1 and w3 change places": (
+        "mixture",
+        '"gate_proj": "w1", "up_proj": "w3"',
+        '"gate_proj": "w3", "up_proj": "w1"',
+        lambda path: test_quantization(path, "mixtral", 4),
+    ),
+    "halves change places": (
+        "mixture",
+        'for part in ("gate_proj", "up_proj"))',
+        'for part in ("up_proj", "gate_proj"))',
+        lambda path: test_fused_experts(path, "olmoe"),
+    ),
+    "fused experts lead back one by one": (
+        "language",
+        'before.get("fused") is True',
+        "False",
+        lambda path: test_fused_experts(path, "mixtral"),
+    ),
+    "all of a join is its first": (
+        "language",
+        "[move.targets.index(name)]",
+        "[0]",
+        lambda path: test_fused_experts(path, "mixtral"),
+    ),
+    "packed routers go unseen": (
+        "mixture",
+        'f"{prefix}{theirs}.scales" in names',
+        "False",
+        lambda path: test_packed_by_mlx_lm(path, "qwen2 moe", "as the others"),
+    ),
+    "every other step": (
+        "mixture",
+        "(n + 1) % every",
+        "n % every",
+        lambda _: assert_means("qwen3_moe", {"decoder_sparse_step": 2}, dense_layers=(0, 2, 4, 6)),
+    ),
+    "weights as they are": (
+        "mixture",
+        'values.get("norm_topk_prob", True)',
+        "False",
+        lambda _: test_convert_decoder.test_absent_keys("mixtral"),
+    ),
+    "windows below the last layers": (
+        "decoder",
+        "_FULL if index % 2 or index >= first",
+        "_FULL if index % 2 or index < first",
+        lambda _: assert_means(
+            "qwen2_moe",
+            {"use_sliding_window": True, "max_window_layers": 3},
+            layer_types=("local", "global", "local", "global", "global", "global", "global"),
+        ),
+    ),
+    "a base that is another's": ("decoder", '"rope_theta": 1e6, "sliding_window": None, **mixture', '"sliding_window": '
+                                 "None, **mixture", lambda _: test_convert_decoder.test_absent_keys("mixtral")),
+}  # fmt: skip
+
+
+def assert_means(kind, values, **wanted):
+    own = names.config({"model_type": kind, **SIZES, **values})
+    assert {name: getattr(own, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(monkeypatch, tmp_path, name):
+    module, source, planted, check = MUTANTS[name]
+    original = {"mixture": mixture, "language": language, "decoder": names}[module]
+    text = Path(original.__file__).read_text()
+    assert text.count(source) == 1, f"{text.count(source)} times: {source}"
+    copy = types.ModuleType(original.__name__)
+    copy.__package__ = original.__package__
+    monkeypatch.setitem(sys.modules, "mutant", copy)  # where dataclasses look for it
+    copy.__dict__["__name__"] = "mutant"
+    exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
+    for kept in ("mixture", "names", "language", "decoder"):
+        for user in (sys.modules[__name__], test_convert_decoder, language, names, converting):
+            if getattr(user, kept, None) is original:
+                monkeypatch.setattr(user, kept, copy)
+    with pytest.raises((AssertionError, ValueError, KeyError)):
+        check(tmp_path)

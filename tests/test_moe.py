@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_xformer import experts, moe
+from mlx_xformer import experts, grouping, moe
 from mlx_xformer.layers import FeedForward, GatedFeedForward
 from mlx_xformer.moe import FFNConfig, MoE, MoEConfig, balanced_bias, route
 from mlx_xformer.parity.moe_cases import CONFIGS
@@ -69,6 +69,12 @@ def near(actual, expected, eps=64 * EPS):
 
 def forced(monkeypatch, how):
     monkeypatch.setattr(moe, "layout", lambda *_, **__: how)
+
+
+def as_gpu(monkeypatch, gpu=True):
+    """Takes the forms of a GPU."""
+    for module in (moe, experts):
+        monkeypatch.setattr(module, "on_cpu", lambda: not gpu)
 
 
 # Identities
@@ -168,7 +174,7 @@ def test_forms_agree_forward_and_gradient(monkeypatch, name, gpu):
     """Each form of the products, and those that a GPU takes, run here."""
     layer, x = made(**OPTIONS[name]), signal(T, D)
     if gpu:
-        monkeypatch.setattr(experts, "on_cpu", lambda: False)
+        as_gpu(monkeypatch)
     found = {}
     for how in LAYOUTS:
         forced(monkeypatch, how)
@@ -185,7 +191,7 @@ def test_blocks_hold_any_load(rows):
     """Also where all go to one expert, and where one gets none."""
     for choices in ([[0]] * T, [[t % E] for t in range(T)], [[t % 2 * 3, 4] for t in range(T)], [[1, 4, 0]]):
         chosen = mx.array(choices)
-        table = experts.blocks(chosen, E, rows)
+        table = grouping.blocks(chosen, E, rows)
         source, place = np.array(table.source), np.array(table.place)
         owners = np.array(table.experts)
         assert len(set(place.ravel().tolist())) == chosen.size and place.max() < len(source)
@@ -198,13 +204,13 @@ def test_what_is_chosen_by_size(monkeypatch):
     def chosen(tokens, half=False, training=False, **options):
         return moe.layout(MoEConfig(256, 512, 8, 2, **options), tokens, half=half, training=training)
 
-    assert [chosen(tokens) for tokens in (1, 8, 512)] == ["gather", "gather", "blocks"]
+    assert [chosen(tokens) for tokens in (1, 4, 512)] == ["gather", "gather", "blocks"]
     assert chosen(512, capacity=1.25) == chosen(512, capacity=1.25, training=True) == "dispatch"
     assert chosen(512, capacity=4.0) == "blocks"  # which has a quarter of the rows
     assert chosen(1, training=True) != "gather"
     assert [chosen(tokens, half=True) for tokens in (1, 512)] == ["gather", "blocks"]
     assert chosen(8, half=True) == "dispatch"  # as no group is smaller than what all tokens fill
-    monkeypatch.setattr(experts, "on_cpu", lambda: False)
+    as_gpu(monkeypatch)
     assert [chosen(tokens) for tokens in (1, 32)] == ["gather", "sorted"]
     assert chosen(512, capacity=1.25) == "sorted" and chosen(512, capacity=1.25, training=True) == "dispatch"
 
@@ -257,7 +263,8 @@ def test_compiles_forward_and_gradient(options, tokens):
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (2, 0), (3, 2, 5)])
 def test_any_leading_axes(shape):
-    layer, x = made(num_experts_per_tok=2, capacity=1.5, overflow="expert"), signal(*shape, D)
+    layer = made(num_experts_per_tok=2, capacity=1.5, overflow="expert", shared_dim=13, shared_gate=True)
+    x = signal(*shape, D)
     y, routing = layer(x)
     tokens = math.prod(shape)
     assert y.shape == x.shape and routing.logits.shape == (tokens, E)
@@ -294,7 +301,7 @@ def test_quantized_experts_are_those_of_their_values(monkeypatch, bits, dtype):
     forced(monkeypatch, "dispatch")
     expected = plain(x)[0].astype(mx.float32)
     for gpu in (False, True):
-        monkeypatch.setattr(experts, "on_cpu", lambda gpu=gpu: not gpu)
+        as_gpu(monkeypatch, gpu)
         for how in LAYOUTS:
             forced(monkeypatch, how)
             y = layer(x)[0]

@@ -58,7 +58,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT", help="the folder to write")
     add("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
     add("--family", metavar="F", help="the family of the source, where it is not recognised")
-    add("--quantize", type=int, choices=[0, 4, 8], help="bits of a language model's matrices; 0: floats of packed ones")
+    add(
+        "--quantize", type=int, choices=[0, 4, 8], help="bits of a language model's matrices, not of routers; 0: floats"
+    )
     add("--group-size", type=int, choices=[32, 64, 128], default=64, help="numbers that share a scale")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of a language model's floats, if not as they are")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="what a file does not tell, as num_heads=8")

@@ -105,6 +105,14 @@ def _rms_norm(rng: Rng) -> Iterator[Sample]:
     yield odd
 
 
+def _whole_rms_norm(rng: Rng) -> Iterator[Sample]:
+    for heads, dims in ((1, 7), (2, 3), (5, 48), (3, 350)):
+        for B, L in ((2, 5), (1, 1), (3, 0)):
+            options = {"dims": heads * dims, "eps": 1e-2 if heads == 2 else 1e-6}
+            yield _of_module(rng, layers.WholeRMSNorm, options, B, heads, L, dims)
+    yield _of_module(rng, layers.WholeRMSNorm, {"dims": 33}, 2, 3, 5, 11, strided=True)
+
+
 def _group_norm(rng: Rng) -> Iterator[Sample]:
     for groups in (1, 2, 6):
         for axes in (None, (1,), (1, 2)):
@@ -300,6 +308,10 @@ def _twin_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarr
     return twin.rms_norm(params, arrays["x"], options.get("eps", 1e-5), options.get("plus_one", False))
 
 
+def _twin_whole_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.whole_rms_norm(params, arrays["x"], options.get("eps", 1e-5))
+
+
 def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     activation = getattr(twin_kernels, options.get("activation", "silu"))
     return twin.gated_feed_forward(params, arrays["x"], activation=activation)
@@ -332,6 +344,7 @@ CASES = {
     ),
     "LayerNorm": Case(_layer_norm, layer(layers.LayerNorm), _twin_layer_norm),
     "RMSNorm": Case(_rms_norm, layer(layers.RMSNorm), _twin_rms_norm),
+    "WholeRMSNorm": Case(_whole_rms_norm, layer(layers.WholeRMSNorm), _twin_whole_rms_norm),
     "GroupNorm": Case(_group_norm, layer(layers.GroupNorm, "axes"), _twin_group_norm),
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),

@@ -38,6 +38,13 @@ def rms_norm(params: Params, x: np.ndarray, eps: float = 1e-5, plus_one: bool = 
     return x / np.sqrt(square + np.asarray(eps, x.dtype)) * (1 + weight if plus_one else weight)
 
 
+def whole_rms_norm(params: Params, x: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    """RMS norm of the heads of each token as one vector: x (B, H, L, D), weight (H D)."""
+    B, H, L, D = x.shape
+    tokens = x.transpose(0, 2, 1, 3).reshape(B, L, H * D)
+    return rms_norm(params, tokens, eps).reshape(B, L, H, D).transpose(0, 2, 1, 3)
+
+
 def group_norm(
     params: Params, x: np.ndarray, *, num_groups: int, axes: Sequence[int] | None = None, eps: float = 1e-5
 ) -> np.ndarray:

@@ -1,0 +1,27 @@
+"""A language model of mixtures whose experts are spread over processes continues a text:
+mlx.launch -n 2 --backend ring -- python examples/expert_parallel.py MODEL PROMPT"""
+
+import sys
+
+from mlx_xformer import Tokenizer, generate, load, runtime
+from mlx_xformer.expert_parallel import spread
+from mlx_xformer.pretrained import resolve
+
+
+def main(name: str, text: str) -> None:
+    folder = resolve(name)
+    model, tokenizer = load(folder), Tokenizer(folder)
+    group = runtime.process_group()
+    if group is not None:
+        spread(model, group)
+    tokens = generate(model, tokenizer.encode(text), max_tokens=100, tokenizer=tokenizer)
+    made = "".join(token.text for token in tokens)
+    if group is None or group.rank() == 0:
+        print(made)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"expert_parallel.py: {error}")
