@@ -36,10 +36,12 @@ def detect(tensors: Tensors) -> str | None:
 def config(values: Mapping[str, Any], tensors: Tensors) -> EncoderDecoderConfig:
     """See networks.Kind."""
     own = {name: value for name, value in values.items() if name in _OWN}
-    if "pos.pe" in tensors:
-        own.setdefault("max_len", tensors["pos.pe"].shape[0])
+    if "pos.pe" in tensors and tensors["pos.pe"].ndim:
+        own.setdefault("max_len", len(tensors["pos.pe"]))
     stack = {"causal": True, **{name: value for name, value in values.items() if name not in _OWN}}
     table = tensors["embed.weight"]
+    if table.ndim != 2:
+        raise ValueError(f"embed.weight must be a matrix, got {table.shape}")
     return EncoderDecoderConfig(len(table), scratch.stack_config(stack, tensors, "decoder."), **own)
 
 

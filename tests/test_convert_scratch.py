@@ -179,6 +179,11 @@ def test_tables_invert(kind, state, settings):
     assert len(again) == len(tensors) and all(mx.array_equal(again[name], x) for name, x in tensors.items())
 
 
+def test_a_scalar_for_positions_tells_nothing(tmp_path):
+    converted(tmp_path, model_state() | {"pos.pe": np.array(1, np.float32)}, HEADS)
+    assert load_model(tmp_path / "ours").config.max_len == 5000
+
+
 def without(state, *names):
     return {name: x for name, x in state.items() if name not in names}
 
@@ -207,6 +212,8 @@ NAMED = "blocks.1.attention_layer.W_O.weight"
             HEADS,
             "missing: decoder.blocks.0.mlp.linear2.bias",
         ),
+        (model_state() | {"embed.weight": np.array(1, np.float32)}, HEADS, r"embed.weight must be a matrix, got \(\)"),
+        (model_state() | {"pos.pe": noise(0, 1, E)}, HEADS, "max_len must be a whole number from 1 to .* got 0"),
         (model_state(), {**HEADS, "padding_idx": 19}, "padding_idx must be a token from 0 to 18, got 19"),
         (layer_state(), {}, "num_heads must be set to how many heads there are"),
         (layer_state(), {"num_heads": 2}, "num_heads must divide the columns of q_proj.weight, 21, got 2"),
