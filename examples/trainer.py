@@ -120,9 +120,6 @@ def held_out(experiment: Experiment, model: nn.Module, seed: int) -> float:
 
 def plot(losses: dict[int, Sequence[float]], limit: float, title: str, path: Path) -> None:
     """The loss of every step, a line a seed."""
-    import matplotlib
-
-    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -144,6 +141,9 @@ def main(experiment: Experiment, what: str) -> None:
     parser.add_argument("--steps", type=int, default=experiment.steps)
     options = parser.parse_args()
     try:
+        import matplotlib  # before anything is trained
+
+        matplotlib.use("agg")
         if options.steps < 1 or min(options.seeds) < 0:
             raise ValueError(f"steps must be at least 1 and seeds at least 0, got {options.steps} and {options.seeds}")
         runs = {n: train(experiment, options.out / f"seed-{n}", n, options.steps) for n in options.seeds}

@@ -151,3 +151,12 @@ def test_the_command(tmp_path, name):
 def test_commands_that_are_refused(tmp_path, arguments, message):
     answer = command("regression", tmp_path / "out", *arguments)
     assert answer.returncode == 1 and message in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_missing_matplotlib_is_told_before_training(tmp_path):
+    hidden = "import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, sys.argv[1]); "
+    hidden += "sys.argv = ['regression.py', sys.argv[2]]; runpy.run_module('regression', run_name='__main__')"
+    given = [sys.executable, "-c", hidden, EXAMPLES, tmp_path / "out"]
+    answer = subprocess.run(given, capture_output=True, text=True)
+    assert answer.returncode == 1 and answer.stderr.startswith("regression.py: ") and "matplotlib" in answer.stderr
+    assert not (tmp_path / "out").exists() and "Traceback" not in answer.stderr
