@@ -16,6 +16,7 @@ TITLES = {
     "parts": "Parts, at their official sizes",
     "peers": "One official segment of 7.8 s (htdemucs, float32)",
     "bag": "One stem of a bag of four, a track of 12 s",
+    "seq2seq": "64 tokens over a source of 256 (encoder-decoder, width 256, 4 layers a side, 8 heads, post-norm)",
     "language": "A prompt of 512 tokens and 128 after it (Llama of 32.5 million parameters)",
 }
 Record = dict[str, Any]

@@ -7,6 +7,7 @@
     python bench/run.py --cache [--cases append]                  appends at 1k and 4k; 8 bits against float16 at 8k
     python bench/run.py --language [--cases decode]               generation by a Llama against mlx-lm
     python bench/run.py --mixture [--cases training]              a mixture of experts against mlx-lm, a dense network
+    python bench/run.py --seq2seq                                 64 tokens of an encoder-decoder by what it keeps
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
 """
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--cache", action="store_true", help="one layer's cache: appends, and 8 bits against float16")
     parser.add_argument("--language", action="store_true", help="generation by a random Llama against mlx-lm")
     parser.add_argument("--mixture", action="store_true", help="a mixture of experts against mlx-lm, 15 rounds")
+    parser.add_argument("--seq2seq", action="store_true", help="an encoder-decoder with caches and without")
     parser.add_argument("--cases", default="", help="only cases whose names hold one of these words, comma-separated")
     parser.add_argument("--rounds", type=int, help="by default 5, or 15 of attention and mixtures")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 4))
@@ -279,6 +281,8 @@ def main() -> None:
         from language import compare as suite
     elif options.mixture:
         from mixture import compare as suite
+    elif options.seq2seq:
+        from seq2seq import compare as suite
     elif options.attention:
         suite = partial(pairs, "attention")
     elif options.bag or options.cache:

@@ -28,6 +28,7 @@ LAYOUTS: dict[str, list[Rule]] = {
     "mlx": _renamed("query_proj", "key_proj", "value_proj", "out_proj"),  # mlx.nn.MultiHeadAttention
     "plain": _renamed("q_proj", "k_proj", "v_proj", "out_proj"),  # as here: ferrotorch, llm_prep, Hugging Face
     "W": _renamed("W_q", "W_k", "W_v", "W_o"),
+    "scratch": _renamed("W_Q", "W_K", "W_V", "W_O"),  # guitar_effects' transformer from scratch
 }
 
 

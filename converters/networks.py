@@ -23,7 +23,7 @@ from mlx_xformer.checkpoint import (
     write_safetensors,
 )
 
-from . import bert, ctranslate2, folder, t5, whisper
+from . import bert, ctranslate2, ferrotorch, folder, llm_prep, scratch, scratch_model, t5, torch_transformer, whisper
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, inverse_shapes, invert
 from .source import SUFFIXES, read_source, scan, sha256_of
@@ -53,10 +53,15 @@ class Kind(Protocol):
         """The config.json or the settings that mean the configuration."""
 
 
-KINDS: tuple[Any, ...] = (  # of modules that are a Kind
+KINDS: tuple[Any, ...] = (  # of modules, or objects, that are a Kind
     bert,
     t5,
     whisper,
+    scratch,
+    scratch_model,
+    ferrotorch,
+    llm_prep,
+    *torch_transformer.KINDS,
 )
 
 

@@ -239,10 +239,12 @@ class Attention(nn.Module):
             count, distance = config.relative
             buckets = buckets_by_distance(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)
             far.append(self.relative(buckets).T)  # (H, S + L - 1)
-        mask, seen = None if mask is None else _last(mask, S), view.options.get("mask")
+        if view.options:  # of a cache, which may show fewer positions than there are so far
+            mask, bias = (None if y is None else _last(y, S) for y in (mask, bias))
+        seen = view.options.get("mask")
         options = {
             "scale": self.scale,
-            "bias": None if bias is None else _last(bias, S),
+            "bias": bias,
             "by_distance": sum(far[1:], far[0]) if far else None,
             "causal": causal,
             "window": config.window,

@@ -119,6 +119,8 @@ class Layer(nn.Module):
             raise ValueError("memory must be given to a layer with cross-attention, got none")
         if not self.config.cross and memory is not None:
             raise ValueError("memory must not be given to a layer without cross-attention")
+        if cache is not None and not self.config.causal:
+            raise ValueError("a cache must be given to causal layers only, got causal=False")
         keys = _keys(key, 6) if self.training and self.config.dropout else [None] * 6
         x = self._step(
             x, self.norm1, lambda y: self.self_attn(y, mask=mask, bias=bias, cache=cache, key=keys[0]), keys[1]
@@ -211,6 +213,11 @@ class Stack(nn.Module):
             window, keep = own, 0
         options = {"window": window, "keep": keep, "slack": slack, "bits": bits, "capacity": capacity}
         return [KVCache(**options, padding=padding) for _ in self.layers]  # type: ignore[arg-type]
+
+
+def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:
+    """What training adds to the loss of a model: the sum of the losses of its mixtures."""
+    return sum((routing.loss for routing in routings), mx.array(0.0))
 
 
 def _keys(key: mx.array | None, count: int) -> list[mx.array]:

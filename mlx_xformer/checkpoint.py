@@ -23,10 +23,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .models.attention_layer import AttentionLayer, AttentionLayerConfig
 from .models.bert import Bert, BertConfig
 from .models.decoder import Decoder, DecoderConfig
 from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .models.seq2seq import SequenceCheckpoint
+from .models.seq2seq import make as make_seq2seq
+from .models.stack import EncoderDecoder, EncoderDecoderConfig, StackConfig, TransformerStack
 from .models.t5 import T5, T5Config
+from .models.transformer import Transformer, TransformerConfig
 from .models.whisper import Whisper, WhisperConfig
 
 FORMAT = 1
@@ -37,6 +42,11 @@ FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "bert": (BertConfig, Bert),
     "t5": (T5Config, T5),
     "whisper": (WhisperConfig, Whisper),
+    "attention_layer": (AttentionLayerConfig, AttentionLayer),
+    "transformer_stack": (StackConfig, TransformerStack),
+    "stack_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
+    "seq2seq": (SequenceCheckpoint, make_seq2seq),
+    "transformer": (TransformerConfig, Transformer),
 }
 SENTENCES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")  # of sentence-transformers
 EXTRAS = (

@@ -138,7 +138,8 @@ class FFNConfig:
     to 1 where topk > 1. ValueError names a field that does not fit.
 
     capacity: tokens of an expert, or as a float a factor of what it gets on average (see MoEConfig): 1.25 of it, not
-    0.25, lets most tokens through.
+    0.25, lets most tokens through. renormalize: see MoEConfig; true with topk 1 is what document 1's code does, whose
+    router does not learn.
     """
 
     embed_dim: int
@@ -148,6 +149,7 @@ class FFNConfig:
     capacity: int | float | None = None
     alpha: float = 0.01
     topk: int = 1
+    renormalize: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "hidden_dim"):
@@ -159,9 +161,10 @@ class FFNConfig:
             raise ValueError(f"num_experts must be at least 1 with use_moe, got {self.num_experts}")
         if not 1 <= self.topk <= self.num_experts:
             raise ValueError(f"topk must be from 1 to num_experts, {self.num_experts}, got {self.topk}")
-        self._mixture()
+        self.mixture()
 
-    def _mixture(self) -> MoEConfig:
+    def mixture(self) -> MoEConfig:
+        """What the MoE is."""
         return MoEConfig(
             self.embed_dim,
             self.hidden_dim,
@@ -171,6 +174,7 @@ class FFNConfig:
             gated=False,
             bias=True,
             router_bias=True,
+            renormalize=self.renormalize,
             capacity=self.capacity,
             overflow="expert",
             alpha=self.alpha,
@@ -178,4 +182,4 @@ class FFNConfig:
 
     def make(self) -> nn.Module:
         """The layer: a FeedForward, or a MoE."""
-        return MoE(self._mixture()) if self.use_moe else FeedForward(self.embed_dim, self.hidden_dim, "relu")
+        return MoE(self.mixture()) if self.use_moe else FeedForward(self.embed_dim, self.hidden_dim, "relu")

@@ -439,3 +439,14 @@ def test_initialize():
     assert mx.abs(apart.k_proj.weight).max().item() == pytest.approx((6 / (32 + 16)) ** 0.5, rel=2e-2)
     with pytest.raises(ValueError, match=r"scheme must be .*, got 'kaiming'"):
         initialize(layer, "kaiming", key=mx.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_a_mask_wider_than_the_keys_is_refused(name):
+    """Only a cache shows some of the positions so far, for which the last columns count."""
+    x = mx.random.normal((1, 5, 6))
+    given = mx.ones((5, 7), mx.bool_) if name == "mask" else mx.zeros((5, 7))
+    layer = Attention(6, 2)
+    for call in (layer, layer.weights):
+        with pytest.raises(ValueError, match=f"{name} must"):
+            call(x, **{name: given})

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["_version"],
+    ["_version", "fields"],
     ["runtime"],
     ["cpu"],
     ["kernels"],
@@ -24,13 +24,14 @@ LAYERS = [
     ["moe", "torch_layout"],
     ["expert_parallel"],
     ["blocks"],
+    ["conditioning"],
     ["models"],
     ["checkpoint"],
     ["converters.torch_pickle", "converters.layouts"],
     ["converters.torch_file"],
     ["converters.ctranslate2"],
     ["converters.source", "converters.rules", "converters.rope"],
-    ["converters.folder", "converters.mixture", "converters.keys"],
+    ["converters.folder", "converters.mixture", "converters.keys", "converters.scratch"],
     ["converters.FAMILY"],
     ["converters.gguf"],
     ["converters.language", "converters.networks"],

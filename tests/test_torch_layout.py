@@ -185,6 +185,7 @@ def test_there_and_back(layout, prefix):
         "pytorch-split": "k_proj_weight",
         "mlx": "key_proj.bias",
         "plain": "k_proj.bias",
+        "scratch": "W_K.bias",
     }
     assert prefix + known.get(layout, "W_k.weight") in state
     again = attention_state(module, layout, prefix=prefix)
@@ -218,7 +219,9 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 def test_unknown_layout():
-    with pytest.raises(ValueError, match="layout must be one of pytorch, pytorch-split, mlx, plain, W, got 'keras'"):
+    with pytest.raises(
+        ValueError, match="layout must be one of pytorch, pytorch-split, mlx, plain, W, scratch, got 'keras'"
+    ):
         load_attention(MultiheadAttention(E, H), {}, "keras")
 
 

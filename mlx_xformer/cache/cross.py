@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -28,6 +28,14 @@ class CrossCache:
             self._memory, self._pair = memory, pair
         k, v = self._pair
         return k, v
+
+    def select(self, rows: Sequence[int], memory: mx.array) -> CrossCache:
+        """A cache of these rows. `memory` is the same rows of what the keys and values are of."""
+        other = CrossCache()
+        if self._pair:
+            index = mx.array(list(rows))
+            other._memory, other._pair = memory, tuple(mx.take(x, index, axis=0) for x in self._pair)
+        return other
 
     @property
     def length(self) -> int:

@@ -15,9 +15,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint import load_model
+from ..models.attention_layer import AttentionLayer
 from ..models.bert import Bert
 from ..models.decoder import Decoder
 from ..models.htdemucs import Bag, HTDemucs
+from ..models.stack import EncoderDecoder, TransformerStack
 from ..models.t5 import T5
 from ..models.whisper import Whisper
 from ..reference.layers import linear
@@ -28,6 +30,9 @@ from ..reference.models.htdemucs.transformer import cross_transformer, cross_tra
 from .bert_cases import bert_cases
 from .decoder_cases import decoder_cases
 from .samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
+from .sequence_folder_cases import MODELS as SEQUENCE_MODELS
+from .sequence_folder_cases import sequence_folder_cases
+from .stack_cases import attention_cases, stack_cases
 from .t5_cases import t5_cases
 from .whisper_cases import whisper_cases
 
@@ -44,17 +49,10 @@ def model_cases(folder: str | Path) -> dict[str, Case]:
             for index, member in enumerate(model.models)
             for name, case in _htdemucs_cases(member).items()
         }
-    if isinstance(model, Decoder):
-        return decoder_cases(model)
-    if isinstance(model, Bert):
-        return bert_cases(model)
-    if isinstance(model, T5):
-        return t5_cases(model)
-    if isinstance(model, Whisper):
-        return whisper_cases(model)
-    if not isinstance(model, HTDemucs):
-        raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
-    return _htdemucs_cases(model)
+    for kind, cases in _CASES.items():
+        if isinstance(model, kind):
+            return cases(model)
+    raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
 
 
 def _htdemucs_cases(model: HTDemucs) -> dict[str, Case]:
@@ -197,3 +195,15 @@ def _whole(model: HTDemucs) -> Case:
         return {"mix": (1, config.audio_channels, T * config.nfft // 4 + 101)}
 
     return _case(model, lambda p, x, _: htdemucs(p, config, **x), shapes)
+
+
+_CASES: dict[Any, Callable[[Any], dict[str, Case]]] = {  # a kind of model, or several -> the cases of one
+    HTDemucs: _htdemucs_cases,
+    Decoder: decoder_cases,
+    Bert: bert_cases,
+    T5: t5_cases,
+    Whisper: whisper_cases,
+    (TransformerStack, EncoderDecoder): stack_cases,
+    AttentionLayer: attention_cases,
+    SEQUENCE_MODELS: sequence_folder_cases,
+}

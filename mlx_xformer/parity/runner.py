@@ -17,11 +17,14 @@ from .._version import __version__
 from . import (
     attention_cases,
     attention_layer_cases,
+    blocks_cases,
     cache_cases,
     layer_cases,
     moe_cases,
     position_cases,
+    sequence_cases,
     spectral_cases,
+    stack_cases,
     torch_layout_cases,
 )
 from .judge import DTYPES, Trial, Verdict
@@ -32,12 +35,15 @@ from .samples import Case, Rng, Sample
 _PARTS = (
     attention_cases,
     attention_layer_cases,
+    blocks_cases,
     torch_layout_cases,
     cache_cases,
     position_cases,
     layer_cases,
     moe_cases,
+    sequence_cases,
     spectral_cases,
+    stack_cases,
 )
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
 NAMES = tuple(CASES)

@@ -7,7 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import scratch
 import torch
+from compositions import MODULES as COMPOSITIONS
 from demucs.demucs import DConv
 from demucs.hdemucs import HDecLayer, HEncLayer
 from demucs.htdemucs import HTDemucs
@@ -35,6 +37,8 @@ MODULES = {
     "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d,
     "embedding": nn.Embedding,
+    **scratch.MODULES,
+    **COMPOSITIONS,
 }
 
 

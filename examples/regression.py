@@ -1,0 +1,29 @@
+"""Trains document 1's regression, on the sum of all numbers of a sequence: python examples/regression.py OUT
+
+The sum is over the root of how many there are, so that guessing 0 has a loss of 1. See examples/README.md."""
+
+import mlx.core as mx
+from trainer import Experiment, main
+
+from mlx_xformer.models.seq2seq import SequenceConfig, TransformerModel
+
+BATCH, LENGTH, WIDTH = 32, 32, 3
+
+
+def batch(rng):
+    """Sequences (B, L, I) and their sums (B, 1)."""
+    x = rng.normal(size=(BATCH, LENGTH, WIDTH))
+    return mx.array(x, mx.float32), mx.array(x.sum(axis=(1, 2))[:, None] / (LENGTH * WIDTH) ** 0.5, mx.float32)
+
+
+def make():
+    return TransformerModel(SequenceConfig(WIDTH, 1, embed_dim=32, num_layers=2, num_heads=4))
+
+
+def loss(model, x, target):
+    return mx.mean(mx.square(model(x) - target))
+
+
+EXPERIMENT = Experiment(make, batch, loss, steps=300, limit=0.01)
+if __name__ == "__main__":
+    main(EXPERIMENT, __doc__)

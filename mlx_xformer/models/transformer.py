@@ -1,0 +1,223 @@
+"""The Transformer: an encoder of a source and a causal decoder of a target that attends to what the encoder gives.
+
+Sources: Vaswani et al. 2017, arXiv 1706.03762; torch.nn.Transformer, which is what stands between the embeddings and
+the logits. Axes: B batch, L target positions, S source positions, E embed_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import fields
+from ..blocks import LayerConfig, Stack
+from ..cache import CrossCache, KVCache
+from ..conditioning import Conditioned, check_tokens, check_vectors, check_vocabulary, key_mask, positioned
+from ..kernels import ACTIVATIONS, Linear
+from ..layers import Embedding, dropped
+
+_LIMITS = {
+    "vocab_size": (1, fields.VOCABULARY),
+    "source_vocab_size": (1, fields.VOCABULARY),
+    "embed_dim": (1, fields.WIDTH),
+    "num_heads": (1, fields.WIDTH),
+    "num_encoder_layers": (0, fields.LAYERS),
+    "num_decoder_layers": (0, fields.LAYERS),
+    "hidden_dim": (1, 10 * fields.WIDTH),
+    "max_len": (1, 10**8),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a Transformer; unless given, those of Vaswani's base model. ValueError names a field that does not fit.
+
+    vocab_size: of the target's tokens; None: source and target are vectors (embed_dim wide), which get no positions,
+    and so is the result: torch.nn.Transformer. source_vocab_size: by default the same. tie_embeddings: one table for
+    source, target and logits. Without encoder layers there is a decoder only, to which a memory is given, and without
+    decoder layers an encoder only. norm_first: pre-norm; final_norm: a norm after each stack, as torch.nn.Transformer
+    has it. max_len: the most positions of a source or a target.
+    """
+
+    vocab_size: int | None
+    source_vocab_size: int | None = None
+    embed_dim: int = 512
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    hidden_dim: int = 2048
+    activation: str = "relu"
+    norm_first: bool = False
+    final_norm: bool = False
+    norm_eps: float = 1e-5
+    dropout: float = 0.1
+    max_len: int = 5000
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        fields.check_whole(self, _LIMITS, ("vocab_size", "source_vocab_size"))
+        fields.check_flags(self, "norm_first", "final_norm", "tie_embeddings")
+        fields.check_rate(self, "dropout")
+        fields.check_one_of(self, "activation", ACTIVATIONS)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number above 0 and below 1, got {self.norm_eps!r:.80}")
+        if not self.num_encoder_layers + self.num_decoder_layers:
+            raise ValueError("num_encoder_layers and num_decoder_layers must not both be 0")
+        if self.source_vocab_size is None:
+            return
+        if self.vocab_size is None:
+            raise ValueError(f"source_vocab_size must come with vocab_size, got {self.source_vocab_size} alone")
+        if self.tie_embeddings and self.source_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"source_vocab_size must be vocab_size, {self.vocab_size}, with tie_embeddings, "
+                f"got {self.source_vocab_size}"
+            )
+
+    def layer(self, *, decoder: bool) -> LayerConfig:
+        """What the layers of either stack are."""
+        return LayerConfig(
+            self.embed_dim,
+            self.num_heads,
+            self.hidden_dim,
+            activation=self.activation,
+            norm_first=self.norm_first,
+            norm_eps=self.norm_eps,
+            causal=decoder,
+            cross=decoder,
+            dropout=self.dropout,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+        """The configuration from plain values."""
+        return fields.read(cls, "the transformer", values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+
+class Transformer(nn.Module):
+    """A source and a target to the logits of the tokens after those of the target, or to vectors.
+
+    Whether tokens are in the vocabulary is checked by conditioned() and generate(): a call does not wait to read them.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        if config.vocab_size is not None:
+            self._make_tables(config.vocab_size)
+        if config.num_encoder_layers:
+            self.encoder = Stack(config.layer(decoder=False), config.num_encoder_layers, final_norm=config.final_norm)
+        if config.num_decoder_layers:
+            self.decoder = Stack(config.layer(decoder=True), config.num_decoder_layers, final_norm=config.final_norm)
+
+    def _make_tables(self, vocab_size: int) -> None:
+        """Embeddings whose scale leaves the logits of a new model at about 1."""
+        config = self.config
+        sides = ["embed"] if config.tie_embeddings else ["source_embed", "target_embed"]
+        for name, layers in (("source_embed", config.num_encoder_layers), ("target_embed", config.num_decoder_layers)):
+            if not layers and name in sides:
+                sides.remove(name)
+        for name in sides:
+            size = config.source_vocab_size or vocab_size if name == "source_embed" else vocab_size
+            self[name] = Embedding(size, config.embed_dim)
+            self[name].weight = mx.random.normal((size, config.embed_dim)) * config.embed_dim**-0.5
+        if not config.tie_embeddings and config.num_decoder_layers:
+            self.lm_head = Linear(config.embed_dim, vocab_size, bias=False)
+
+    def __call__(
+        self,
+        source: mx.array,
+        target: mx.array,
+        *,
+        source_mask: mx.array | None = None,
+        target_mask: mx.array | None = None,
+        last: int | None = None,
+        key: mx.array | None = None,
+    ) -> mx.array:
+        """source (B, S) and target (B, L) of tokens -> logits (B, L, V), or (B, last, V) of the last positions only;
+        without a vocabulary (B, S, E) and (B, L, E) -> (B, L, E). source_mask (B, S), target_mask (B, L): True where
+        there is no padding. key: random, for dropout in training."""
+        keys = [None, None] if key is None else list(mx.random.split(key))
+        memory = self.encode(source, source_mask=source_mask, key=keys[0])
+        given: dict[str, Any] = {"memory_mask": source_mask, "target_mask": target_mask, "last": last, "key": keys[1]}
+        return self.decode(target, memory, **given)
+
+    def encode(self, source: mx.array, *, source_mask: mx.array | None = None, key: mx.array | None = None) -> mx.array:
+        """source (B, S), or (B, S, E) without a vocabulary -> the memory (B, S, E)."""
+        if "encoder" not in self:
+            raise ValueError("encode() needs encoder layers, got num_encoder_layers 0")
+        keys = [None, None] if key is None else list(mx.random.split(key))
+        x = self._embedded("source", source, None, keys[0])
+        return self.encoder(x, mask=key_mask("source_mask", source_mask, source.shape), key=keys[1])
+
+    def decode(
+        self,
+        target: mx.array,
+        memory: mx.array,
+        *,
+        memory_mask: mx.array | None = None,
+        target_mask: mx.array | None = None,
+        caches: Sequence[KVCache] | None = None,
+        cross_caches: Sequence[CrossCache] | None = None,
+        last: int | None = None,
+        key: mx.array | None = None,
+    ) -> mx.array:
+        """target (B, L) and a memory (B, S, E) -> logits (B, L, V), or (B, last, V), or vectors as in a call. The
+        target is causal. `caches`, one a layer, have what came before and get the target; cross_caches hold the
+        projected memory."""
+        if "decoder" not in self:
+            raise ValueError("decode() needs decoder layers, got num_decoder_layers 0")
+        if last is not None and last < 0:
+            raise ValueError(f"last must be at least 0, got {last}")
+        keys = [None, None] if key is None else list(mx.random.split(key))
+        check_vectors("memory", memory, self.config.embed_dim)
+        x = self._embedded("target", target, caches[0] if caches else None, keys[0])
+        x = self.decoder(
+            x,
+            memory,
+            mask=key_mask("target_mask", target_mask, target.shape),
+            memory_mask=key_mask("memory_mask", memory_mask, memory.shape),
+            caches=caches,
+            cross_caches=cross_caches,
+            key=keys[1],
+        )
+        x = x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :]
+        if self.config.vocab_size is None:
+            return x
+        return self.embed.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
+
+    def _embedded(self, side: str, x: mx.array, cache: KVCache | None, key: mx.array | None) -> mx.array:
+        """Tokens (B, L) of a side as vectors times sqrt(E), with their positions; vectors as they are."""
+        config = self.config
+        if config.vocab_size is None:
+            check_vectors(side, x, config.embed_dim)
+            return x
+        check_tokens(side, x)
+        table = self.embed if config.tie_embeddings else self[f"{side}_embed"]
+        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, cache)
+        return dropped(x, config.dropout, key) if self.training else x
+
+    def make_caches(self, **options: Any) -> list[KVCache]:
+        """A cache for each layer of the decoder; options as Stack's."""
+        if "decoder" not in self:
+            raise ValueError("make_caches() needs decoder layers, got num_decoder_layers 0")
+        return self.decoder.make_caches(**options)
+
+    def conditioned(self, source: mx.array, source_mask: mx.array | None = None) -> Conditioned:
+        """What generate() takes: the decoder with what the encoder gives of a source (B, S), for one prompt a row.
+        ValueError for tokens outside the vocabulary."""
+        if self.config.vocab_size is None:
+            raise ValueError("conditioned() needs a vocabulary, got vocab_size None")
+        check_vocabulary("source", source, self.config.source_vocab_size or self.config.vocab_size)
+        return Conditioned(self, self.encode(source, source_mask=source_mask), source_mask)
