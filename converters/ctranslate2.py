@@ -52,7 +52,7 @@ def read_ctranslate2(file: BinaryIO, size: int) -> tuple[dict[str, RawTensor], d
     version = reader.number("I")
     if version != _VERSION:
         raise ValueError(f"CTranslate2's binary version must be {_VERSION}, got {version}")
-    metadata = {"spec": reader.text(), "revision": str(reader.number("I"))}
+    metadata = {"ctranslate2": reader.text(), "revision": str(reader.number("I"))}
     tensors: dict[str, RawTensor] = {}
     for _ in range(reader.number("I")):
         name = reader.text()

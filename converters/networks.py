@@ -75,15 +75,18 @@ def kind_of_folder(source: Path) -> Any:
 
 def kind_of_file(source: Path) -> Any:
     """The kind of a file of tensors, or of a folder with CTranslate2's, by their names and shapes; None if there is
-    none. ValueError for several."""
+    none. ValueError for several, or none of CTranslate2's."""
     source = ctranslate2.find_file(source) or source
     if not source.is_file() or source.suffix not in SUFFIXES:
         return None
-    tensors = read_source(source).tensors
+    read = read_source(source)
+    tensors = read.tensors
     found = {kind: reason for kind in KINDS if (reason := kind.detect(tensors))}
     if len(found) > 1:
         told = "; ".join(f"{kind.FAMILY}: {reason}" for kind, reason in found.items())
         raise ValueError(f"{source}: the tensors must be of one kind, got {told}")
+    if not found and (spec := read.metadata.get("ctranslate2")):
+        raise ValueError(f"{source}: a model of CTranslate2's must be a whole Whisper, got a {spec}")
     return next(iter(found), None)
 
 

@@ -186,7 +186,7 @@ def test_file_of_ctranslate2(tmp_path):
     with pytest.raises(ValueError, match="settings must be none for CTranslate2's Whisper, got num_heads"):
         convert(file, tmp_path / "again", settings={"num_heads": 2})
     source = read_source(file)
-    assert source.metadata == {"spec": "WhisperSpec", "revision": "3"} and len(source.tensors) == 105
+    assert source.metadata == {"ctranslate2": "WhisperSpec", "revision": "3"} and len(source.tensors) == 105
 
 
 def test_a_bias_of_keys_is_refused(tmp_path):
@@ -220,6 +220,21 @@ def test_another_head_is_refused(tmp_path):
     file = ctranslate2(tmp_path / "model.bin", tensors, aliases={})
     with pytest.raises(ValueError, match="decoder/projection/weight must be decoder/embeddings/weight, the table"):
         convert(file, tmp_path / "mlx")
+
+
+def test_another_model_of_ctranslate2(tmp_path):
+    """One that is no Whisper, and one that is not all of it."""
+    tensors = theirs(MODEL, "ctranslate2")
+    del tensors["encoder/conv1/weight"]
+    for spec, some in (
+        ("TransformerSpec", {"encoder/embeddings/weight": np.ones((5, 4), np.float16)}),
+        ("WhisperSpec", tensors),
+    ):
+        file = ctranslate2(tmp_path / spec / "model.bin", some, scalars={}, aliases={}, spec=spec)
+        for source in (file, file.parent):
+            with pytest.raises(ValueError) as error:
+                convert(source, tmp_path / "mlx")
+            assert str(error.value) == f"{file}: a model of CTranslate2's must be a whole Whisper, got a {spec}"
 
 
 def head(version=6, spec="WhisperSpec", count=1):
