@@ -5,7 +5,7 @@ Axes: B batch, L positions of the target, S positions of the memory, E embed_dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -63,21 +63,14 @@ def check_vocabulary(name: str, tokens: mx.array, vocab_size: int) -> None:
 
 
 class TokenDecoder(Protocol):
-    """A model that gives the logits of tokens after a target, given a memory."""
+    """A model of tokens, given a memory."""
 
     config: Any
 
-    def decode(
-        self,
-        target: mx.array,
-        memory: mx.array,
-        *,
-        memory_mask: mx.array | None = None,
-        caches: Sequence[KVCache] | None = None,
-        cross_caches: Sequence[CrossCache] | None = None,
-        last: int | None = None,
-    ) -> mx.array:
-        """target (B, L), memory (B, S, E), memory_mask (B, S) -> logits (B, L or last, V)."""
+    @property
+    def decode(self) -> Callable[..., mx.array]:
+        """A function of a target (B, L), a memory (B, S, E), caches and cross_caches, one of each a layer, last and,
+        where there is one, memory_mask (B, S): logits (B, L or last, V)."""
 
     def make_caches(self, **options: Any) -> list[KVCache]:
         """A cache of self-attention for each layer of the decoder."""
@@ -142,8 +135,13 @@ class Conditioned(nn.Module):
         if len(tokens) != len(memory.rows):
             raise ValueError(f"tokens must be {len(memory.rows)} rows, as many as the memory has, got {len(tokens)}")
         cross_caches = None if caches is None else memory.caches
-        given: dict[str, Any] = {"memory_mask": memory.mask, "caches": caches, "cross_caches": cross_caches}
-        return self.model.decode(tokens, memory.array, **given, last=last)
+        masked = {} if memory.mask is None else {"memory_mask": memory.mask}
+        return self.model.decode(tokens, memory.array, **masked, caches=caches, cross_caches=cross_caches, last=last)
+
+    @property
+    def memory(self) -> mx.array:
+        """(B, S, E), of all rows."""
+        return self._whole.array
 
     def _memory_of(self, caches: Sequence[KVCache] | None) -> _Memory:
         """The rows of the memory that go with those of the caches."""

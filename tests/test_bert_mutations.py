@@ -73,7 +73,7 @@ MUTANTS = {
     "the text's padding is seen by the text": (T5, "None if mask is None else mask[:, None, None], key", "None, key"),
     "no first dropout": (T5, "self.stack(dropped(x, rate, first), ", "self.stack(x, "),
     "no final dropout": (T5, "return dropped(x, rate, last)", "return x if rate else dropped(x, rate, last)"),
-    "the memory is projected anew": (T5, "self._cross = model.make_cross_caches()", "self._cross = []"),
+    "the memory is projected anew": (T5, '"cross_caches": cross_caches, "key"', '"cross_caches": None, "key"'),
     "gates of T5": (FROM_T5, '"wi_0": "gate_proj", "wi_1": "up_proj"', '"wi_0": "up_proj", "wi_1": "gate_proj"'),
     "keys of T5": (FROM_T5, '("k", "k_proj"), ("v", "v_proj")', '("k", "v_proj"), ("v", "k_proj")'),
     "sides of T5": (

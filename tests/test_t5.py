@@ -21,7 +21,7 @@ from test_convert import same_tensors
 
 from mlx_xformer import generate, load, parity
 from mlx_xformer.checkpoint import load_model, parameter_shapes, read_checkpoint
-from mlx_xformer.models.t5 import T5, Answer, T5Config
+from mlx_xformer.models.t5 import T5, T5Config
 from mlx_xformer.reference.models import t5 as twin
 
 CONFIG = T5Config(
@@ -87,13 +87,13 @@ def test_cached_equals_uncached(changes, chunks):
     params = {name: np.array(x) for name, x in tree_flatten(model.parameters())}
     wide = {name: x.astype(np.float64) for name, x in params.items()}
     truth, single = (twin.t5(p, model.config, SOURCE, TOKENS, mask=MASK) for p in (wide, params))
-    answer, parts, at = Answer(model, mx.array(SOURCE), mask=mx.array(MASK)), [], 0
+    answer, parts, at = model.conditioned(mx.array(SOURCE), mask=mx.array(MASK)), [], 0
     caches = answer.make_caches()
     held = None
     for n in chunks:
         parts.append(answer(mx.array(TOKENS[:, at : at + n]), caches=caches))
         at += n
-        arrays = [id(array) for cache in answer._cross for array in cache.arrays]
+        arrays = [id(array) for cache in answer._whole.caches for array in cache.arrays]
         assert held in (None, arrays) and len(arrays) == 6
         held = arrays
     assert_within_budget(mx.concatenate(parts, axis=1), truth, single)
@@ -103,7 +103,7 @@ def test_cached_equals_uncached(changes, chunks):
 def test_caches_with_a_window():
     """As wide as all there is it changes nothing; a narrow one hides what is far, and keeps the distances."""
     model = drawn(**NEAR)
-    answer = Answer(model, mx.array(SOURCE), mask=mx.array(MASK))
+    answer = model.conditioned(mx.array(SOURCE), mask=mx.array(MASK))
     whole = np.array(answer(mx.array(TOKENS), caches=answer.make_caches()))
     for window in (11, 3):
         caches, parts = answer.make_caches(window=window), []
@@ -149,11 +149,11 @@ def test_it_answers(changes):
     for _ in range(20):
         tokens.append(int(model(source, mx.array([tokens]))[0, -1].argmax().item()))
     for prefill in (1, 512):
-        told = generate(Answer(model, source), [0, 5, 3], max_tokens=20, prefill=prefill)
+        told = generate(model.conditioned(source), [0, 5, 3], max_tokens=20, prefill=prefill)
         assert [token.id for token in told] == tokens[3:]
     assert len(set(tokens)) > 4
     with pytest.raises(ValueError, match="prompt must hold tokens from 0 to 30, got 31"):
-        list(generate(Answer(model, source), [31]))
+        list(generate(model.conditioned(source), [31]))
 
 
 def test_dropout():

@@ -16,7 +16,7 @@ from torch_oracle import Oracle
 
 from mlx_xformer import generate
 from mlx_xformer.checkpoint import load_model
-from mlx_xformer.models.t5 import T5, Answer
+from mlx_xformer.models.t5 import T5
 
 pytestmark = pytest.mark.torch
 
@@ -81,7 +81,7 @@ def test_forward_gradient_and_back(oracle, converted):
     truth, single = (theirs["logits"][word] for word in ("float64", "float32"))
     logits = model(mx.array(SOURCE), mx.array(TOKENS), mask=mx.array(MASK))
     assert_within_budget(logits, truth, single, "logits")
-    answer, parts = Answer(model, mx.array(SOURCE), mask=mx.array(MASK)), []
+    answer, parts = model.conditioned(mx.array(SOURCE), mask=mx.array(MASK)), []
     caches = answer.make_caches()
     for a, b in ((0, 5), (5, 6), (6, 7), (7, 13)):
         parts.append(answer(mx.array(TOKENS[:, a:b]), caches=caches))
@@ -107,7 +107,7 @@ def test_what_it_answers(oracle, converted):
     theirs = oracle.call("network_answer", GIVEN, folder=str(folder / "hf"), count=30)["tokens"]
     assert theirs.shape == (3, 31) and (theirs[:, 0] == 0).all() and len(set(theirs[0].tolist())) > 3
     for row, (source, mask) in enumerate(zip(SOURCE, MASK, strict=True)):
-        answer = Answer(model, mx.array(source[None]), mask=mx.array(mask[None]))
+        answer = model.conditioned(mx.array(source[None]), mask=mx.array(mask[None]))
         # transformers may not end here, and so forbids the token that ends a text
         told = generate(answer, [0], max_tokens=30, sampler=lambda logits, _: _but_the_end(logits).argmax(axis=-1))
         assert [token.id for token in told] == theirs[row, 1:].tolist()

@@ -118,7 +118,7 @@ def test_last():
 
 
 class Spy:
-    """A Listener that notes how many tokens it is given."""
+    """A model that notes how many tokens it is given."""
 
     def __init__(self, listener):
         self.config, self.make_caches, self._listener, self.fed = listener.config, listener.make_caches, listener, []
@@ -206,8 +206,11 @@ MEMORY, ONE = mx.zeros((1, 5, E)), mx.zeros((1, 4), mx.int32)
         (lambda: MODEL.encoder(mx.zeros((1, 27, 7))), "mel must be (B, 1 to 26 frames, 7 bins), got shape (1, 27, 7)"),
         (lambda: MODEL.encoder(mx.zeros((1, 0, 7))), "mel must be (B, 1 to 26 frames, 7 bins), got shape (1, 0, 7)"),
         (lambda: MODEL.encoder(mx.zeros((1, 7, 26))), "mel must be (B, 1 to 26 frames, 7 bins), got shape (1, 7, 26)"),
-        (lambda: MODEL.listen(mx.zeros((26,))), "mel must be (T, F) or (1, T, F), got shape (26,)"),
-        (lambda: MODEL.listen(mx.zeros((2, 9, 7))), "mel must be (T, F) or (1, T, F), got shape (2, 9, 7)"),
+        (lambda: MODEL.listen(mx.zeros((26,))), "mel must be (T, F) or (B, T, F), got shape (26,)"),
+        (
+            lambda: list(generate(MODEL.listen(mx.zeros((2, 9, 7))), [1])),
+            "tokens must be 2 rows, as many as the memory has",
+        ),
         (
             lambda: MODEL.decode(mx.zeros((1, 42), mx.int32), MEMORY),
             "tokens must be at most 41, one a position, got 42",

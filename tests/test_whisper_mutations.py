@@ -30,7 +30,7 @@ MUTANTS = {
     "the last positions from the front": (WHISPER, "x[:, x.shape[1] - last :]", "x[:, :last]"),
     "no room for the last position": (WHISPER, "before + tokens.shape[1] > most", "before + tokens.shape[1] >= most"),
     "caches without an end": (WHISPER, 'options["capacity"] = self.config', 'options["slack"] = self.config'),
-    "the memory projected at every step": (WHISPER, "cross_caches=crosses, last=last", "last=last"),
+    "the memory projected at every step": (WHISPER, "cross_caches=cross_caches)", "cross_caches=None)"),
     "a row takes the offset of the first": (WHISPER, "offset[:, None]", "offset[0]"),
     "powers without their root": (MEL, "mx.square(mx.imag(spectrum))", "mx.abs(mx.imag(spectrum))"),
     "natural logarithms": (MEL, "mx.log10(", "mx.log("),

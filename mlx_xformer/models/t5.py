@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
+from ..conditioning import Conditioned
 from ..inputs import check_mask, check_tokens
 from ..kernels import ACTIVATIONS, GATED, Linear
 from ..layers import Embedding, dropped
@@ -237,25 +238,7 @@ class T5(nn.Module):
         """A cache for each layer of the decoder; options as of Stack.make_caches. The bias by distance needs keep 0."""
         return self.decoder.stack.make_caches(**options)
 
-    def make_cross_caches(self) -> list[CrossCache]:
-        """A cache of the memory for each layer of the decoder."""
-        return [CrossCache() for _ in self.decoder.stack.layers]
-
-
-class Answer:
-    """A T5 and the memory of a text, as generate() takes models: the answer begins with [config.start_token]."""
-
-    def __init__(self, model: T5, source: mx.array, *, mask: mx.array | None = None):
-        """source (B, S), mask: see T5.encode; B is 1 for generate()."""
-        self.model, self.config = model, model.config
-        self._mask, self._memory = mask, model.encode(source, mask=mask)
-        self._cross = model.make_cross_caches()
-
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """See T5.make_caches."""
-        return self.model.make_caches(**options)
-
-    def __call__(self, tokens: mx.array, *, caches: Sequence[KVCache], last: int | None = None) -> mx.array:
-        """tokens (B, L), which follow what the caches hold -> logits (B, last or L, V)."""
-        given: dict[str, Any] = {"memory_mask": self._mask, "caches": caches, "cross_caches": self._cross}
-        return self.model.decode(tokens, self._memory, **given, last=last)
+    def conditioned(self, source: mx.array, *, mask: mx.array | None = None) -> Conditioned:
+        """The model given texts (B, S), see encode, for generate() (of one) or batch_generate(): an answer begins with
+        [config.start_token]."""
+        return Conditioned(self, self.encode(source, mask=mask), mask)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
+from ..conditioning import Conditioned
 from ..kernels import gelu
 from ..layers import Embedding
 from ..positions import sinusoidal_1d
@@ -183,30 +184,9 @@ class Whisper(nn.Module):
             options["capacity"] = self.config.target_positions
         return self.decoder.stack.make_caches(**options)
 
-    def listen(self, mel: mx.array) -> Listener:
-        """A model of the tokens of one recording, mel (T, F) or (1, T, F), for generate()."""
-        if mel.ndim not in (2, 3) or (mel.ndim == 3 and mel.shape[0] != 1):
-            raise ValueError(f"mel must be (T, F) or (1, T, F), got shape {mel.shape}")
-        return Listener(self, self.encoder(mel[None] if mel.ndim == 2 else mel))
-
-
-class Listener:
-    """A Whisper that has heard a recording: the memory's keys and values are made once, and only new tokens are fed."""
-
-    def __init__(self, model: Whisper, memory: mx.array):
-        """memory: (1, S, E)."""
-        self.config = model.config
-        self.memory = memory
-        self._model = model
-        self._cross_caches = [CrossCache() for _ in range(model.config.decoder_layers)]
-
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """See Whisper.make_caches."""
-        return self._model.make_caches(**options)
-
-    def __call__(
-        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
-    ) -> mx.array:
-        """tokens (1, L) -> logits (1, L, V), or (1, last, V)."""
-        crosses = self._cross_caches
-        return self._model.decode(tokens, self.memory, caches=caches, cross_caches=crosses, last=last)
+    def listen(self, mel: mx.array) -> Conditioned:
+        """A model of the tokens of one recording, mel (T, F), for generate(), or of several, (B, T, F), for
+        batch_generate()."""
+        if mel.ndim not in (2, 3):
+            raise ValueError(f"mel must be (T, F) or (B, T, F), got shape {mel.shape}")
+        return Conditioned(self, self.encoder(mel[None] if mel.ndim == 2 else mel))

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..cache import CrossCache
 from ..models.t5 import T5, Side
 from ..reference.blocks import layer as layer_twin
 from ..reference.models import t5 as twin
@@ -56,7 +57,8 @@ def _encoded(model: T5, x: mx.array, mask: mx.array) -> mx.array:
 
 def _cached(model: T5, x: mx.array, memory: mx.array, mask: mx.array) -> mx.array:
     """Embedded tokens, some at a time -> logits."""
-    caches, cross_caches, at, parts = model.make_caches(), model.make_cross_caches(), 0, []
+    caches, at, parts = model.make_caches(), 0, []
+    cross_caches = [CrossCache() for _ in caches]
     given: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "memory_mask": mask[:, None, None]}
     for n in _CHUNKS:
         if at < x.shape[1]:
