@@ -273,6 +273,17 @@ def test_any_leading_axes(shape):
         near(y.reshape(-1, D), layer(x.reshape(-1, D))[0])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_tokens_are_nothing_and_cost_nothing(name, training):
+    """Of every option: MLX takes no argmax and no logarithm of sums of nothing."""
+    layer = made(**CONFIGS[name]).train(training)
+    x = mx.zeros((2, 0, D))
+    y, routing = layer(x)
+    assert y.shape == (2, 0, D) and routing.loss.item() == 0 and routing.dropped.item() == 0
+    assert not any(g.any().item() for g in gradients(layer, x).values())
+
+
 # Quantized experts
 
 
