@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from . import kernels
@@ -26,8 +27,13 @@ def _finite(name: str, value: object, *, zero: bool) -> None:
     bounds = "finite and at least 0" if zero else "finite and above 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} must be {bounds}, got {value}")
+    if not abs(value) <= sys.float_info.max or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,10 @@ class MoEConfig:
         for name in ("embed_dim", "hidden_dim", "num_experts", "num_experts_per_tok", "groups", "groups_per_tok"):
             _whole(name, getattr(self, name), 1)
         _whole("shared_dim", self.shared_dim, 0)
+        for name in ("gated", "bias", "router_bias", "selection_bias", "shared_gate"):
+            _flag(name, getattr(self, name))
+        if self.renormalize is not None:
+            _flag("renormalize", self.renormalize)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts, {self.num_experts}, got {self.num_experts_per_tok}"
@@ -120,4 +130,5 @@ class MoEConfig:
             return tokens
         if isinstance(self.capacity, int):
             return min(tokens, self.capacity)
-        return min(tokens, math.ceil(self.capacity * tokens * self.num_experts_per_tok / self.num_experts))
+        taken = self.capacity * tokens * self.num_experts_per_tok / self.num_experts
+        return math.ceil(min(tokens, taken))  # in this order: it may be infinite

@@ -441,6 +441,7 @@ def test_t1_13_a_factor_is_of_what_an_expert_gets_on_average():
 
 def test_t1_13_a_count_is_no_factor():
     assert MoEConfig(D, H, E, capacity=1).slots(100) == 1 and MoEConfig(D, H, E, capacity=1.0).slots(100) == 20
+    assert MoEConfig(D, H, E, capacity=1e308).slots(100) == 100 and MoEConfig(D, H, E, capacity=1e308).slots(0) == 0
     assert MoEConfig(D, H, E, capacity=500).slots(100) == 100 == MoEConfig(D, H, E, capacity=99.0).slots(100)
 
 
@@ -548,6 +549,13 @@ def test_nothing_that_is_not_finite_reaches_dropped_tokens():
             "groups_per_tok must hold num_experts_per_tok, 3, got 2 of 1 experts",
         ),
         ({"shared_dim": -1}, "shared_dim must be at least 0, got -1"),
+        ({"gated": "no"}, "gated must be True or False, got 'no'"),
+        ({"bias": 1}, "bias must be True or False, got 1"),
+        ({"router_bias": None}, "router_bias must be True or False, got None"),
+        ({"selection_bias": "no"}, "selection_bias must be True or False, got 'no'"),
+        ({"shared_dim": 3, "shared_gate": "no"}, "shared_gate must be True or False, got 'no'"),
+        ({"renormalize": "no"}, "renormalize must be True or False, got 'no'"),
+        ({"alpha": 10**400}, f"alpha must be finite and at least 0, got {str(10**400)[:80]}"),
         ({"shared_gate": True}, "shared_gate must be False without shared_dim, got True"),
     ],
 )
