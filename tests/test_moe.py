@@ -568,6 +568,12 @@ def test_a_configuration_that_does_not_fit_is_named(options, words):
     ("options", "words"),
     [
         ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
+        ({"embed_dim": 7.5}, "embed_dim must be a whole number, got 7.5"),
+        ({"hidden_dim": "11"}, "hidden_dim must be a whole number, got '11'"),
+        ({"use_moe": "no"}, "use_moe must be True or False, got 'no'"),
+        ({"use_moe": True, "num_experts": "3"}, "num_experts must be a whole number, got '3'"),
+        ({"use_moe": True, "num_experts": -3}, "num_experts must be at least 0, got -3"),
+        ({"use_moe": True, "num_experts": 3, "topk": 0}, "topk must be at least 1, got 0"),
         ({"use_moe": True, "num_experts": 3, "topk": 4}, "topk must be from 1 to num_experts, 3, got 4"),
         ({"use_moe": True, "num_experts": 3, "capacity": -1}, "capacity must be at least 0, got -1"),
         ({"use_moe": True, "num_experts": 3, "alpha": math.nan}, "alpha must be finite and at least 0, got nan"),
