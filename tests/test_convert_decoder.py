@@ -172,6 +172,15 @@ def test_the_metadata_of_the_tensors_goes_along(tmp_path):
         assert header(tmp_path / f"{name}-mlx/model.safetensors") == {"format": "mlx"}
 
 
+def test_tensors_that_mlx_has_saved(tmp_path):
+    """Without metadata, for which MLX writes null."""
+    state = write_folder(tmp_path / "hf", config("qwen2"))
+    path = tmp_path / "hf/model.safetensors"
+    mx.save_safetensors(str(path), {name: mx.array(x) for name, x in state.items()})
+    assert b'"__metadata__":null' in path.read_bytes()
+    assert convert(tmp_path / "hf", tmp_path / "mlx").parameters == sum(x.size for x in state.values())
+
+
 def test_a_configuration_without_its_original(tmp_path):
     """What was edited, or has no original, leads back to a config.json that means the same."""
     for name in ARCHITECTURES:
