@@ -154,7 +154,8 @@ class DecoderConfig:
 
     def _check_mixture(self) -> None:
         dense, layers = self.dense_layers, range(self.num_layers)
-        if any(type(index) is not int or index not in layers for index in dense) or len(set(dense)) != len(dense):
+        known = isinstance(dense, (tuple, list)) and all(type(index) is int and index in layers for index in dense)
+        if not known or len(set(dense)) != len(dense):
             raise ValueError(
                 f"dense_layers must be different numbers below num_layers, {len(layers)}, got {dense!r:.80}"
             )
