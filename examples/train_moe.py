@@ -27,6 +27,7 @@ from mlx_xformer.models.decoder import Decoder, DecoderConfig, auxiliary_loss
 from mlx_xformer.moe import MoEConfig
 
 BOOK = Path(__file__).parent / "sherlock_holmes.txt.xz"
+NOTES, STATE = "training.json", "state.safetensors"
 SIZES = {"embed_dim": 64, "num_layers": 3, "num_heads": 4, "hidden_dim": 128}
 ALPHA, LENGTH, BATCH, RATE, WARMUP = 0.02, 128, 16, 3e-3, 30  # of the loss, bytes, texts a step, learning rate, steps
 
@@ -84,43 +85,77 @@ def train(out: Path, text: Path, alpha: float, seed: int, steps: int) -> dict:
     """Trains into a folder, or goes on there. Returns, and keeps in training.json, what was measured on the way."""
     if steps < 1 or seed < 0:
         raise ValueError(f"steps must be at least 1 and seed at least 0, got {steps} and {seed}")
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {seed}")
     given = {"text": text.name, "alpha": alpha, "seed": seed, "steps": steps}
-    notes, tensors = out / "training.json", out / "state.safetensors"
-    record = json.loads(notes.read_text()) if notes.exists() else {**given, "loss": [], "load": [], "seconds": 0.0}
-    if any(record[name] != given[name] for name in given):
-        raise ValueError(f"OUT must be new, or of the same text, loss, seed and steps, got {out}")
+    record = begun(out, given)
     if "held_out" in record:
         return record
     seen, held = read(text)
     mx.random.seed(seed)
     model, optimizer = prepare(alpha, steps)
     if record["loss"]:
-        state = tree_unflatten(list(mx.load(str(tensors)).items()))
-        model.update(state["model"])
-        optimizer.state = state["optimizer"]
+        restore(model, optimizer, record, out / STATE)
     out.mkdir(parents=True, exist_ok=True)
-    advance(model, optimizer, seen, record, out.name)
+    keep(out, record)  # where this cannot be written it is told now
+    advance(model, optimizer, seen, record, out)
     if len(record["loss"]) < steps:
-        state = {"model": model.parameters(), "optimizer": optimizer.state}
-        mx.save_safetensors(str(tensors), dict(tree_flatten(state)))
-        notes.write_text(json.dumps(record))
         raise KeyboardInterrupt
     record |= measure(model, held)
     extras = {"tokenizer.json": byte_tokenizer().to_str().encode()}
     weights, config = dict(tree_flatten(model.parameters())), model.config.to_dict()
     save_checkpoint(out / "model", weights, family="decoder", config=config, provenance=given, extras=extras)
-    notes.write_text(json.dumps(record))
-    tensors.unlink(missing_ok=True)
+    keep(out, record)
+    (out / STATE).unlink(missing_ok=True)
     return record
 
 
-def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: dict, name: str) -> None:
-    """The steps that a record lacks, or those before Ctrl-C. Which texts a step sees is drawn from seed and step."""
+def begun(out: Path, given: dict) -> dict:
+    """What is known of a folder's training so far."""
+    fresh, notes = {**given, "loss": [], "load": [], "seconds": 0.0}, out / NOTES
+    if not notes.exists():
+        return fresh
+    try:
+        record = json.loads(notes.read_text())
+    except ValueError as error:
+        raise ValueError(f"{notes}: not JSON ({error})") from None
+    if not isinstance(record, dict) or any(record.get(name) != given[name] for name in given):
+        raise ValueError(f"OUT must be new, or of the same text, loss, seed and steps, got {out}")
+    return {**fresh, **record}
+
+
+def keep(out: Path, record: dict, state: dict | None = None) -> None:
+    """Writes where training stands, each file whole or as it was."""
+    made = {STATE: lambda path: mx.save_safetensors(str(path), dict(tree_flatten(state)))} if state else {}
+    for name, write in {**made, NOTES: lambda path: path.write_text(json.dumps(record))}.items():
+        fresh = out / f"new-{name}"
+        try:
+            write(fresh)
+            fresh.replace(out / name)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def restore(model: Decoder, optimizer: optim.AdamW, record: dict, path: Path) -> None:
+    """The weights, and the optimizer, as they were kept."""
+    try:
+        state = tree_unflatten(list(mx.load(str(path)).items()))
+    except (RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: cannot be read, so OUT must be new ({error})") from None
+    if state["optimizer"]["step"].item() != len(record["loss"]):
+        raise ValueError(f"{path}: is of another step than {NOTES}, so OUT must be new")
+    model.update(state["model"])
+    optimizer.state = state["optimizer"]
+
+
+def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: dict, out: Path) -> None:
+    """The steps that a record lacks, or those before Ctrl-C, and keeps what became of them. Which texts a step sees is
+    drawn from seed and step."""
     stopped: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     gradient, began = nn.value_and_grad(model, losses), time.monotonic() - record["seconds"]
     done, steps = len(record["loss"]), record["steps"]
-    with tqdm(range(done, steps), name, steps, initial=done, unit="step") as bar:
+    with tqdm(range(done, steps), out.name, steps, initial=done, unit="step") as bar:
         for step in bar:
             at = np.random.default_rng((record["seed"], step)).integers(0, len(seen) - LENGTH, (BATCH, 1))
             (_, entropy, load), change = gradient(model, mx.array(seen[at + np.arange(LENGTH + 1)]))
@@ -131,8 +166,9 @@ def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: di
             bar.set_postfix(loss=f"{entropy.item():.2f}", refresh=False)
             if stopped:
                 break
-    signal.signal(signal.SIGINT, before)
     record["seconds"] = time.monotonic() - began
+    keep(out, record, {"model": model.parameters(), "optimizer": optimizer.state})
+    signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:

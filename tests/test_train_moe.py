@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -75,6 +76,71 @@ def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
     assert start(TRAIN, tmp_path / "parts", *arguments)[2] == ""  # it is there already
 
 
+def test_impatience_does_no_harm(tmp_path, text):
+    """Several Ctrl-C: none falls on what is being written."""
+    command = list(map(str, [sys.executable, TRAIN, tmp_path / "out", "--text", text, "--steps", 5000]))
+    for count in (1, 2):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            seen = b""
+            while not re.search(rb"\| \d+/5000 \[.*step/s", seen):
+                more = child.stderr.read1()
+                assert more, seen.decode()
+                seen += more
+            while child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                time.sleep(0.002)
+        finally:
+            child.kill()
+            child.communicate()
+        state, record = mx.load(str(tmp_path / "out" / "state.safetensors")), notes(tmp_path / "out")
+        assert state["optimizer.step"].item() == len(record["loss"]) >= count
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"training.json", "state.safetensors"}
+
+
+def test_where_no_model_can_be_written_the_training_is_not_lost(tmp_path, text):
+    out, arguments = tmp_path / "out", ["--text", text, "--steps", 3]
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "letter.txt").write_text("mine")
+    code, _, err = start(TRAIN, out, *arguments)
+    assert code == 1 and "must be new or empty or a checkpoint, it holds letter.txt" in err, err
+    loss = notes(out)["loss"]
+    (out / "model").rename(out / "mine")
+    code, _, err = start(TRAIN, out, *arguments)
+    assert code == 0 and notes(out)["loss"] == loss and (out / "model" / "config.json").is_file(), err
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        ({"training.json": "{"}, "training.json: not JSON"),
+        ({"training.json": "[1]"}, "OUT must be new, or of the same text, loss, seed and steps"),
+        ({"training.json": '{"loss": []}'}, "OUT must be new, or of the same text, loss, seed and steps"),
+        ({}, "state.safetensors: cannot be read, so OUT must be new"),
+        ({"state.safetensors": "half"}, "state.safetensors: cannot be read, so OUT must be new"),
+        ({"state.safetensors": None}, "state.safetensors: is of another step than training.json"),
+    ],
+)
+def test_what_was_kept_and_is_no_good_is_one_line(tmp_path, text, kept, reason):
+    out = tmp_path / "out"
+    out.mkdir()
+    record = {"text": text.name, "alpha": 0.02, "seed": 0, "steps": 3, "loss": [5.0], "load": [[]], "seconds": 1.0}
+    for name, content in {"training.json": json.dumps(record), **kept}.items():
+        if content is None:
+            mx.save_safetensors(str(out / name), {"optimizer.step": mx.array(2), "model.none": mx.array(0)})
+        else:
+            (out / name).write_text(content)
+    code, _, err = start(TRAIN, out, "--text", text, "--steps", 3)
+    assert code == 1 and err.count("\n") == 1 and reason in err, err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, text):
+    """Here as a folder is in the way, which stops root too."""
+    (tmp_path / "out" / "new-training.json").mkdir(parents=True)
+    code, _, err = start(TRAIN, tmp_path / "out", "--text", text, "--steps", 5000)
+    assert code == 1 and err.count("\n") == 1 and "new-training.json" in err, err
+
+
 def test_what_is_measured_is_of_the_text_held_out(tmp_path, text):
     """By hand, from the model that was saved, on more than fits one batch."""
     text.write_text(text.read_text("utf-8") * 11, "utf-8")
@@ -137,6 +203,8 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
             folder = done if "--steps" in arguments else tmp_path / "never"
             code, out, err = start(script, folder, *arguments)
             assert code == 1 and out == "" and err.count("\n") == 1 and reason in err, err
+    code, _, err = start(TRAIN, tmp_path / "never", "--seed", 2**63)
+    assert code == 1 and err.count("\n") == 1 and f"seed must be below 2^63, got {2**63}" in err, err
     for script, *arguments in ((TRAIN, "--steps", 0), (TRAIN, "--seed", -1), (COMPARE, "--steps", -3)):
         code, _, err = start(script, tmp_path / "never", *arguments)
         assert code == 1 and err.count("\n") == 1 and "steps must be at least 1 and seed at least 0, got" in err, err
