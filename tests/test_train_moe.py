@@ -178,6 +178,10 @@ def test_comparison(tmp_path, text):
             assert (record["alpha"] > 0) == (name == "with")
     for name in ("load.png", "loss.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out" / "table.md").unlink()
+    (tmp_path / "out" / "table.md").mkdir()
+    code, _, err = start(COMPARE, tmp_path / "out", "--seeds", "3,7", "--steps", 5, "--text", text)
+    assert code == 1 and err.count("\n") == 1 and "table.md" in err, err
 
 
 @pytest.mark.parametrize("script", [TRAIN, COMPARE], ids=lambda path: path.name)
