@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mlx_xformer import runtime  # noqa: F401  isort: skip (before MLX, whose BLAS it chooses)
 
@@ -82,22 +83,21 @@ def prepare(alpha: float, steps: int) -> tuple[Decoder, optim.AdamW]:
 
 
 def train(out: Path, text: Path, alpha: float, seed: int, steps: int) -> dict:
-    """Trains into a folder, or goes on there. Returns, and keeps in training.json, what was measured on the way."""
-    if steps < 1 or seed < 0:
-        raise ValueError(f"steps must be at least 1 and seed at least 0, got {steps} and {seed}")
-    if seed >= 2**63:
-        raise ValueError(f"seed must be below 2^63, got {seed}")
+    """Trains into a folder, or goes on there. Returns what was measured, which training.json keeps."""
+    if steps < 1 or not 0 <= seed < 2**63:
+        raise ValueError(f"steps must be at least 1 and seed from 0 to 2^63 - 1, got {steps} and {seed}")
     given = {"text": text.name, "alpha": alpha, "seed": seed, "steps": steps}
-    record = begun(out, given)
+    record, state = begun(out, given)
     if "held_out" in record:
         return record
     seen, held = read(text)
     mx.random.seed(seed)
     model, optimizer = prepare(alpha, steps)
-    if record["loss"]:
-        restore(model, optimizer, record, out / STATE)
+    if state:
+        model.update(state["model"])
+        optimizer.state = state["optimizer"]
     out.mkdir(parents=True, exist_ok=True)
-    keep(out, record)  # where this cannot be written it is told now
+    keep(out, model, optimizer, record)  # where this cannot be written it is told now
     advance(model, optimizer, seen, record, out)
     if len(record["loss"]) < steps:
         raise KeyboardInterrupt
@@ -105,47 +105,36 @@ def train(out: Path, text: Path, alpha: float, seed: int, steps: int) -> dict:
     extras = {"tokenizer.json": byte_tokenizer().to_str().encode()}
     weights, config = dict(tree_flatten(model.parameters())), model.config.to_dict()
     save_checkpoint(out / "model", weights, family="decoder", config=config, provenance=given, extras=extras)
-    keep(out, record)
-    (out / STATE).unlink(missing_ok=True)
+    (out / NOTES).write_text(json.dumps(record))
+    (out / STATE).unlink()
     return record
 
 
-def begun(out: Path, given: dict) -> dict:
-    """What is known of a folder's training so far."""
-    fresh, notes = {**given, "loss": [], "load": [], "seconds": 0.0}, out / NOTES
-    if not notes.exists():
-        return fresh
+def begun(out: Path, given: dict) -> tuple[dict, Any]:
+    """What is known of a folder's training so far, and the state of what is trained there."""
+    record, state = {**given, "loss": [], "load": [], "seconds": 0.0}, {}
     try:
-        record = json.loads(notes.read_text())
-    except ValueError as error:
-        raise ValueError(f"{notes}: not JSON ({error})") from None
-    if not isinstance(record, dict) or any(record.get(name) != given[name] for name in given):
+        if (out / STATE).exists():
+            state, told = mx.load(str(out / STATE), return_metadata=True)
+            record = json.loads(told["record"])
+        elif (out / NOTES).exists():
+            record = json.loads((out / NOTES).read_text())
+            record["held_out"]  # is told last
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"OUT must be new, as what it holds cannot be read, got {out} ({error})") from None
+    if any(record.get(name) != given[name] for name in given):
         raise ValueError(f"OUT must be new, or of the same text, loss, seed and steps, got {out}")
-    return {**fresh, **record}
+    return record, tree_unflatten(list(state.items())) if state else None
 
 
-def keep(out: Path, record: dict, state: dict | None = None) -> None:
-    """Writes where training stands, each file whole or as it was."""
-    made = {STATE: lambda path: mx.save_safetensors(str(path), dict(tree_flatten(state)))} if state else {}
-    for name, write in {**made, NOTES: lambda path: path.write_text(json.dumps(record))}.items():
-        fresh = out / f"new-{name}"
-        try:
-            write(fresh)
-            fresh.replace(out / name)
-        finally:
-            fresh.unlink(missing_ok=True)
-
-
-def restore(model: Decoder, optimizer: optim.AdamW, record: dict, path: Path) -> None:
-    """The weights, and the optimizer, as they were kept."""
+def keep(out: Path, model: Decoder, optimizer: optim.AdamW, record: dict) -> None:
+    """Writes where training stands, in one file, which is whole or as it was."""
+    fresh, state = out / f"new-{STATE}", {"model": model.parameters(), "optimizer": optimizer.state}
     try:
-        state = tree_unflatten(list(mx.load(str(path)).items()))
-    except (RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: cannot be read, so OUT must be new ({error})") from None
-    if state["optimizer"]["step"].item() != len(record["loss"]):
-        raise ValueError(f"{path}: is of another step than {NOTES}, so OUT must be new")
-    model.update(state["model"])
-    optimizer.state = state["optimizer"]
+        mx.save_safetensors(str(fresh), dict(tree_flatten(state)), {"record": json.dumps(record)})
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+    fresh.replace(out / STATE)
 
 
 def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: dict, out: Path) -> None:
@@ -167,7 +156,7 @@ def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: di
             if stopped:
                 break
     record["seconds"] = time.monotonic() - began
-    keep(out, record, {"model": model.parameters(), "optimizer": optimizer.state})
+    keep(out, model, optimizer, record)
     signal.signal(signal.SIGINT, before)
 
 
