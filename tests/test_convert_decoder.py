@@ -327,7 +327,11 @@ def test_null_is_not_absent(kind, values, wanted):
         ("qwen3_moe", {"head_dim": None}, "head_dim must be a number or absent in a qwen3_moe, got null"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null, got 8.0"),
         ("olmoe", {"head_dim": 4}, "head_dim must be hidden_size / num_attention_heads in an olmoe, got 4"),
-        ("olmoe", {"head_dim": 10**12, "num_attention_heads": "8"}, "head_dim must be hidden_size / num_attention_heads"),
+        (
+            "olmoe",
+            {"head_dim": 10**12, "num_attention_heads": "8"},
+            "head_dim must be hidden_size / num_attention_heads",
+        ),
         ("olmoe", {"head_dim": "2" * 999}, r"in an olmoe, got 2{97}\.\.\.$"),
         ("olmoe", {"head_dim": 0}, "head_dim must be hidden_size / num_attention_heads in an olmoe, got 0"),
         ("olmoe", {"sliding_window": 5}, "sliding_window must be null in a olmoe, got 5"),
