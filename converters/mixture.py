@@ -85,9 +85,10 @@ def check(values: Mapping[str, Any], kind: str) -> None:
             raise ValueError(f"{key} must be false in a {kind}, got {short(str(values[key]))}")
     if kind != "mixtral" and "head_dim" in values and values["head_dim"] is None:
         raise ValueError(f"head_dim must be a number or absent in a {kind}, got null")
-    whole = values["num_attention_heads"] * values.get("head_dim", 0) if kind == "olmoe" else 0
-    if whole and whole != values["hidden_size"]:
-        raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {values['head_dim']}")
+    if kind == "olmoe" and "head_dim" in values:
+        heads, width = values["num_attention_heads"], values["head_dim"]
+        if not type(heads) is type(width) is int or heads * width != values["hidden_size"]:
+            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {short(str(width))}")
 
 
 def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:

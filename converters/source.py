@@ -138,7 +138,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # null where MLX was given none
     tensors = {}
     for name, entry in header.items():
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]

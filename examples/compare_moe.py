@@ -97,14 +97,14 @@ def main() -> None:
             for alpha, name in zip(NAMES, ("with", "without"), strict=True):
                 folder = options.out / f"{name}-{seed}"
                 records[alpha, seed] = train(folder, options.text, alpha, seed, options.steps)
+        text = table(records, options.seeds)
+        (options.out / "table.md").write_text(text, "utf-8")
+        plot_load(records, options.seeds[0], options.out / "load.png")
+        plot_loss(records, options.out / "loss.png")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"compare_moe.py: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on from here")
-    text = table(records, options.seeds)
-    (options.out / "table.md").write_text(text, "utf-8")
-    plot_load(records, options.seeds[0], options.out / "load.png")
-    plot_loss(records, options.out / "loss.png")
     print(text, end="")
 
 

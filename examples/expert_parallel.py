@@ -1,6 +1,7 @@
 """A language model of mixtures whose experts are spread over processes continues a text:
 mlx.launch -n 2 --backend ring -- python examples/expert_parallel.py MODEL PROMPT"""
 
+import argparse
 import sys
 
 from mlx_xformer import Tokenizer, generate, load, runtime
@@ -21,7 +22,11 @@ def main(name: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, an original, or a name on the hub")
+    parser.add_argument("text", metavar="PROMPT")
+    given = parser.parse_args()
     try:
-        main(*sys.argv[1:])
+        main(given.model, given.text)
     except (OSError, ValueError) as error:
         sys.exit(f"expert_parallel.py: {error}")

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mlx_xformer import runtime  # noqa: F401  isort: skip (before MLX, whose BLAS it chooses)
 
@@ -27,6 +28,7 @@ from mlx_xformer.models.decoder import Decoder, DecoderConfig, auxiliary_loss
 from mlx_xformer.moe import MoEConfig
 
 BOOK = Path(__file__).parent / "sherlock_holmes.txt.xz"
+NOTES, STATE = "training.json", "state.safetensors"
 SIZES = {"embed_dim": 64, "num_layers": 3, "num_heads": 4, "hidden_dim": 128}
 ALPHA, LENGTH, BATCH, RATE, WARMUP = 0.02, 128, 16, 3e-3, 30  # of the loss, bytes, texts a step, learning rate, steps
 
@@ -81,46 +83,68 @@ def prepare(alpha: float, steps: int) -> tuple[Decoder, optim.AdamW]:
 
 
 def train(out: Path, text: Path, alpha: float, seed: int, steps: int) -> dict:
-    """Trains into a folder, or goes on there. Returns, and keeps in training.json, what was measured on the way."""
-    if steps < 1 or seed < 0:
-        raise ValueError(f"steps must be at least 1 and seed at least 0, got {steps} and {seed}")
+    """Trains into a folder, or goes on there. Returns what was measured, which training.json keeps."""
+    if steps < 1 or not 0 <= seed < 2**63:
+        raise ValueError(f"steps must be at least 1 and seed from 0 to 2^63 - 1, got {steps} and {seed}")
     given = {"text": text.name, "alpha": alpha, "seed": seed, "steps": steps}
-    notes, tensors = out / "training.json", out / "state.safetensors"
-    record = json.loads(notes.read_text()) if notes.exists() else {**given, "loss": [], "load": [], "seconds": 0.0}
-    if any(record[name] != given[name] for name in given):
-        raise ValueError(f"OUT must be new, or of the same text, loss, seed and steps, got {out}")
+    record, state = begun(out, given)
     if "held_out" in record:
         return record
     seen, held = read(text)
     mx.random.seed(seed)
     model, optimizer = prepare(alpha, steps)
-    if record["loss"]:
-        state = tree_unflatten(list(mx.load(str(tensors)).items()))
+    if state:
         model.update(state["model"])
         optimizer.state = state["optimizer"]
     out.mkdir(parents=True, exist_ok=True)
-    advance(model, optimizer, seen, record, out.name)
+    keep(out, model, optimizer, record)  # where this cannot be written it is told now
+    advance(model, optimizer, seen, record, out)
     if len(record["loss"]) < steps:
-        state = {"model": model.parameters(), "optimizer": optimizer.state}
-        mx.save_safetensors(str(tensors), dict(tree_flatten(state)))
-        notes.write_text(json.dumps(record))
         raise KeyboardInterrupt
     record |= measure(model, held)
     extras = {"tokenizer.json": byte_tokenizer().to_str().encode()}
     weights, config = dict(tree_flatten(model.parameters())), model.config.to_dict()
     save_checkpoint(out / "model", weights, family="decoder", config=config, provenance=given, extras=extras)
-    notes.write_text(json.dumps(record))
-    tensors.unlink(missing_ok=True)
+    (out / NOTES).write_text(json.dumps(record))
+    (out / STATE).unlink()
     return record
 
 
-def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: dict, name: str) -> None:
-    """The steps that a record lacks, or those before Ctrl-C. Which texts a step sees is drawn from seed and step."""
+def begun(out: Path, given: dict) -> tuple[dict, Any]:
+    """What is known of a folder's training so far, and the state of what is trained there."""
+    record, state = {**given, "loss": [], "load": [], "seconds": 0.0}, {}
+    try:
+        if (out / STATE).exists():
+            state, told = mx.load(str(out / STATE), return_metadata=True)
+            record = json.loads(told["record"])
+        elif (out / NOTES).exists():
+            record = json.loads((out / NOTES).read_text())
+            record["held_out"]  # is told last
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"OUT must be new, as what it holds cannot be read, got {out} ({error})") from None
+    if any(record.get(name) != given[name] for name in given):
+        raise ValueError(f"OUT must be new, or of the same text, loss, seed and steps, got {out}")
+    return record, tree_unflatten(list(state.items())) if state else None
+
+
+def keep(out: Path, model: Decoder, optimizer: optim.AdamW, record: dict) -> None:
+    """Writes where training stands, in one file, which is whole or as it was."""
+    fresh, state = out / f"new-{STATE}", {"model": model.parameters(), "optimizer": optimizer.state}
+    try:
+        mx.save_safetensors(str(fresh), dict(tree_flatten(state)), {"record": json.dumps(record)})
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+    fresh.replace(out / STATE)
+
+
+def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: dict, out: Path) -> None:
+    """The steps that a record lacks, or those before Ctrl-C, and keeps what became of them. Which texts a step sees is
+    drawn from seed and step."""
     stopped: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     gradient, began = nn.value_and_grad(model, losses), time.monotonic() - record["seconds"]
     done, steps = len(record["loss"]), record["steps"]
-    with tqdm(range(done, steps), name, steps, initial=done, unit="step") as bar:
+    with tqdm(range(done, steps), out.name, steps, initial=done, unit="step") as bar:
         for step in bar:
             at = np.random.default_rng((record["seed"], step)).integers(0, len(seen) - LENGTH, (BATCH, 1))
             (_, entropy, load), change = gradient(model, mx.array(seen[at + np.arange(LENGTH + 1)]))
@@ -131,8 +155,9 @@ def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: di
             bar.set_postfix(loss=f"{entropy.item():.2f}", refresh=False)
             if stopped:
                 break
-    signal.signal(signal.SIGINT, before)
     record["seconds"] = time.monotonic() - began
+    keep(out, model, optimizer, record)
+    signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Joint:
     def holds(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the layers still have what was joined."""
         return all(
-            layer.weight is part and layer.get("bias") is bias
+            layer.get("weight") is part and layer.get("bias") is bias
             for layer, part, bias in zip(layers, self._parts, self._biases, strict=True)
         )
 

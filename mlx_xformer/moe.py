@@ -14,7 +14,7 @@ import mlx.nn as nn
 from . import grouping, kernels
 from .experts import ExpertLinear, Experts, QuantizedExpertLinear, on_cpu
 from .layers import FeedForward, GatedFeedForward
-from .moe_config import MoEConfig
+from .moe_config import MoEConfig, flag, whole
 from .routing import Routing, balanced_bias, route
 
 __all__ = [
@@ -152,14 +152,14 @@ class FFNConfig:
     renormalize: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("embed_dim", 1), ("hidden_dim", 1), ("num_experts", 0), ("topk", 1)):
+            whole(name, getattr(self, name), least)
+        flag("use_moe", self.use_moe)
         if not self.use_moe:
             return
         if self.num_experts < 1:
             raise ValueError(f"num_experts must be at least 1 with use_moe, got {self.num_experts}")
-        if not 1 <= self.topk <= self.num_experts:
+        if self.topk > self.num_experts:
             raise ValueError(f"topk must be from 1 to num_experts, {self.num_experts}, got {self.topk}")
         self.mixture()
 

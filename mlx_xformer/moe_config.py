@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from . import kernels
@@ -15,7 +16,8 @@ def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _whole(name: str, value: object, least: int) -> None:
+def whole(name: str, value: object, least: int) -> None:
+    """ValueError unless the value is a whole number from `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < least:
@@ -26,8 +28,14 @@ def _finite(name: str, value: object, *, zero: bool) -> None:
     bounds = "finite and at least 0" if zero else "finite and above 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} must be {bounds}, got {value}")
+    if not abs(value) <= sys.float_info.max or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
+
+
+def flag(name: str, value: object) -> None:
+    """ValueError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,12 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "hidden_dim", "num_experts", "num_experts_per_tok", "groups", "groups_per_tok"):
-            _whole(name, getattr(self, name), 1)
-        _whole("shared_dim", self.shared_dim, 0)
+            whole(name, getattr(self, name), 1)
+        whole("shared_dim", self.shared_dim, 0)
+        for name in ("gated", "bias", "router_bias", "selection_bias", "shared_gate"):
+            flag(name, getattr(self, name))
+        if self.renormalize is not None:
+            flag("renormalize", self.renormalize)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts, {self.num_experts}, got {self.num_experts_per_tok}"
@@ -86,7 +98,7 @@ class MoEConfig:
         if self.shared_gate and not self.shared_dim:
             raise ValueError(f"shared_gate must be False without shared_dim, got {self.shared_gate}")
         if isinstance(self.capacity, int):
-            _whole("capacity", self.capacity, 0)
+            whole("capacity", self.capacity, 0)
         elif self.capacity is not None:
             _finite("capacity", self.capacity, zero=True)
         _finite("scale", self.scale, zero=False)
@@ -120,4 +132,5 @@ class MoEConfig:
             return tokens
         if isinstance(self.capacity, int):
             return min(tokens, self.capacity)
-        return min(tokens, math.ceil(self.capacity * tokens * self.num_experts_per_tok / self.num_experts))
+        taken = self.capacity * tokens * self.num_experts_per_tok / self.num_experts
+        return math.ceil(min(tokens, taken))  # in this order: it may be infinite

@@ -75,7 +75,9 @@ class Routing:
     @property
     def z_loss(self) -> mx.array:
         """z_alpha times the mean square of the logarithm of the sum of the logits' exponentials."""
-        tokens = max(1, len(self.logits))
+        tokens = len(self.logits)
+        if not tokens:
+            return mx.array(0.0)
         return self.config.z_alpha * mx.square(mx.logsumexp(self.logits, axis=-1)).sum() / tokens
 
     @property
@@ -123,7 +125,7 @@ def _best(scores: mx.array, config: MoEConfig) -> mx.array:
         groups = mx.argpartition(-values, config.groups_per_tok - 1, axis=-1)[:, : config.groups_per_tok]
         open_ = chosen(groups, config.groups)[..., None] > 0
         scores = mx.flatten(mx.where(open_, grouped, mx.array(-mx.inf, scores.dtype)), -2, -1)
-    if k == 1:
+    if k == 1 and len(scores):  # MLX takes no argmax of nothing
         return mx.argmax(scores, axis=-1, keepdims=True)
     return mx.argpartition(-scores, k - 1, axis=-1)[:, :k]
 

@@ -172,6 +172,15 @@ def test_the_metadata_of_the_tensors_goes_along(tmp_path):
         assert header(tmp_path / f"{name}-mlx/model.safetensors") == {"format": "mlx"}
 
 
+def test_tensors_that_mlx_has_saved(tmp_path):
+    """Without metadata, for which MLX writes null."""
+    state = write_folder(tmp_path / "hf", config("qwen2"))
+    path = tmp_path / "hf/model.safetensors"
+    mx.save_safetensors(str(path), {name: mx.array(x) for name, x in state.items()})
+    assert b'"__metadata__":null' in path.read_bytes()
+    assert convert(tmp_path / "hf", tmp_path / "mlx").parameters == sum(x.size for x in state.values())
+
+
 def test_a_configuration_without_its_original(tmp_path):
     """What was edited, or has no original, leads back to a config.json that means the same."""
     for name in ARCHITECTURES:
@@ -318,6 +327,13 @@ def test_null_is_not_absent(kind, values, wanted):
         ("qwen3_moe", {"head_dim": None}, "head_dim must be a number or absent in a qwen3_moe, got null"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null, got 8.0"),
         ("olmoe", {"head_dim": 4}, "head_dim must be hidden_size / num_attention_heads in an olmoe, got 4"),
+        (
+            "olmoe",
+            {"head_dim": 10**12, "num_attention_heads": "8"},
+            "head_dim must be hidden_size / num_attention_heads",
+        ),
+        ("olmoe", {"head_dim": "2" * 999}, r"in an olmoe, got 2{97}\.\.\.$"),
+        ("olmoe", {"head_dim": 0}, "head_dim must be hidden_size / num_attention_heads in an olmoe, got 0"),
         ("olmoe", {"sliding_window": 5}, "sliding_window must be null in a olmoe, got 5"),
         ("qwen3", {"head_dim": None}, "config.json must have head_dim"),
         ("gemma2", {"query_pre_attn_scalar": None}, "config.json must have query_pre_attn_scalar"),

@@ -15,6 +15,7 @@ from harness import as32, assert_within_budget, check_gradient, check_module, dr
 
 from mlx_xformer import cpu, kernels, layers, runtime
 from mlx_xformer.models import decoder as decoder_module
+from mlx_xformer.models import decoder_config
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization, quantize
 from mlx_xformer.parity.decoder_cases import floats
 from mlx_xformer.positions import Rotary, RotaryScaling
@@ -160,13 +161,14 @@ MUTANTS = {  # bug -> (architecture whose test must see it, source, what it beco
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(monkeypatch, name):
     architecture, source, planted = MUTANTS[name]
-    text = Path(decoder_module.__file__).read_text()
-    assert text.count(source) == 1, f"{text.count(source)} times: {source}"
-    copy = types.ModuleType(decoder_module.__name__)
-    copy.__package__ = decoder_module.__package__
-    copy.__dict__["__name__"] = "mutant"
-    monkeypatch.setitem(sys.modules, "mutant", copy)  # where dataclasses look for it
-    exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
+    texts = {module: Path(module.__file__).read_text() for module in (decoder_config, decoder_module)}
+    found = sum(text.count(source) for text in texts.values())
+    assert found == 1, f"{found} times: {source}"
+    for module, text in texts.items():
+        copy = types.ModuleType(module.__name__)
+        copy.__package__ = module.__package__
+        monkeypatch.setitem(sys.modules, module.__name__, copy)  # where dataclasses and the other look for it
+        exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
     own = copy.DecoderConfig(
         **{f.name: getattr(config(architecture), f.name) for f in dataclasses.fields(DecoderConfig)}
     )

@@ -182,6 +182,8 @@ def test_packed_experts_are_their_dequantised_values(name, bits):
     [
         ({"dense_layers": (2,)}, "dense_layers must be different numbers below num_layers, 2, got"),
         ({"dense_layers": (1, 1)}, r"dense_layers must be different numbers below num_layers, 2, got \(1, 1\)"),
+        ({"dense_layers": 1}, "dense_layers must be different numbers below num_layers, 2, got 1"),
+        ({"dense_layers": None}, "dense_layers must be different numbers below num_layers, 2, got None"),
         ({"dense_layers": (True,)}, "dense_layers must be different numbers"),
         ({"dense_layers": (0,), "moe": None}, r"dense_layers must be empty without a moe, got \(0,\)"),
         ({"embed_dim": 29}, "embed_dim of the moe must be the decoder's, 29, got 23"),

@@ -85,5 +85,5 @@ def test_example_generate(tmp_path):
     "path", sorted({*(ROOT / "examples").glob("*.py")} - {ROOT / "examples" / "trainer.py"}), ids=lambda p: p.name
 )
 def test_examples_are_short(path):
-    limit = 160 if path.name in ("train_moe.py", "compare_moe.py") else 40
+    limit = 190 if path.name in ("train_moe.py", "compare_moe.py") else 40
     assert len(path.read_text().splitlines()) <= limit

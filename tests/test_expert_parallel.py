@@ -135,6 +135,13 @@ def test_the_example_says_what_one_process_says(tmp_path):
     assert launched == alone
 
 
+def test_the_example_says_what_it_takes():
+    code, out, err = run(([sys.executable, EXAMPLE, "--help"], {}))[0]
+    assert code == 0 and "MODEL PROMPT" in out and "mlx.launch -n 2" in out, err
+    code, _, err = run(([sys.executable, EXAMPLE, "model"], {}))[0]
+    assert code == 2 and "Traceback" not in err and "required: PROMPT" in err
+
+
 def test_the_example_says_in_a_line_what_cannot_be(tmp_path):
     model = language_model(tmp_path / "model", moe=cases.DECODER | {"num_experts": 7})
     answers = side_by_side(tmp_path, sys.executable, EXAMPLE, model, "hello")

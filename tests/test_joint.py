@@ -122,6 +122,30 @@ def test_quantizing_leaves_no_floats_behind():
     assert module._joint is None
 
 
+class Adapted(nn.Module):
+    """A layer with another around it, as LoRA puts it there: it has no weight of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def __call__(self, x):
+        return self.linear(x) * 3
+
+
+@pytest.mark.parametrize("make", [attention, lambda: GatedFeedForward(67, 131)], ids=["attention", "feed forward"])
+def test_a_layer_put_in_the_place_of_one_that_was_joined_is_heard_of(make):
+    module, x = make(), row()[None]
+    name = "v_proj" if "v_proj" in module else "up_proj"
+    before = np.array(module(x))
+    module.join()
+    module[name] = Adapted(module[name])
+    for _ in range(2):
+        bias = np.array(module.out_proj.bias) if "out_proj" in module else 0
+        np.testing.assert_allclose(np.array(module(x)) - bias, 3 * (before - bias), rtol=0, atol=1e-5)
+        module.join()
+
+
 def test_generation_joins_and_says_the_same():
     config = DecoderConfig(vocab_size=101, embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=37)
     model = Decoder(config)

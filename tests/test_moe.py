@@ -273,6 +273,17 @@ def test_any_leading_axes(shape):
         near(y.reshape(-1, D), layer(x.reshape(-1, D))[0])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_tokens_are_nothing_and_cost_nothing(name, training):
+    """Of every option: MLX takes no argmax and no logarithm of sums of nothing."""
+    layer = made(**CONFIGS[name]).train(training)
+    x = mx.zeros((2, 0, D))
+    y, routing = layer(x)
+    assert y.shape == (2, 0, D) and routing.loss.item() == 0 and routing.dropped.item() == 0
+    assert not any(g.any().item() for g in gradients(layer, x).values())
+
+
 # Quantized experts
 
 
@@ -430,6 +441,7 @@ def test_t1_13_a_factor_is_of_what_an_expert_gets_on_average():
 
 def test_t1_13_a_count_is_no_factor():
     assert MoEConfig(D, H, E, capacity=1).slots(100) == 1 and MoEConfig(D, H, E, capacity=1.0).slots(100) == 20
+    assert MoEConfig(D, H, E, capacity=1e308).slots(100) == 100 and MoEConfig(D, H, E, capacity=1e308).slots(0) == 0
     assert MoEConfig(D, H, E, capacity=500).slots(100) == 100 == MoEConfig(D, H, E, capacity=99.0).slots(100)
 
 
@@ -537,6 +549,13 @@ def test_nothing_that_is_not_finite_reaches_dropped_tokens():
             "groups_per_tok must hold num_experts_per_tok, 3, got 2 of 1 experts",
         ),
         ({"shared_dim": -1}, "shared_dim must be at least 0, got -1"),
+        ({"gated": "no"}, "gated must be True or False, got 'no'"),
+        ({"bias": 1}, "bias must be True or False, got 1"),
+        ({"router_bias": None}, "router_bias must be True or False, got None"),
+        ({"selection_bias": "no"}, "selection_bias must be True or False, got 'no'"),
+        ({"shared_dim": 3, "shared_gate": "no"}, "shared_gate must be True or False, got 'no'"),
+        ({"renormalize": "no"}, "renormalize must be True or False, got 'no'"),
+        ({"alpha": 10**400}, f"alpha must be finite and at least 0, got {str(10**400)[:80]}"),
         ({"shared_gate": True}, "shared_gate must be False without shared_dim, got True"),
     ],
 )
@@ -549,6 +568,12 @@ def test_a_configuration_that_does_not_fit_is_named(options, words):
     ("options", "words"),
     [
         ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
+        ({"embed_dim": 7.5}, "embed_dim must be a whole number, got 7.5"),
+        ({"hidden_dim": "11"}, "hidden_dim must be a whole number, got '11'"),
+        ({"use_moe": "no"}, "use_moe must be True or False, got 'no'"),
+        ({"use_moe": True, "num_experts": "3"}, "num_experts must be a whole number, got '3'"),
+        ({"use_moe": True, "num_experts": -3}, "num_experts must be at least 0, got -3"),
+        ({"use_moe": True, "num_experts": 3, "topk": 0}, "topk must be at least 1, got 0"),
         ({"use_moe": True, "num_experts": 3, "topk": 4}, "topk must be from 1 to num_experts, 3, got 4"),
         ({"use_moe": True, "num_experts": 3, "capacity": -1}, "capacity must be at least 0, got -1"),
         ({"use_moe": True, "num_experts": 3, "alpha": math.nan}, "alpha must be finite and at least 0, got nan"),

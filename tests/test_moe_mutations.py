@@ -16,7 +16,7 @@ MUTANTS = {
         "",
         "Routing",
     ),
-    "capacity rounded down": (CONFIG, "math.ceil(self.capacity", "math.floor(self.capacity", "MoE"),
+    "capacity rounded down": (CONFIG, "math.ceil(min(", "math.floor(min(", "MoE"),
     "capacity without k": (CONFIG, "tokens * self.num_experts_per_tok / self.num_experts", "tokens / self.num_experts",
                            "MoE"),
     "one more than the capacity": (ROUTING, "[0] < taken", "[0] <= taken",

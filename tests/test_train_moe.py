@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,6 +35,14 @@ def start(script, *arguments):
 
 def notes(folder):
     return json.loads((folder / "training.json").read_text())
+
+
+def stopped(folder):
+    """What is kept of a training that was stopped."""
+    state, told = mx.load(str(folder / "state.safetensors"), return_metadata=True)
+    record = json.loads(told["record"])
+    assert state["optimizer.step"].item() == len(record["loss"]) == len(record["load"])
+    return record
 
 
 def test_a_few_steps_learn_and_the_model_speaks(tmp_path):
@@ -66,13 +75,75 @@ def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
         assert b"the same command goes on from here" in child.communicate(timeout=60)[1] and child.returncode == 1
     finally:
         child.kill()
-    assert 3 <= len(notes(tmp_path / "parts")["loss"]) < 23
+    assert 3 <= len(stopped(tmp_path / "parts")["loss"]) < 23
     assert start(TRAIN, tmp_path / "parts", *arguments)[0] == 0
     whole, parts = (notes(tmp_path / name) for name in ("whole", "parts"))
     assert all(whole[name] == parts[name] for name in whole.keys() - {"seconds"})
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1] and not (tmp_path / "parts" / "state.safetensors").exists()
     assert start(TRAIN, tmp_path / "parts", *arguments)[2] == ""  # it is there already
+
+
+def test_impatience_does_no_harm(tmp_path, text):
+    """Several Ctrl-C: none falls on what is being written."""
+    command = list(map(str, [sys.executable, TRAIN, tmp_path / "out", "--text", text, "--steps", 5000]))
+    for count in (1, 2):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            seen = b""
+            while not re.search(rb"\| \d+/5000 \[.*step/s", seen):
+                more = child.stderr.read1()
+                assert more, seen.decode()
+                seen += more
+            while child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                time.sleep(0.002)
+        finally:
+            child.kill()
+            child.communicate()
+        assert len(stopped(tmp_path / "out")["loss"]) >= count
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["state.safetensors"]
+
+
+def test_where_no_model_can_be_written_the_training_is_not_lost(tmp_path, text):
+    out, arguments = tmp_path / "out", ["--text", text, "--steps", 3]
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "letter.txt").write_text("mine")
+    code, _, err = start(TRAIN, out, *arguments)
+    assert code == 1 and "must be new or empty or a checkpoint, it holds letter.txt" in err, err
+    loss = stopped(out)["loss"]
+    (out / "model").rename(out / "mine")
+    code, _, err = start(TRAIN, out, *arguments)
+    assert code == 0 and notes(out)["loss"] == loss and (out / "model" / "config.json").is_file(), err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("training.json", "{", "cannot be read"),
+        ("training.json", "[1]", "cannot be read"),
+        ("training.json", '{"loss": []}', "cannot be read"),
+        ("training.json", '{"held_out": 1.0}', "of the same text, loss, seed and steps"),
+        ("state.safetensors", "half", "cannot be read"),
+        ("state.safetensors", None, "cannot be read"),
+    ],
+)
+def test_what_was_kept_and_is_no_good_is_one_line(tmp_path, text, name, content, reason):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    if content is None:
+        mx.save_safetensors(str(path), {"model.none": mx.array(0)})
+    else:
+        path.write_text(content)
+    code, _, err = start(TRAIN, path.parent, "--text", text, "--steps", 3)
+    assert code == 1 and err.count("\n") == 1 and "OUT must be new, " in err and reason in err, err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, text):
+    """Here as a folder is in the way, which stops root too."""
+    (tmp_path / "out" / "new-state.safetensors").mkdir(parents=True)
+    code, _, err = start(TRAIN, tmp_path / "out", "--text", text, "--steps", 5000)
+    assert code == 1 and err.count("\n") == 1 and "new-state.safetensors" in err, err
 
 
 def test_what_is_measured_is_of_the_text_held_out(tmp_path, text):
@@ -112,6 +183,10 @@ def test_comparison(tmp_path, text):
             assert (record["alpha"] > 0) == (name == "with")
     for name in ("load.png", "loss.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out" / "table.md").unlink()
+    (tmp_path / "out" / "table.md").mkdir()
+    code, _, err = start(COMPARE, tmp_path / "out", "--seeds", "3,7", "--steps", 5, "--text", text)
+    assert code == 1 and err.count("\n") == 1 and "table.md" in err, err
 
 
 @pytest.mark.parametrize("script", [TRAIN, COMPARE], ids=lambda path: path.name)
@@ -137,9 +212,16 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
             folder = done if "--steps" in arguments else tmp_path / "never"
             code, out, err = start(script, folder, *arguments)
             assert code == 1 and out == "" and err.count("\n") == 1 and reason in err, err
-    for script, *arguments in ((TRAIN, "--steps", 0), (TRAIN, "--seed", -1), (COMPARE, "--steps", -3)):
+    for script, *arguments in (
+        (TRAIN, "--steps", 0),
+        (TRAIN, "--seed", -1),
+        (TRAIN, "--seed", 2**63),
+        (COMPARE, "--steps", -3),
+    ):
         code, _, err = start(script, tmp_path / "never", *arguments)
-        assert code == 1 and err.count("\n") == 1 and "steps must be at least 1 and seed at least 0, got" in err, err
+        assert (
+            code == 1 and err.count("\n") == 1 and "steps must be at least 1 and seed from 0 to 2^63 - 1, got" in err
+        ), err
     assert start(COMPARE, tmp_path / "never", "--seeds", "1,x")[0] == 2 and not (tmp_path / "never").exists()
 
 
