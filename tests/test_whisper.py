@@ -209,7 +209,7 @@ MEMORY, ONE = mx.zeros((1, 5, E)), mx.zeros((1, 4), mx.int32)
         (lambda: MODEL.listen(mx.zeros((26,))), "mel must be (T, F) or (B, T, F), got shape (26,)"),
         (
             lambda: list(generate(MODEL.listen(mx.zeros((2, 9, 7))), [1])),
-            "tokens must be 2 rows, as many as the memory has",
+            "tokens must be 2 rows, as many as the memory has, got 1",
         ),
         (
             lambda: MODEL.decode(mx.zeros((1, 42), mx.int32), MEMORY),
