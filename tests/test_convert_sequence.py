@@ -1,5 +1,6 @@
 """State dicts of torch.nn.Transformer* and of document 1's models: recognised, converted, and led back bit by bit."""
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_xformer import parity
 from mlx_xformer.checkpoint import load_model, read_checkpoint
 from mlx_xformer.models.seq2seq import AutoregressiveTransformerModel, EncoderDecoder, TransformerModel
 from mlx_xformer.models.transformer import Transformer
+from mlx_xformer.parity import model_cases
 
 E, HEADS, HIDDEN, I, O, L = 18, 6, 13, 5, 7, 11
 KINDS = {kind.name: kind for kind in torch_transformer.KINDS}
@@ -22,7 +24,9 @@ KINDS = {kind.name: kind for kind in torch_transformer.KINDS}
 def drawn(shapes, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.normal(size=shape) if len(shape) > 1 else rng.uniform(0.2, 0.9, shape)).astype(np.float32)
+        name: (rng.normal(size=shape) * shape[-1] ** -0.5 if len(shape) > 1 else rng.uniform(0.2, 0.9, shape)).astype(
+            np.float32
+        )
         for name, shape in shapes.items()
     }
 
@@ -222,3 +226,25 @@ def test_what_is_refused(tmp_path, shapes, settings, message):
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "model.safetensors", tmp_path / "ours", settings=settings)
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "change"),
+    [
+        ("encoder-decoder", "decoder", {"window": 2}),
+        ("encoder-decoder", "encoder", {"causal": True}),
+        ("regression", "stack", {"norm_first": True}),
+        ("autoregressive, mqa", "stack", {"causal": False}),
+    ],
+)
+def test_the_proof_of_a_folder_names_the_layer_that_is_wrong(tmp_path, monkeypatch, name, side, change):
+    shapes, settings, _ = DOCUMENT[name]
+    save_file(drawn(shapes), tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "ours", settings=settings)
+    model = load_model(tmp_path / "ours")
+    layer = model[side].layers[1]
+    own = dataclasses.replace(layer.self_attn.config, **{n: x for n, x in change.items() if n != "norm_first"})
+    layer.self_attn.config, layer.config = own, dataclasses.replace(layer.config, **change)
+    monkeypatch.setattr(model_cases, "load_model", lambda folder: model)
+    failed = {row.name for row in parity.run(folder=tmp_path / "ours", seeds=1).rows if row.failed}
+    assert failed - {"model.cached"} == {f"{side}.layers.1", "model"}
