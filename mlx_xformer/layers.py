@@ -107,6 +107,9 @@ class FeedForward(nn.Module):
         activation = kernels.ACTIVATIONS[self.activation]
         if key is not None and dropout:
             return self.linear2(dropped(activation(self.linear1(x)), dropout, key))
+        if one_row(x) and type(self.linear1) is type(self.linear2) is nn.Linear:  # neither is packed
+            weights = [(layer.weight, layer.get("bias")) for layer in (self.linear1, self.linear2)]
+            return kernels.product(activation(kernels.product(x, *weights[0])), *weights[1])
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens).reshape(x.shape)
 

@@ -206,3 +206,16 @@ def test_calls_that_are_refused(options, arrays, given, message):
 def test_a_stack_needs_a_layer():
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         Stack(LayerConfig(E, HEADS, HIDDEN), 0)
+
+
+def test_scores_are_scaled():
+    """T4.4: without 1 / sqrt(D) weights are too sharp, never too flat: the largest of 128 is 0.7 at D = 64."""
+    layer = Layer(LayerConfig(128, 2, 5, cross=True))
+    assert layer.self_attn.scale == layer.cross_attn.scale == 64**-0.5
+    x = noise(1, 128, 128)
+    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+        projection.weight, projection.bias = noise(128, 128, seed=4) * 128**-0.5, mx.zeros((128,))
+    layer.self_attn.k_proj.weight = noise(128, 128, seed=5) * 128**-0.5
+    sharpest = float(layer.self_attn.weights(x).max(axis=-1).mean())
+    layer.self_attn.config = dataclasses.replace(layer.self_attn.config, scale=1.0)
+    assert sharpest < 0.15 < 0.5 < float(layer.self_attn.weights(x).max(axis=-1).mean())

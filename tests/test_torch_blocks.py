@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_xformer.converters import llm_prep, torch_transformer
+from mlx_xformer.converters.convert import convert
 from mlx_xformer.converters.rules import Rule, apply_rules
+from safetensors.numpy import save_file
 from torch_oracle import Oracle
 
 from mlx_xformer.blocks import Layer, LayerConfig
+from mlx_xformer.checkpoint import load_model
 from mlx_xformer.masks import causal_mask
 from mlx_xformer.models.seq2seq import (
     AutoregressiveTransformerModel,
@@ -240,6 +243,19 @@ def test_encoder_decoder(oracle, attention_type, padded):
         llm_prep.rules(SequenceCheckpoint("encoder_decoder", config), {}),
         lambda model, source, target: model(source, target, source_mask=mx.array(mask) if padded else None),
     )
+
+
+def test_a_state_dict_of_pytorch_converts_and_runs(oracle, tmp_path):
+    """From nn.Transformer's own file to the same values."""
+    kwargs = {"d_model": E, "nhead": HEADS, "num_encoder_layers": 2, "num_decoder_layers": 3, "dropout": 0.0}
+    kwargs |= {"dim_feedforward": HIDDEN, "activation": "gelu", "batch_first": True}
+    inputs = {"src": noise(B, S, E), "tgt": noise(B, L, E, seed=1), "tgt_mask": ~np.array(causal_mask(L, L))}
+    truth, single = (oracle.module("transformer", kwargs, inputs, dtype=dtype) for dtype in ("float64", "float32"))
+    save_file(truth.state, tmp_path / "transformer.safetensors")
+    settings = {"num_heads": HEADS, "activation": "gelu"}
+    convert(tmp_path / "transformer.safetensors", tmp_path / "ours", settings=settings)
+    out = load_model(tmp_path / "ours")(mx.array(inputs["src"]), mx.array(inputs["tgt"]))
+    check("value", out, truth.outputs[0], single.outputs[0], np.abs(truth.outputs[0]).max())
 
 
 def moments(rows):

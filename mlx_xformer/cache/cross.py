@@ -24,7 +24,8 @@ class CrossCache:
         """project(memory), which is called again where memory is another array than last time. (An array changed in
         place is still the same: reset() first.)"""
         if not self._pair or memory is not self._memory:
-            pair = project(memory)
+            k, v = project(memory)
+            pair = mx.contiguous(k), mx.contiguous(v)  # or every step's products would copy the heads into order
             self._memory, self._pair = memory, pair
         k, v = self._pair
         return k, v
