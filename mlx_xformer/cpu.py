@@ -208,8 +208,8 @@ _LEAST = 32  # rows of a piece
 def few_rows(x: mx.array, weight: mx.array) -> mx.array:
     """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight, or one
     where OpenBLAS shares it out among the cores."""
-    if runtime.in_turn:  # of one row OpenBLAS takes 0.4 to 0.8 of the time for W x
-        return (weight @ x.T).reshape(1, -1) if len(x) == 1 else x @ weight.T
+    if runtime.in_turn:
+        return x @ weight.T
     M, (O, I) = len(x), weight.shape
     workers = max(1, min(runtime.workers, weight.size // _SHARE))
     size = _divisor(O, max(1, min(_UNCOPIED[0] // (M * I), _UNCOPIED[1] // M, O // workers)))
