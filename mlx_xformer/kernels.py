@@ -359,11 +359,19 @@ _CUDA = mx.cuda.is_available()
 _SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics
 
 
+@mx.compile
+def _few_layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> mx.array:
+    x = x - mx.mean(x, axis=-1, keepdims=True)
+    return x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps) * weight + bias
+
+
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Layer normalisation over the last axis: biased variance, eps inside the root; any size, and none."""
     width = x.shape[-1]
     if not x.size:
         return x
+    if width <= _SEQUENTIAL and vectorizes(x) and x.size <= _FEW * width and weight.dtype == bias.dtype == x.dtype:
+        return _few_layer_norm(x, weight, bias, mx.array(eps))  # where few rows make each operation count, in four
     if width > _SEQUENTIAL or (_CUDA and width % 8):  # MLX 0.32.4 on CUDA: wrong gradients, reads beyond the array
         return normalize(x, weight, bias, axes=(), eps=eps)
     return mx.fast.layer_norm(x, weight, bias, eps)
