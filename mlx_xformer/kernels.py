@@ -59,6 +59,8 @@ def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
         return mx.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
     if mx.default_device() != _CPU:
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    if runtime.in_turn and x.dtype == mx.float32 and x.size == x.shape[-1]:  # a step's, where each operation counts
+        return x @ weight.T if bias is None else x @ weight.T + bias
     if x.dtype in _HALF and weight.dtype == x.dtype:
         return product(x.astype(mx.float32), weight.astype(mx.float32), bias).astype(x.dtype)
     rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)

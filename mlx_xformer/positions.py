@@ -151,12 +151,11 @@ class Rotary:
             raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
         if not x.size:  # MLX's kernel takes no empty array on CUDA
             return x
+        if positions is None and self._by_table(x, offset):
+            turn = _turned_few if x.shape[2] <= _FEW else _turned
+            return turn(x, *_turns(self, offset, x.shape[2])).astype(x.dtype)
         rates = self.rates()  # MLX's own, in float32, are good to 3e-7 only
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
-        if positions is None and self._by_table(x, offset):
-            cos, sin = _turns(self, offset, x.shape[2])
-            a, b = mx.split(x, 2, axis=-1)
-            return (x * cos + mx.concatenate([b, a], axis=-1) * sin).astype(x.dtype)
         if positions is None:
             freqs = mx.array(1 / rates, mx.float32)
             turned = mx.fast.rope(
@@ -195,6 +194,15 @@ class Rotary:
 
 
 _TABLE = 1024  # positions of a table, at most
+_FEW = 8  # positions for which each operation counts
+
+
+def _turned(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    a, b = mx.split(x, 2, axis=-1)
+    return x * cos + mx.concatenate([b, a], axis=-1) * sin
+
+
+_turned_few = mx.compile(_turned)
 
 
 @lru_cache(maxsize=8)

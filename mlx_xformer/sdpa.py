@@ -147,8 +147,9 @@ def attention(
         scores = hidden.block(rows, keys)
         return softmax.explicit(parts, scores, seed) if how.explicit else softmax.fused(parts, scores, how.width)
 
-    blocks = kernels.side_by_side([partial(block, *given) for given in zip(starts, seeds, strict=True)])
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+    if len(starts) == 1:
+        return block(0, seeds[0])
+    return mx.concatenate(kernels.side_by_side([partial(block, *given) for given in zip(starts, seeds, strict=True)]), 2)
 
 
 def _quantized(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
