@@ -149,7 +149,9 @@ def attention(
 
     if len(starts) == 1:
         return block(0, seeds[0])
-    return mx.concatenate(kernels.side_by_side([partial(block, *given) for given in zip(starts, seeds, strict=True)]), 2)
+    return mx.concatenate(
+        kernels.side_by_side([partial(block, *given) for given in zip(starts, seeds, strict=True)]), 2
+    )
 
 
 def _quantized(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
