@@ -140,7 +140,7 @@ def test_inputs_that_are_refused(given, reason):
 def test_configurations_that_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         changed(**change)
-    with pytest.raises(ValueError, match=r"embed_dim, num_layers, num_heads, hidden_dim must be given"):
+    with pytest.raises(ValueError, match="the BERT must be given embed_dim, num_layers, num_heads, hidden_dim"):
         BertConfig.from_dict({"vocab_size": 3})
     with pytest.raises(ValueError, match="a BERT with a pooler, got one without"):
         Bert(changed(pooler=False)).pooled(mx.zeros((1, 2, 21)))

@@ -348,8 +348,11 @@ def test_models_that_make_no_sense(kind, options, message):
     ("call", "message"),
     [
         (lambda r, a, p, x: r(x[..., :3]), "x must be (batch, length, 5) of floats, got mlx.core.float32 (2, 11, 3)"),
-        (lambda r, a, p, x: r(x, mask=mx.ones((2, 3), mx.bool_)), "mask must be boolean (2, 11), got mlx.core.bool"),
-        (lambda r, a, p, x: r(x, mask=mx.ones((2, L))), "mask must be boolean (2, 11), got mlx.core.float32 (2, 11)"),
+        (
+            lambda r, a, p, x: r(x, mask=mx.ones((2, 3), mx.bool_)),
+            "mask must be boolean (True = valid) of shape (2, 11)",
+        ),
+        (lambda r, a, p, x: r(x, mask=mx.ones((2, L))), "of shape (2, 11), got mlx.core.float32 (2, 11)"),
         (lambda r, a, p, x: r(mx.zeros((1, 32, I))), "x must be at most max_len, 31 positions, got 32"),
         (lambda r, a, p, x: a(x, last=-1), "last must be at least 0, got -1"),
         (lambda r, a, p, x: a(x[0]), "x must be (batch, length, 5) of floats, got mlx.core.float32 (11, 5)"),

@@ -192,7 +192,7 @@ def test_configurations_that_are_refused(changes, message):
 
 
 def test_what_must_be_given():
-    with pytest.raises(ValueError, match=r"^decoder_layers must be given$"):
+    with pytest.raises(ValueError, match="^Whisper must be given decoder_layers$"):
         WhisperConfig.from_dict({name: size for name, size in SIZES.items() if name != "decoder_layers"})
 
 
@@ -215,7 +215,14 @@ MEMORY, ONE = mx.zeros((1, 5, E)), mx.zeros((1, 4), mx.int32)
             lambda: MODEL.decode(mx.zeros((1, 42), mx.int32), MEMORY),
             "tokens must be at most 41, one a position, got 42",
         ),
-        (lambda: MODEL.decode(mx.zeros((4,), mx.int32), MEMORY), "tokens must be (batch, length), got shape (4,)"),
+        (
+            lambda: MODEL.decode(mx.zeros((4,), mx.int32), MEMORY),
+            "tokens must be (batch, length) whole numbers, got shape (4,) mlx.core.int32",
+        ),
+        (
+            lambda: MODEL.decode(mx.zeros((1, 4)), MEMORY),
+            "tokens must be (batch, length) whole numbers, got shape (1, 4) mlx.core.float32",
+        ),
         (lambda: MODEL.decode(ONE, MEMORY, last=-1), "last must be at least 0, got -1"),
         (lambda: MODEL.decode(ONE, mx.zeros((1, 5, 23))), "memory must be (1, length, 22), got shape (1, 5, 23)"),
         (lambda: MODEL.decode(ONE, mx.zeros((2, 5, 22))), "memory must be (1, length, 22), got shape (2, 5, 22)"),

@@ -18,7 +18,8 @@ import mlx.nn as nn
 from .. import fields
 from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
-from ..conditioning import Conditioned, check_tokens, check_vectors, check_vocabulary, key_mask, positioned
+from ..conditioning import Conditioned, positioned
+from ..inputs import check_tokens, check_vectors, key_mask
 from ..kernels import ACTIVATIONS, Linear
 from ..layers import Embedding, dropped
 
@@ -219,5 +220,5 @@ class Transformer(nn.Module):
         ValueError for tokens outside the vocabulary."""
         if self.config.vocab_size is None:
             raise ValueError("conditioned() needs a vocabulary, got vocab_size None")
-        check_vocabulary("source", source, self.config.source_vocab_size or self.config.vocab_size)
+        check_tokens("source", source, self.config.source_vocab_size or self.config.vocab_size)
         return Conditioned(self, self.encode(source, source_mask=source_mask), source_mask)

@@ -15,7 +15,8 @@ import mlx.nn as nn
 
 from ...blocks import Stack
 from ...cache import CrossCache, KVCache
-from ...conditioning import Conditioned, check_tokens, check_vectors, key_mask, positioned
+from ...conditioning import Conditioned, positioned
+from ...inputs import check_tokens, check_vectors, key_mask
 from ...kernels import Linear
 from ...layers import Embedding
 from ...moe import Routing
