@@ -192,7 +192,7 @@ def test_configurations_that_are_refused(changes, message):
 
 
 def test_what_must_be_given():
-    with pytest.raises(ValueError, match="^Whisper must be given decoder_layers$"):
+    with pytest.raises(ValueError, match=r"^Whisper must be given decoder_layers$"):
         WhisperConfig.from_dict({name: size for name, size in SIZES.items() if name != "decoder_layers"})
 
 
