@@ -348,7 +348,8 @@ def test_a_repository_that_is_neither(tmp_path, cache, hub):
     refused(answer, "FileNotFoundError", "no config.json in me/nothing", "no nothing.yaml in me/Demucs-nothing")
     write_folder(tmp_path / "other", config("llama"), model_type="mamba")
     share(hub, "me/other", tmp_path / "other")
-    refused(ask("me/other", hub.url, tmp_path / "hf"), "ValueError", "model_type must be one of llama")
+    answer = ask("me/other", hub.url, tmp_path / "hf")
+    refused(answer, "ValueError", "model_type must be one of llama, ", ", bert, t5, whisper, got mamba")
     assert not (cache / "hub").exists()
 
 
