@@ -223,6 +223,7 @@ NAMED = "blocks.1.attention_layer.W_O.weight"
             "k_proj.weight must be a multiple of a head's 7, got 9",
         ),
         (layer_state() | {"k_proj.weight": noise(9)}, HEADS, "must be matrices"),
+        (layer_state() | {"q_proj.weight": noise(E, 0)}, HEADS, "must divide the columns of q_proj.weight, 0, got 3"),
         (layer_state() | {"out_proj.weight": noise(3, E)}, HEADS, r"out_proj.weight must be \(21, 21\), got \(3, 21\)"),
         (layer_state(), {**HEADS, "colour": 1}, "the attention layer has no option named colour"),
     ],
