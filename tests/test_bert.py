@@ -372,6 +372,16 @@ def test_without_files_of_sentence_transformers(sentences, tmp_path):
     assert np.abs(np.linalg.norm(np.array(encoder.encode(TEXTS)), axis=1) - 1).max() < 1e-6
 
 
+def test_vectors_are_float32_whatever_the_weights_are(sentences, tmp_path):
+    convert(sentences, tmp_path / "mlx")
+    encoder = SentenceEncoder(tmp_path / "mlx")
+    whole = encoder.encode(TEXTS)
+    encoder.model.set_dtype(mx.float16)
+    vectors = encoder.encode(TEXTS)
+    assert vectors.dtype == mx.float32 and mx.abs(vectors - whole).max().item() < 0.01
+    assert mx.abs(mx.linalg.norm(vectors, axis=-1) - 1).max().item() < 1e-6
+
+
 def test_vectors_that_are_not_normed(sentences, tmp_path):
     modules(sentences, names=("Transformer", "Pooling"))
     convert(sentences, tmp_path / "mlx")
