@@ -371,6 +371,16 @@ def test_calls_that_are_refused(call, message):
         call(*models, array(noise(2, L, I)))
 
 
+def test_tokens_outside_the_vocabulary():
+    """MLX reads beyond the table without a word."""
+    model, _ = made(AutoregressiveTransformerModel, vocab_size=V)
+    with pytest.raises(ValueError, match="x must be from 0 to 22, got 23"):
+        model(mx.array([[1, V]]))
+    model, _ = made(EncoderDecoder, vocab_size=V)
+    with pytest.raises(ValueError, match="target must be from 0 to 22, got -1"):
+        model(array(noise(1, S, I)), mx.array([[1, -1]]))
+
+
 def test_a_cache_does_not_lead_beyond_the_positions():
     model, _ = made(AutoregressiveTransformerModel, max_len=L)
     caches = model.make_caches()

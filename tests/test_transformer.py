@@ -306,6 +306,8 @@ X, Y = mx.array(tokens(1, S)), mx.array(tokens(1, L))
         ({}, lambda m: m(mx.zeros((1, 42), mx.int32), Y), "source must be at most max_len, 41 positions,"),
         ({}, lambda m: m(X, mx.zeros((1, 42), mx.int32)), "target must be at most max_len, 41 positions,"),
         ({}, lambda m: m(mx.zeros((1, S)), Y), "source must be (batch, length) whole numbers, got"),
+        ({}, lambda m: m(X + V, Y), "source must be from 0 to 22, got "),
+        ({}, lambda m: m(X, Y - V), "target must be from 0 to 22, got -"),
         ({}, lambda m: m(X, Y, last=-1), "last must be at least 0, got -1"),
         ({}, lambda m: m(X, Y, source_mask=mx.array([[True]])), "source_mask must be boolean (True = valid) of shape"),
         ({}, lambda m: m.decode(Y, mx.zeros((1, S, E + 1))), "memory must be (batch, length, 18) of floats, got"),

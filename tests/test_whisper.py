@@ -211,6 +211,7 @@ MEMORY, ONE = mx.zeros((1, 5, E)), mx.zeros((1, 4), mx.int32)
             lambda: list(generate(MODEL.listen(mx.zeros((2, 9, 7))), [1])),
             "tokens must be 2 rows, as many as the memory has, got 1",
         ),
+        (lambda: MODEL(mx.zeros((1, 9, 7)), ONE + 53), "tokens must be from 0 to 52, got 53"),
         (
             lambda: MODEL.decode(mx.zeros((1, 42), mx.int32), MEMORY),
             "tokens must be at most 41, one a position, got 42",

@@ -143,7 +143,8 @@ class Whisper(nn.Module):
         self.decoder = Decoder(config)
 
     def __call__(self, mel: mx.array, tokens: mx.array) -> mx.array:
-        """mel (B, T, F), tokens (B, L) -> logits (B, L, V)."""
+        """mel (B, T, F), tokens (B, L) -> logits (B, L, V). ValueError for tokens outside the vocabulary."""
+        check_tokens("tokens", tokens, self.config.vocab_size)
         return self.decode(tokens, self.encoder(mel))
 
     def decode(
