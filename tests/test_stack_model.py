@@ -282,6 +282,10 @@ def test_padding_of_a_memory_is_not_heard():
     ("call", "message"),
     [
         (lambda m: m(mx.array([[1, 19]]), array(1, S, M)), "target must be from 0 to 18, got 19"),
+        (
+            lambda m: m.loss(mx.array([[1]]), array(1, S, M)),
+            r"target must hold at least two tokens .* got shape \(1, 1\)",
+        ),
         (lambda m: m(mx.array([[1, -2]]), array(1, S, M)), "target must be from 0 to 18, got -2"),
         (lambda m: m.loss(mx.array([[1, 19, 2]]), array(1, S, M)), "target must be from 0 to 18, got 19"),
         (

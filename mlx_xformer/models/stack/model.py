@@ -83,6 +83,9 @@ class EncoderDecoder(nn.Module):
     def loss(self, target: mx.array, memory: mx.array | None = None, **options: Any) -> mx.array:
         """Teacher forcing: the mean cross-entropy, in nats, of every token of (B, L + 1) but the first by what is
         before it; padding is passed over. options: of `decode`."""
+        check_tokens("target", target)
+        if target.shape[1] < 2:
+            raise ValueError(f"target must hold at least two tokens a row, got shape {target.shape}")
         logits = self(target[:, :-1], memory, **options)
         return cross_entropy(logits, target[:, 1:], self.config.padding_idx)
 
