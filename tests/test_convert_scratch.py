@@ -262,3 +262,11 @@ def test_commands(tmp_path, capsys):
     assert load_model(tmp_path / "ours").config.stack.attention_dropout == 0.2
     assert cli.main(["parity", str(tmp_path / "ours"), "--seeds", "1"]) == 0
     assert cli.main(["info", str(tmp_path / "ours")]) == 0
+    capsys.readouterr()
+    assert (
+        cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "b"), "--to", "pytorch", "--set", "num_heads=7"])
+        == 1
+    )
+    assert "settings are of no use where a checkpoint leads back" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "nothing.pt"), str(tmp_path / "b"), "--set", "num_heads=7"]) == 1
+    assert capsys.readouterr().err.endswith("nothing.pt: no such file or folder\n")
