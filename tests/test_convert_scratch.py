@@ -252,6 +252,12 @@ def test_nothing_is_guessed(tmp_path, state):
         converted(tmp_path, state, HEADS)
 
 
+def test_help_tells_no_default_of_settings(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    assert "(default: [])" not in capsys.readouterr().out
+
+
 def test_commands(tmp_path, capsys):
     save_file(model_state(), tmp_path / "a.safetensors")
     given = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "ours")]
