@@ -63,11 +63,13 @@ def convert(
     source, out = Path(source), Path(out)
     precision = language.Precision(quantize, group_size, dtype)
     if to == "pytorch":
-        if precision != language.Precision():
+        if precision != language.Precision() or settings:
             raise ValueError(
-                "quantize, group_size and dtype are of no use where a checkpoint leads back to its original"
+                "quantize, group_size, dtype and settings are of no use where a checkpoint leads back to its original"
             )
         return _to_pytorch(source, out, family, dry_run)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
     kind = networks.kind_of_folder(source) or networks.kind_of_file(source)
     if kind is not None:
         if precision != language.Precision():

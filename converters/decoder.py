@@ -85,6 +85,7 @@ _TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself
     "gemma3_text": {**_GEMMA, "qk_norm": True},
     **{kind: {} for kind in mixture.KEYS},
 }
+MODEL_TYPES = tuple(_TYPES)
 _ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe", "olmoe")  # or none, in all layers
 # What keys mean that are absent, in transformers 5.23, where that is neither null nor false: it does not write them.
 _ANY = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096}

@@ -38,7 +38,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> AttentionLayerConfig:
     if len(rows) != 2 or len(columns) != 2:
         raise ValueError(f"q_proj.weight and k_proj.weight must be matrices, got {columns} and {rows}")
     embed_dim = columns[1]
-    if embed_dim % heads:
+    if not embed_dim or embed_dim % heads:
         raise ValueError(f"num_heads must divide the columns of q_proj.weight, {embed_dim}, got {heads}")
     width = embed_dim // heads
     if rows[0] % width:

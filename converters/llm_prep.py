@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_xformer.models.seq2seq import FFNConfig, SequenceCheckpoint, SequenceConfig
 
+from . import keys
 from .layouts import Stack
 from .rules import Rule
 
@@ -47,12 +48,13 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
         raise ValueError(f"model must be set to {known}, got {model!r:.80}")
     if type(values.get("num_heads")) is not int or values["num_heads"] < 1:
         raise ValueError(f"num_heads must be set (--set num_heads=8), got {values.get('num_heads')!r:.80}")
-    start, attention = ("encoder_layers", "attn") if pair else ("layers", "attn")
-    embed_dim, input_dim = tensors["encoder_input_proj.weight" if pair else "input_proj.weight"].shape
-    if pair and tensors["decoder_input_proj.weight"].shape != (embed_dim, input_dim):
-        theirs = tensors["decoder_input_proj.weight"].shape
+    start = "encoder_layers" if pair else "layers"
+    first = "encoder_input_proj.weight" if pair else "input_proj.weight"
+    embed_dim, input_dim = (keys.size(tensors, first, axis) for axis in (0, 1))
+    theirs = tensors["decoder_input_proj.weight"].shape if pair else (embed_dim, input_dim)
+    if theirs != (embed_dim, input_dim):
         raise ValueError(f"decoder_input_proj.weight must be {(embed_dim, input_dim)}, as the encoder's, got {theirs}")
-    heads, rows = values["num_heads"], tensors[f"{start}.0.{attention}.k_proj.weight"].shape[0]
+    heads, rows = values["num_heads"], keys.size(tensors, f"{start}.0.attn.k_proj.weight", 0)
     groups, left = divmod(rows * heads, embed_dim)
     if left:
         raise ValueError(f"num_heads must divide the rows of the keys, {rows}, into heads, got {heads}")
@@ -62,7 +64,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
         model,
         SequenceConfig(
             input_dim=input_dim,
-            output_dim=tensors["out_proj.weight"].shape[0],
+            output_dim=keys.size(tensors, "out_proj.weight", 0),
             embed_dim=embed_dim,
             num_layers=_count(tensors, start),
             num_heads=heads,
@@ -81,18 +83,23 @@ def _count(tensors: Tensors, start: str) -> int:
 
 def _ffn(values: Mapping[str, Any], tensors: Tensors, start: str, embed_dim: int) -> FFNConfig:
     """The networks of the layers, which are all alike."""
-    router = tensors.get(f"{start}.0.ffn.router.weight")
-    if router is None:
+    router = f"{start}.0.ffn.router.weight"
+    if router not in tensors:
         if odd := [name for name in _MIXTURE if name in values]:
             raise ValueError(f"{', '.join(odd)} must not be set for a model without mixtures")
-        return FFNConfig(embed_dim, tensors[f"{start}.0.ffn.layer_1.weight"].shape[0])
+        return FFNConfig(embed_dim, keys.size(tensors, f"{start}.0.ffn.layer_1.weight", 0))
     lacking = [name for name in ("capacity", "topk") if name not in values]
     if lacking:
         raise ValueError(f"{', '.join(lacking)} must be set for a model with mixtures (--set capacity=64)")
-    hidden = tensors[f"{start}.0.ffn.experts.0.layer_1.weight"].shape[0]
+    hidden = keys.size(tensors, f"{start}.0.ffn.experts.0.layer_1.weight", 0)
     given = {name: values[name] for name in _MIXTURE if name in values}
     return FFNConfig(
-        embed_dim, hidden, use_moe=True, num_experts=router.shape[0], renormalize=True, **{"alpha": 0.01, **given}
+        embed_dim,
+        hidden,
+        use_moe=True,
+        num_experts=keys.size(tensors, router, 0),
+        renormalize=True,
+        **{"alpha": 0.01, **given},
     )
 
 

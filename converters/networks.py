@@ -23,7 +23,19 @@ from mlx_xformer.checkpoint import (
     write_safetensors,
 )
 
-from . import bert, ctranslate2, ferrotorch, folder, llm_prep, scratch, scratch_model, t5, torch_transformer, whisper
+from . import (
+    bert,
+    ctranslate2,
+    decoder,
+    ferrotorch,
+    folder,
+    llm_prep,
+    scratch,
+    scratch_model,
+    t5,
+    torch_transformer,
+    whisper,
+)
 from .report import Report, make_rows, totals
 from .rules import Rule, apply_rules, inverse_shapes, invert
 from .source import SUFFIXES, read_source, scan, sha256_of
@@ -66,11 +78,18 @@ KINDS: tuple[Any, ...] = (  # of modules, or objects, that are a Kind
 
 
 def kind_of_folder(source: Path) -> Any:
-    """The kind of a folder of Hugging Face; None for any other path, or a model_type that no kind has."""
+    """The kind of a folder of Hugging Face; None for any other path, or a language model. ValueError for a model_type
+    that nothing here has."""
     if not folder.is_folder(source):
         return None
     model_type = json.loads((source / "config.json").read_text("utf-8"))["model_type"]
-    return next((kind for kind in KINDS if model_type in kind.MODEL_TYPES), None)
+    known = {name: kind for kind in KINDS for name in kind.MODEL_TYPES}
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    if model_type not in decoder.MODEL_TYPES:
+        names = ", ".join([*decoder.MODEL_TYPES, *known])
+        raise ValueError(f"{source / 'config.json'}: model_type must be one of {names}, got {short(str(model_type))}")
+    return None
 
 
 def kind_of_file(source: Path) -> Any:
@@ -101,7 +120,7 @@ def to_mlx(
         weights = apply_rules(rules, tensors, parameter_shapes(kind.FAMILY, config.to_dict()))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    except (ArithmeticError, TypeError, AttributeError, KeyError) as error:
+    except (ArithmeticError, TypeError, AttributeError, LookupError) as error:
         reason = f"{type(error).__name__}, {short(str(error))}"
         raise ValueError(f"{source}: makes no model ({reason})") from None
     provenance = {

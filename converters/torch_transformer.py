@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_xformer.models.transformer import TransformerConfig
 
+from . import keys
 from .rules import Rule
 
 Tensors = Mapping[str, mx.array]
@@ -91,8 +92,8 @@ class TorchKind:
             raise ValueError("encoder.norm and decoder.norm must be there both or not at all, got one")
         return TransformerConfig(
             vocab_size=None,
-            embed_dim=tensors[f"{first}self_attn.in_proj_weight"].shape[-1],
-            hidden_dim=tensors[f"{first}linear1.weight"].shape[0],
+            embed_dim=keys.size(tensors, f"{first}self_attn.in_proj_weight", 1),
+            hidden_dim=keys.size(tensors, f"{first}linear1.weight", 0),
             num_encoder_layers=counts.get("encoder", 0),
             num_decoder_layers=counts.get("decoder", 0),
             final_norm=norms == {True} and not self.single,

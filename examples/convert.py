@@ -1,6 +1,6 @@
 """Converts a PyTorch checkpoint and compares it with the NumPy twin: python examples/convert.py SOURCE OUT"""
 
-import sys
+import argparse
 
 from mlx_xformer import convert, load  # isort: skip (before MLX, whose BLAS it chooses)
 
@@ -24,4 +24,7 @@ def main(source: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("out", metavar="OUT")
+    main(**vars(parser.parse_args()))

@@ -1,6 +1,8 @@
 """Compares the meanings of sentences: python examples/embed.py MODEL [SENTENCE ...]"""
 
+import argparse
 import sys
+from collections.abc import Sequence
 
 from mlx_xformer.sentences import SentenceEncoder
 
@@ -13,8 +15,7 @@ SENTENCES = (
 SHADES = " ░▒▓█"
 
 
-def main(name: str, *sentences: str) -> None:
-    sentences = sentences or SENTENCES
+def main(name: str, sentences: Sequence[str]) -> None:
     vectors = SentenceEncoder(name).encode(sentences)  # (N, E), each of length 1
     cosines = (vectors @ vectors.T).tolist()
     print(" " * 3 + "".join(f"{n:8}" for n in range(len(sentences))))
@@ -24,4 +25,11 @@ def main(name: str, *sentences: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", metavar="MODEL")
+    parser.add_argument("sentences", metavar="SENTENCE", nargs="*", default=SENTENCES)
+    given = vars(parser.parse_args())
+    try:
+        main(**given)
+    except (OSError, ValueError) as error:
+        sys.exit(f"embed.py: {error}")

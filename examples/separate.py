@@ -1,6 +1,6 @@
 """Separates a recording into its stems: python examples/separate.py SONG [MODEL [FOLDER]]"""
 
-import sys
+import argparse
 
 from tqdm import tqdm
 
@@ -8,7 +8,7 @@ from mlx_xformer import Separator
 from mlx_xformer.separate import Progress
 
 
-def main(song: str, name: str = "htdemucs", folder: str = "separated") -> None:
+def main(song: str, name: str, folder: str) -> None:
     separator = Separator(name)
     with tqdm(unit="segment") as bar:
 
@@ -22,4 +22,8 @@ def main(song: str, name: str = "htdemucs", folder: str = "separated") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("song", metavar="SONG")
+    parser.add_argument("name", metavar="MODEL", nargs="?", default="htdemucs")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", default="separated")
+    main(**vars(parser.parse_args()))

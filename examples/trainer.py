@@ -62,9 +62,13 @@ class Run:
         fresh.replace(path)
 
     def load(self, path: Path, facts: dict[str, int]) -> None:
-        """What `save` wrote. ValueError if that was another run."""
-        arrays, told = mx.load(str(path), return_metadata=True)
-        if json.loads(told["facts"]) != facts:
+        """What `save` wrote. ValueError if that was another run, or is damaged."""
+        try:
+            arrays, told = mx.load(str(path), return_metadata=True)
+            known = json.loads(told["facts"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path}: no state of a run ({' '.join(str(error).split())[:160]})") from None
+        if known != facts:
             raise ValueError(f"OUT must be new, or of the same seed and steps, {facts}, got {told['facts']} in {path}")
         parts: Any = tree_unflatten(list(arrays.items()))
         self.model.update(parts["model"])

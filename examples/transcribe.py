@@ -1,5 +1,6 @@
 """Writes down what is said in a recording, 30 seconds at a time: python examples/transcribe.py MODEL RECORDING [en]"""
 
+import argparse
 import json
 import sys
 
@@ -14,13 +15,12 @@ from mlx_xformer.pretrained import resolve
 from mlx_xformer.samplers import greedy, suppressing
 
 
-def main(name: str, recording: str, language: str = "en") -> None:
-    folder = resolve(name)  # of a checkpoint, or of an original, which is converted
-    model, tokenizer = load(folder), Tokenizer(folder)
+def main(name: str, recording: str, language: str) -> None:
+    model, tokenizer = load(folder := resolve(name)), Tokenizer(folder)  # the folder of an original is a converted one
     if not isinstance(model, Whisper):
         sys.exit(f"{name} must be a Whisper, got a {type(model).__name__}")
     told = folder / "generation_config.json"  # what is never written, and what is not written first
-    settings = json.loads(told.read_text()) if told.is_file() else {}
+    settings = json.loads(told.read_text("utf-8")) if told.is_file() else {}
     task = f"<|{language}|><|transcribe|>" if model.config.vocab_size > 51864 else ""  # the others know English only
     prompt = tokenizer.encode(f"<|startoftranscript|>{task}<|notimestamps|>", special=False)
     away, first = (settings.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))
@@ -28,10 +28,13 @@ def main(name: str, recording: str, language: str = "en") -> None:
     ends = tokenizer.encode("<|endoftext|>", special=False)
     for window in rechunked(Recording.of(recording).converted(1, SAMPLE_RATE), SAMPLES):
         listener = model.listen(log_mel(mx.array(window[0]), bins=model.config.mel_bins))
-        most = model.config.target_positions // 2
-        said = [token.id for token in generate(listener, prompt, sampler=sampler, eos=ends, max_tokens=most)]
-        print(tokenizer.decode(said).strip(), flush=True)
+        said = generate(listener, prompt, sampler=sampler, eos=ends, max_tokens=model.config.target_positions // 2)
+        print(tokenizer.decode([token.id for token in said]).strip(), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", metavar="MODEL")
+    parser.add_argument("recording", metavar="RECORDING")
+    parser.add_argument("language", metavar="LANGUAGE", nargs="?", default="en")
+    main(**vars(parser.parse_args()))

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import fields
 from .attention import Attention
 from .cache import CrossCache, KVCache
 from .kernels import ACTIVATIONS, GATED
@@ -53,17 +54,12 @@ class LayerConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.norm not in _NORMS:
-            raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {self.norm!r:.80}")
-        known = GATED if self.gated else ACTIVATIONS
-        if not isinstance(self.activation, str) or self.activation not in known:
-            raise ValueError(f"activation must be one of {', '.join(known)}, got {self.activation!r:.80}")
-        if self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim must be at least 1, got {self.hidden_dim}")
+        fields.check_one_of(self, "norm", _NORMS)
+        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
+        fields.check_whole(self, {"hidden_dim": (1, 10 * fields.WIDTH)})
+        fields.check_rate(self, "dropout")
         if self.memory_dim is not None and not self.cross:
             raise ValueError(f"memory_dim must come with cross, got {self.memory_dim} alone")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.moe is not None and self.moe.embed_dim != self.embed_dim:
             raise ValueError(f"embed_dim of the moe must be the layer's, {self.embed_dim}, got {self.moe.embed_dim}")
 

@@ -1,4 +1,4 @@
-"""What models of a source and a target share: positions that caches tell, masks, and generation given a memory.
+"""What models of a source and a target share: positions that caches tell, and generation given a memory.
 
 Axes: B batch, L positions of the target, S positions of the memory, E embed_dim, V vocab_size.
 """
@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .cache import CrossCache, KVCache
+from .inputs import key_mask
 from .positions import sinusoidal
 
 
@@ -29,37 +30,6 @@ def positioned(x: mx.array, max_len: int, what: str, cache: KVCache | None = Non
     tables = [sinusoidal(L, E, offset=before - row) for row in rows]
     table = tables[0] if len(tables) == 1 else mx.stack(tables)
     return x + table.astype(x.dtype)
-
-
-def key_mask(name: str, mask: mx.array | None, shape: Sequence[int]) -> mx.array | None:
-    """A mask of positions (B, S), True = attend, as attention takes it: (B, 1, 1, S). `shape` begins with B, S."""
-    if mask is None:
-        return None
-    if mask.dtype != mx.bool_ or tuple(mask.shape) != tuple(shape[:2]):
-        raise ValueError(f"{name} must be boolean {tuple(shape[:2])}, got {mask.dtype} {mask.shape}")
-    return mask[:, None, None]
-
-
-def check_vectors(name: str, x: mx.array, width: int) -> None:
-    """ValueError unless x is (B, L, width) of floats."""
-    if x.ndim != 3 or x.shape[-1] != width or not mx.issubdtype(x.dtype, mx.floating):
-        raise ValueError(f"{name} must be (batch, length, {width}) of floats, got {x.dtype} {x.shape}")
-
-
-def check_tokens(name: str, tokens: mx.array) -> None:
-    """ValueError unless tokens are (B, L) of integers. They are not read: MLX would have to wait for them."""
-    if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-        raise ValueError(f"{name} must be (batch, length) of whole numbers, got {tokens.dtype} {tokens.shape}")
-
-
-def check_vocabulary(name: str, tokens: mx.array, vocab_size: int) -> None:
-    """ValueError for tokens outside the vocabulary, which MLX reads beyond the end of a table for. Waits for them."""
-    check_tokens(name, tokens)
-    if not tokens.size:
-        return
-    wrong = [n for n in (cast(int, tokens.min().item()), cast(int, tokens.max().item())) if not 0 <= n < vocab_size]
-    if wrong:
-        raise ValueError(f"{name} must hold tokens from 0 to {vocab_size - 1}, got {wrong[0]}")
 
 
 class TokenDecoder(Protocol):

@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import grouping, kernels
+from . import fields, grouping, kernels
 from .experts import ExpertLinear, Experts, QuantizedExpertLinear, on_cpu
 from .layers import FeedForward, GatedFeedForward
-from .moe_config import MoEConfig, flag, whole
+from .moe_config import MoEConfig, whole
 from .routing import Routing, balanced_bias, route
 
 __all__ = [
@@ -154,7 +154,7 @@ class FFNConfig:
     def __post_init__(self) -> None:
         for name, least in (("embed_dim", 1), ("hidden_dim", 1), ("num_experts", 0), ("topk", 1)):
             whole(name, getattr(self, name), least)
-        flag("use_moe", self.use_moe)
+        fields.check_flags(self, "use_moe")
         if not self.use_moe:
             return
         if self.num_experts < 1:

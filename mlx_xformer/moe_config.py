@@ -6,14 +6,9 @@ import math
 import sys
 from dataclasses import dataclass
 
-from . import kernels
+from . import fields, kernels
 
 ROUTERS, OVERFLOWS, BALANCES = ("softmax", "sigmoid"), ("drop", "expert"), ("switch", "document")
-
-
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def whole(name: str, value: object, least: int) -> None:
@@ -30,12 +25,6 @@ def _finite(name: str, value: object, *, zero: bool) -> None:
         raise ValueError(f"{name} must be a number, got {value!r}")
     if not abs(value) <= sys.float_info.max or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
-
-
-def flag(name: str, value: object) -> None:
-    """ValueError unless the value is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -82,18 +71,17 @@ class MoEConfig:
         for name in ("embed_dim", "hidden_dim", "num_experts", "num_experts_per_tok", "groups", "groups_per_tok"):
             whole(name, getattr(self, name), 1)
         whole("shared_dim", self.shared_dim, 0)
-        for name in ("gated", "bias", "router_bias", "selection_bias", "shared_gate"):
-            flag(name, getattr(self, name))
+        fields.check_flags(self, "gated", "bias", "router_bias", "selection_bias", "shared_gate")
         if self.renormalize is not None:
-            flag("renormalize", self.renormalize)
+            fields.check_flags(self, "renormalize")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts, {self.num_experts}, got {self.num_experts_per_tok}"
             )
-        _one_of("activation", self.activation, tuple(kernels.GATED if self.gated else kernels.ACTIVATIONS))
-        _one_of("router", self.router, ROUTERS)
-        _one_of("overflow", self.overflow, OVERFLOWS)
-        _one_of("balance", self.balance, BALANCES)
+        fields.check_one_of(self, "activation", kernels.GATED if self.gated else kernels.ACTIVATIONS)
+        fields.check_one_of(self, "router", ROUTERS)
+        fields.check_one_of(self, "overflow", OVERFLOWS)
+        fields.check_one_of(self, "balance", BALANCES)
         self._check_groups()
         if self.shared_gate and not self.shared_dim:
             raise ValueError(f"shared_gate must be False without shared_dim, got {self.shared_gate}")

@@ -40,6 +40,11 @@ NAMES = ("htdemucs", "htdemucs_ft", "htdemucs_6s", "htdemucs_mini")
 EMBEDDED = {"htdemucs_mini": Path(__file__).parent / "data" / "htdemucs_mini"}
 NAMESPACE = "adefossez"
 _NAME = re.compile(r"([A-Za-z0-9]\w*)|([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", re.ASCII)
+# Layers, in the words of every family, encoders first; an attention layer alone has none.
+_COUNTS = (
+    *("num_layers", "num_stack", "encoder_layers", "num_encoder_layers"),
+    *("decoder_layers", "num_decoder_layers"),
+)
 _SMALL = 1 << 26  # bytes up to which a file of a language model is known by its content
 _T = TypeVar("_T")
 
@@ -113,14 +118,25 @@ def _made_of(family: str, config: dict[str, Any]) -> str:
     if "sources" in config:
         return f"  sources     {', '.join(config['sources'])}"
     if family != language.FAMILY:
-        tokens = f", {config['vocab_size']} tokens" if "vocab_size" in config else ""
-        return f"  layers      {config.get('num_layers')} of width {config.get('embed_dim')}{tokens}"
+        return f"  layers      {_layers(config)}"
     packed = config.get("quantization")
     bits = f", {packed['bits']} bits in groups of {packed['group_size']}" if packed else ""
     moe = config.get("moe")
     experts = f", {moe['num_experts']} experts, {moe['num_experts_per_tok']} a token" if moe else ""
     layers = f"{config['num_layers']} of width {config['embed_dim']}, {config['vocab_size']} tokens"
     return f"  layers      {layers}{experts}{bits}"
+
+
+def _layers(config: dict[str, Any]) -> str:
+    """How many layers there are, how wide they are, and the vocabulary if there is one."""
+    vocabulary = config.get("vocab_size")
+    config = {**config, **config.get("stack", {})}
+    counts = [str(config[name]) for name in _COUNTS if config.get(name)]
+    if config.get("model") == "encoder_decoder" and len(counts) == 1:  # as many again
+        counts *= 2
+    width = config.get("embed_dim", config.get("model_dim"))
+    tokens = "" if vocabulary is None else f", {vocabulary} tokens"
+    return f"{' + '.join(counts) or 1} of width {width}{tokens}"
 
 
 def available() -> dict[str, str]:

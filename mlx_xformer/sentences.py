@@ -65,7 +65,7 @@ class SentenceEncoder:
         L = max(int(lengths.max()), 1)
         tokens = mx.array([[*row, *[0] * (L - len(row))] for row in ids], mx.int32)
         mask = mx.array(np.arange(L)[None] < lengths[:, None])
-        x = mean_pooled(self.model(tokens, mask=mask), mask)
+        x = mean_pooled(self.model(tokens, mask=mask).astype(mx.float32), mask)
         return normalized(x) if self._normalizes else x
 
 

@@ -140,7 +140,7 @@ def test_inputs_that_are_refused(given, reason):
 def test_configurations_that_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         changed(**change)
-    with pytest.raises(ValueError, match=r"embed_dim, num_layers, num_heads, hidden_dim must be given"):
+    with pytest.raises(ValueError, match="the BERT must be given embed_dim, num_layers, num_heads, hidden_dim"):
         BertConfig.from_dict({"vocab_size": 3})
     with pytest.raises(ValueError, match="a BERT with a pooler, got one without"):
         Bert(changed(pooler=False)).pooled(mx.zeros((1, 2, 21)))
@@ -370,6 +370,16 @@ def test_without_files_of_sentence_transformers(sentences, tmp_path):
     encoder = SentenceEncoder(tmp_path / "mlx")
     assert encoder.longest == 17
     assert np.abs(np.linalg.norm(np.array(encoder.encode(TEXTS)), axis=1) - 1).max() < 1e-6
+
+
+def test_vectors_are_float32_whatever_the_weights_are(sentences, tmp_path):
+    convert(sentences, tmp_path / "mlx")
+    encoder = SentenceEncoder(tmp_path / "mlx")
+    whole = encoder.encode(TEXTS)
+    encoder.model.set_dtype(mx.float16)
+    vectors = encoder.encode(TEXTS)
+    assert vectors.dtype == mx.float32 and mx.abs(vectors - whole).max().item() < 0.01
+    assert mx.abs(mx.linalg.norm(vectors, axis=-1) - 1).max().item() < 1e-6
 
 
 def test_vectors_that_are_not_normed(sentences, tmp_path):

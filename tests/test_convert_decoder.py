@@ -608,7 +608,7 @@ def edited(path, **values):
         ({"colour": "blue"}, "config.json has keys that are not handled: colour"),
         (
             {"model_type": "mamba"},
-            "gemma3_text, mixtral, qwen2_moe, qwen3_moe, olmoe, got mamba",
+            "gemma3_text, mixtral, qwen2_moe, qwen3_moe, olmoe, bert, t5, whisper, got mamba",
         ),
         ({"hidden_act": "relu"}, "hidden_act must be one of silu"),
         (

@@ -223,6 +223,7 @@ NAMED = "blocks.1.attention_layer.W_O.weight"
             "k_proj.weight must be a multiple of a head's 7, got 9",
         ),
         (layer_state() | {"k_proj.weight": noise(9)}, HEADS, "must be matrices"),
+        (layer_state() | {"q_proj.weight": noise(E, 0)}, HEADS, "must divide the columns of q_proj.weight, 0, got 3"),
         (layer_state() | {"out_proj.weight": noise(3, E)}, HEADS, r"out_proj.weight must be \(21, 21\), got \(3, 21\)"),
         (layer_state(), {**HEADS, "colour": 1}, "the attention layer has no option named colour"),
     ],
@@ -251,6 +252,12 @@ def test_nothing_is_guessed(tmp_path, state):
         converted(tmp_path, state, HEADS)
 
 
+def test_help_tells_no_default_of_settings(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    assert "(default: [])" not in capsys.readouterr().out
+
+
 def test_commands(tmp_path, capsys):
     save_file(model_state(), tmp_path / "a.safetensors")
     given = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "ours")]
@@ -261,3 +268,11 @@ def test_commands(tmp_path, capsys):
     assert load_model(tmp_path / "ours").config.stack.attention_dropout == 0.2
     assert cli.main(["parity", str(tmp_path / "ours"), "--seeds", "1"]) == 0
     assert cli.main(["info", str(tmp_path / "ours")]) == 0
+    capsys.readouterr()
+    assert (
+        cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "b"), "--to", "pytorch", "--set", "num_heads=7"])
+        == 1
+    )
+    assert "settings are of no use where a checkpoint leads back" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "nothing.pt"), str(tmp_path / "b"), "--set", "num_heads=7"]) == 1
+    assert capsys.readouterr().err.endswith("nothing.pt: no such file or folder\n")

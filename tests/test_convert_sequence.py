@@ -219,6 +219,21 @@ def test_every_kind_knows_its_own_alone():
             {"model": "regression", "num_heads": 6},
             "layers.0.attn.mask meets no",
         ),
+        (
+            {**single(), "out_proj.weight": ()},
+            {"model": "regression", "num_heads": 6},
+            "out_proj.weight must have 2 axes",
+        ),
+        (
+            {**single(), "input_proj.weight": (E,)},
+            {"model": "regression", "num_heads": 6},
+            r"must have 2 axes, .* \(\d+,\)",
+        ),
+        (
+            {"self_attn.in_proj_weight": (9, 3), "linear1.weight": ()},
+            {"num_heads": 3},
+            "linear1.weight must have 2 axes",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, shapes, settings, message):

@@ -50,7 +50,7 @@ def test_configurations_that_are_refused(changes, message):
 
 
 def test_what_must_be_given():
-    with pytest.raises(ValueError, match="num_heads, num_layers must be given"):
+    with pytest.raises(ValueError, match="the cross-transformer must be given num_heads, num_layers"):
         CrossTransformerConfig.from_dict({"embed_dim": 15})
 
 

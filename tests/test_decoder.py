@@ -393,7 +393,7 @@ def test_plain_values_there_and_back(name):
     assert dataclasses.replace(again, quantization=None) == dataclasses.replace(own, quantization=None)
     with pytest.raises(ValueError, match="the decoder has no option named colour"):
         DecoderConfig.from_dict(values | {"colour": 1})
-    with pytest.raises(ValueError, match="vocab_size must be given"):
+    with pytest.raises(ValueError, match="the decoder must be given vocab_size"):
         DecoderConfig.from_dict({k: v for k, v in values.items() if k != "vocab_size"})
 
 

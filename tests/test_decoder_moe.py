@@ -221,5 +221,5 @@ def test_plain_values_of_a_mixture():
     ):
         with pytest.raises(ValueError, match=reason):
             DecoderConfig.from_dict({**values, "moe": {**values["moe"], **change}})
-    with pytest.raises(ValueError, match="moe must have hidden_dim"):
+    with pytest.raises(ValueError, match="moe must be given hidden_dim"):
         DecoderConfig.from_dict({**values, "moe": {n: x for n, x in values["moe"].items() if n != "hidden_dim"}})

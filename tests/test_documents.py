@@ -13,6 +13,7 @@ from language import language_model, word_tokenizer
 from mlx_xformer.cli import _parser
 
 ROOT = Path(__file__).parent.parent
+TRAINER = ROOT / "examples" / "trainer.py"  # what others import
 README = (ROOT / "README.md").read_text()
 
 
@@ -81,9 +82,23 @@ def test_example_generate(tmp_path):
     assert answers[0].stdout == answers[1].stdout and len(answers[0].stdout.split()) > 20
 
 
+@pytest.mark.parametrize("path", sorted({*(ROOT / "examples").glob("*.py")} - {TRAINER}), ids=lambda p: p.name)
+def test_examples_tell_how_they_are_called(path):
+    answer = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith(f"usage: {path.name} ")
+
+
 @pytest.mark.parametrize(
-    "path", sorted({*(ROOT / "examples").glob("*.py")} - {ROOT / "examples" / "trainer.py"}), ids=lambda p: p.name
+    "words", [["generate.py", "nowhere/x/y", "w3"], ["embed.py", "nowhere/x/y"]], ids=lambda w: w[0]
 )
+def test_examples_say_in_a_line_what_is_wrong(words):
+    command = [sys.executable, ROOT / "examples" / words[0], *words[1:]]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 1 and answer.stderr == f"{words[0]}: nowhere/x/y: no such file or folder\n"
+
+
+@pytest.mark.parametrize("path", sorted({*(ROOT / "examples").glob("*.py")} - {TRAINER}), ids=lambda p: p.name)
 def test_examples_are_short(path):
     limit = 190 if path.name in ("train_moe.py", "compare_moe.py") else 40
     assert len(path.read_text().splitlines()) <= limit

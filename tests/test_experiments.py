@@ -153,6 +153,17 @@ def test_commands_that_are_refused(tmp_path, arguments, message):
     assert answer.returncode == 1 and message in answer.stderr and "Traceback" not in answer.stderr
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_state_that_is_none(tmp_path, other):
+    path = tmp_path / "out" / "seed-0" / "state.safetensors"
+    path.parent.mkdir(parents=True)
+    mx.save_safetensors(str(path), {"a": mx.zeros(3)})
+    path.write_bytes(path.read_bytes() if other else path.read_bytes()[:20])
+    answer = command("regression", tmp_path / "out", "--seeds", "0", "--steps", "2")
+    assert answer.returncode == 1 and f"{path}: no state of a run (" in answer.stderr.splitlines()[-1]
+    assert "Traceback" not in answer.stderr
+
+
 def test_a_missing_matplotlib_is_told_before_training(tmp_path):
     hidden = "import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, sys.argv[1]); "
     hidden += "sys.argv = ['regression.py', sys.argv[2]]; runpy.run_module('regression', run_name='__main__')"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_bert
+import whispers
 import yaml
 from decoders import config, write_folder
 from htdemucs_options import options
+from mlx.utils import tree_flatten
 from mlx_xformer.converters import htdemucs
 from mlx_xformer.converters.convert import convert
 from mlx_xformer.converters.rules import inverse_shapes
 from safetensors.numpy import save_file
 
 from mlx_xformer import pretrained
-from mlx_xformer.checkpoint import parameter_shapes, read_checkpoint
+from mlx_xformer.checkpoint import FAMILIES, parameter_shapes, read_checkpoint, save_checkpoint
 from mlx_xformer.models.htdemucs import Bag, HTDemucs, HTDemucsConfig
 
 CONFIG = HTDemucsConfig.from_dict(options("base") | {"channels": 2, "bottom_channels": 12, "t_layers": 1})
@@ -345,7 +348,8 @@ def test_a_repository_that_is_neither(tmp_path, cache, hub):
     refused(answer, "FileNotFoundError", "no config.json in me/nothing", "no nothing.yaml in me/Demucs-nothing")
     write_folder(tmp_path / "other", config("llama"), model_type="mamba")
     share(hub, "me/other", tmp_path / "other")
-    refused(ask("me/other", hub.url, tmp_path / "hf"), "ValueError", "model_type must be one of llama")
+    answer = ask("me/other", hub.url, tmp_path / "hf")
+    refused(answer, "ValueError", "model_type must be one of llama, ", ", bert, t5, whisper, got mamba")
     assert not (cache / "hub").exists()
 
 
@@ -373,3 +377,26 @@ def test_an_encoder_of_sentences_from_the_hub_and_then_without_it(tmp_path, cach
     assert "layers      2 of width 21, 31 tokens" in pretrained.describe("some/sentences")
     hub.server.shutdown()
     assert ask("some/sentences", "http://127.0.0.1:9", tmp_path / "hf") == answer
+
+
+SEQUENCE = {"input_dim": 3, "output_dim": 2, "embed_dim": 10, "num_layers": 2, "num_heads": 5}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "line"),
+    [
+        ("whisper", whispers.SIZES, "2 + 3 of width 22, 53 tokens"),
+        ("transformer", {"vocab_size": None, "embed_dim": 16, "num_decoder_layers": 0}, "6 of width 16"),
+        ("transformer", {"vocab_size": 31, "embed_dim": 8, "num_encoder_layers": 2}, "2 + 6 of width 8, 31 tokens"),
+        ("seq2seq", {"model": "regression", **SEQUENCE}, "2 of width 10"),
+        ("seq2seq", {"model": "encoder_decoder", **SEQUENCE}, "2 + 2 of width 10"),
+        ("transformer_stack", {"model_dim": 10, "key_dim": 3, "hidden_dim": 7, "num_stack": 3}, "3 of width 10"),
+        ("attention_layer", {"embed_dim": 10, "num_heads": 5}, "1 of width 10"),
+    ],
+)
+def test_what_a_model_is_made_of(tmp_path, family, config, line):
+    """Whatever a family calls its layers."""
+    full = FAMILIES[family][0].from_dict(config)
+    weights = dict(tree_flatten(FAMILIES[family][1](full).parameters()))
+    save_checkpoint(tmp_path / "model", weights, family=family, config=full.to_dict(), provenance={})
+    assert re.search(rf"^  layers +{re.escape(line)}", pretrained.describe(tmp_path / "model"), re.M)

@@ -348,8 +348,11 @@ def test_models_that_make_no_sense(kind, options, message):
     ("call", "message"),
     [
         (lambda r, a, p, x: r(x[..., :3]), "x must be (batch, length, 5) of floats, got mlx.core.float32 (2, 11, 3)"),
-        (lambda r, a, p, x: r(x, mask=mx.ones((2, 3), mx.bool_)), "mask must be boolean (2, 11), got mlx.core.bool"),
-        (lambda r, a, p, x: r(x, mask=mx.ones((2, L))), "mask must be boolean (2, 11), got mlx.core.float32 (2, 11)"),
+        (
+            lambda r, a, p, x: r(x, mask=mx.ones((2, 3), mx.bool_)),
+            "mask must be boolean (True = valid) of shape (2, 11)",
+        ),
+        (lambda r, a, p, x: r(x, mask=mx.ones((2, L))), "of shape (2, 11), got mlx.core.float32 (2, 11)"),
         (lambda r, a, p, x: r(mx.zeros((1, 32, I))), "x must be at most max_len, 31 positions, got 32"),
         (lambda r, a, p, x: a(x, last=-1), "last must be at least 0, got -1"),
         (lambda r, a, p, x: a(x[0]), "x must be (batch, length, 5) of floats, got mlx.core.float32 (11, 5)"),
@@ -366,6 +369,16 @@ def test_calls_that_are_refused(call, message):
     models = [kind(config()) for kind in KINDS]
     with pytest.raises(ValueError, match=re.escape(message)):
         call(*models, array(noise(2, L, I)))
+
+
+def test_tokens_outside_the_vocabulary():
+    """MLX reads beyond the table without a word."""
+    model, _ = made(AutoregressiveTransformerModel, vocab_size=V)
+    with pytest.raises(ValueError, match="x must be from 0 to 22, got 23"):
+        model(mx.array([[1, V]]))
+    model, _ = made(EncoderDecoder, vocab_size=V)
+    with pytest.raises(ValueError, match="target must be from 0 to 22, got -1"):
+        model(array(noise(1, S, I)), mx.array([[1, -1]]))
 
 
 def test_a_cache_does_not_lead_beyond_the_positions():

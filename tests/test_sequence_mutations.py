@@ -4,7 +4,7 @@ import pytest
 from planted import outcomes, source_of, task
 from test_attention_mutations import CHECK
 
-BLOCKS, CONDITIONING, TRANSFORMER = "blocks", "conditioning", "models.transformer"
+BLOCKS, CONDITIONING, INPUTS, TRANSFORMER = "blocks", "conditioning", "inputs", "models.transformer"
 MODEL, CONFIG = "models.seq2seq.model", "models.seq2seq.config"
 
 # name: (module, source, planted, operation)
@@ -35,7 +35,7 @@ MUTANTS = {
         "offset=-row)",
         "AutoregressiveTransformerModel.cached",
     ),
-    "mask upside down": (CONDITIONING, "return mask[:, None, None]", "return ~mask[:, None, None]", "EncoderDecoder"),
+    "mask upside down": (INPUTS, "return mask[:, None, None]", "return ~mask[:, None, None]", "EncoderDecoder"),
     "mean over padding": (MODEL, "else mask.astype(y.dtype)", "else mx.ones(mask.shape)", "TransformerModel"),
     "padding is attended to": (MODEL, "self.stack(y, mask=keys, ", "self.stack(y, ", "TransformerModel"),
     "autoregression by name only": (

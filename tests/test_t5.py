@@ -211,6 +211,7 @@ def test_it_learns_to_copy():
         (lambda m: m(mx.array(SOURCE), mx.array(TOKENS), mask=mx.array(MASK[:, :3])), "mask must be boolean .* 17"),
         (lambda m: m.decode(mx.array(TOKENS), mx.zeros((3, 5, 21))), r"memory must be \(3, S, 22\), .*\(3, 5, 21\)"),
         (lambda m: m.decode(mx.array(TOKENS[0]), mx.zeros((3, 5, 22))), r"tokens must be \(batch, length\)"),
+        (lambda m: m.decode(mx.zeros((3, 4)), mx.zeros((3, 5, 22))), r"tokens must be .* whole numbers, got .*float32"),
         (lambda m: m.decode(mx.array(TOKENS), mx.zeros((3, 5, 22)), last=-1), "last must be at least 0, got -1"),
         (
             lambda m: m.decode(mx.array(TOKENS), mx.zeros((3, 5, 22)), memory_mask=mx.array(MASK)),
@@ -247,7 +248,7 @@ def test_inputs_that_are_refused(call, reason):
 def test_configurations_that_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         changed(**change)
-    with pytest.raises(ValueError, match="num_heads, head_dim, hidden_dim must be given"):
+    with pytest.raises(ValueError, match="the T5 must be given num_heads, head_dim, hidden_dim"):
         T5Config.from_dict({"vocab_size": 3, "embed_dim": 2, "num_layers": 1})
     assert changed(num_decoder_layers=None).num_decoder_layers == 2
 

@@ -192,7 +192,7 @@ def test_configurations_that_are_refused(changes, message):
 
 
 def test_what_must_be_given():
-    with pytest.raises(ValueError, match=r"^decoder_layers must be given$"):
+    with pytest.raises(ValueError, match=r"^Whisper must be given decoder_layers$"):
         WhisperConfig.from_dict({name: size for name, size in SIZES.items() if name != "decoder_layers"})
 
 
@@ -211,11 +211,19 @@ MEMORY, ONE = mx.zeros((1, 5, E)), mx.zeros((1, 4), mx.int32)
             lambda: list(generate(MODEL.listen(mx.zeros((2, 9, 7))), [1])),
             "tokens must be 2 rows, as many as the memory has, got 1",
         ),
+        (lambda: MODEL(mx.zeros((1, 9, 7)), ONE + 53), "tokens must be from 0 to 52, got 53"),
         (
             lambda: MODEL.decode(mx.zeros((1, 42), mx.int32), MEMORY),
             "tokens must be at most 41, one a position, got 42",
         ),
-        (lambda: MODEL.decode(mx.zeros((4,), mx.int32), MEMORY), "tokens must be (batch, length), got shape (4,)"),
+        (
+            lambda: MODEL.decode(mx.zeros((4,), mx.int32), MEMORY),
+            "tokens must be (batch, length) whole numbers, got shape (4,) mlx.core.int32",
+        ),
+        (
+            lambda: MODEL.decode(mx.zeros((1, 4)), MEMORY),
+            "tokens must be (batch, length) whole numbers, got shape (1, 4) mlx.core.float32",
+        ),
         (lambda: MODEL.decode(ONE, MEMORY, last=-1), "last must be at least 0, got -1"),
         (lambda: MODEL.decode(ONE, mx.zeros((1, 5, 23))), "memory must be (1, length, 22), got shape (1, 5, 23)"),
         (lambda: MODEL.decode(ONE, mx.zeros((2, 5, 22))), "memory must be (1, length, 22), got shape (2, 5, 22)"),

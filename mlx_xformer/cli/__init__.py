@@ -63,7 +63,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     add("--group-size", type=int, choices=[32, 64, 128], default=64, help="numbers that share a scale")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of a language model's floats, if not as they are")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="what a file does not tell, as num_heads=8")
+    add("--set", action="append", metavar="NAME=VALUE", help="what a file does not tell, as num_heads=8")
     add("--dry-run", action="store_true", help="report what would be written, write nothing")
 
 
@@ -80,7 +80,7 @@ def _convert(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         given = {name: getattr(options, name) for name in names}
-        given["settings"] = dict(map(_setting, options.set))
+        given["settings"] = dict(map(_setting, options.set or []))
         report = convert(options.source, options.out, **given, progress=progress)
     print(report)
     return 0

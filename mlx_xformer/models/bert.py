@@ -7,26 +7,28 @@ by Reimers and Gurevych 2019, arXiv 1908.10084. Axes: B batch, L tokens, E embed
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import fields
 from ..blocks import LayerConfig, Stack
-from ..inputs import check_mask, check_tokens
+from ..inputs import check_mask, check_tokens, key_mask
 from ..kernels import ACTIVATIONS, Linear
 from ..layers import LayerNorm
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LARGEST = {
-    "vocab_size": 10**8,
-    "embed_dim": 10**6,
-    "num_layers": 1000,
-    "num_heads": 10**5,
-    "hidden_dim": 10**7,
-    "max_positions": 10**7,
-    "num_token_types": 10**4,
+_LIMITS = {
+    "vocab_size": (1, 10**8),
+    "embed_dim": (1, 10**6),
+    "num_layers": (1, 1000),
+    "num_heads": (1, 10**5),
+    "hidden_dim": (1, 10**7),
+    "max_positions": (1, 10**7),
+    "num_token_types": (1, 10**4),
 }
 
 
@@ -50,19 +52,14 @@ class BertConfig:
     pooler: bool = True
 
     def __post_init__(self) -> None:
-        for name, limit in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        fields.check_whole(self, _LIMITS)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
-        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r:.80}")
+        fields.check_one_of(self, "activation", ACTIVATIONS)
         eps = self.norm_eps
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < float("inf"):
             raise ValueError(f"norm_eps must be a number above 0, got {eps!r:.80}")
-        if type(self.pooler) is not bool:
-            raise ValueError(f"pooler must be true or false, got {self.pooler!r:.80}")
+        fields.check_flags(self, "pooler")
 
     @property
     def layer(self) -> LayerConfig:
@@ -71,16 +68,9 @@ class BertConfig:
         return LayerConfig(*sizes, activation=self.activation, norm_eps=self.norm_eps)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BertConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> BertConfig:
         """The configuration from plain values."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(values.keys() - {field.name for field in fields})
-        if unknown:
-            raise ValueError(f"the BERT has no option named {', '.join(unknown)}")
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given")
-        return cls(**values)
+        return fields.read(cls, "the BERT", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""
@@ -127,10 +117,8 @@ class Bert(nn.Module):
         check_tokens("token_types", token_types, config.num_token_types)
         if token_types.shape != tokens.shape:
             raise ValueError(f"token_types must have the shape of tokens, {tokens.shape}, got {token_types.shape}")
-        if mask is not None:
-            check_mask("mask", mask, tokens.shape)
-        x = self.embeddings(tokens, token_types)
-        return self.encoder(x, mask=None if mask is None else mask[:, None, None])
+        keys = key_mask("mask", mask, tokens.shape)
+        return self.encoder(self.embeddings(tokens, token_types), mask=keys)
 
     def pooled(self, hidden: mx.array) -> mx.array:
         """What the model gives, (B, L, E), to one vector a text, (B, E): tanh of a layer on its first token."""

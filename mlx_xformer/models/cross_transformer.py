@@ -8,6 +8,7 @@ Axes: B batch, L tokens of a branch, E embed_dim.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +16,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import fields
 from ..attention import Attention
 from ..kernels import ACTIVATIONS
 from ..layers import FeedForward, LayerNorm
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LARGEST = {"embed_dim": 10**6, "num_heads": 10**6, "num_layers": 1000, "hidden_dim": 10**7}
+_LIMITS = {
+    "embed_dim": (1, 10**6),
+    "num_heads": (1, 10**6),
+    "num_layers": (1, 1000),
+    "hidden_dim": (1, 10**7),
+}
 
 
 @dataclass(frozen=True)
@@ -42,29 +49,16 @@ class CrossTransformerConfig:
     def __post_init__(self) -> None:
         if self.hidden_dim is None and type(self.embed_dim) is int:
             object.__setattr__(self, "hidden_dim", 4 * self.embed_dim)
-        for name, limit in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
-        for name in ("attention_bias", "ffn_bias"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        fields.check_whole(self, _LIMITS)
+        fields.check_flags(self, "attention_bias", "ffn_bias")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
-        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r:.80}")
+        fields.check_one_of(self, "activation", ACTIVATIONS)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CrossTransformerConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> CrossTransformerConfig:
         """The configuration from plain values."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(values.keys() - {field.name for field in fields})
-        if unknown:
-            raise ValueError(f"the cross-transformer has no option named {', '.join(unknown)}")
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given")
-        return cls(**values)
+        return fields.read(cls, "the cross-transformer", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .. import kernels
 from ..attention import Attention
+from ..blocks import auxiliary_loss
 from ..cache import KVCache
 from ..layers import Embedding, GatedFeedForward, RMSNorm
 from ..moe import MoE, Routing
@@ -154,11 +155,6 @@ class Decoder(nn.Module):
                 own = window
             caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
         return caches
-
-
-def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:
-    """What training adds to the loss of a Decoder: the sum of the losses of its mixtures."""
-    return sum((routing.loss for routing in routings), mx.array(0.0))
 
 
 def quantize(model: nn.Module, quantization: Quantization) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import kernels
+from .. import fields, kernels
 from ..moe import MoEConfig
 from ..positions import Rotary, RotaryScaling
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LARGEST = {
-    "vocab_size": 10**8,
-    "embed_dim": 10**6,
-    "num_layers": 1000,
-    "num_heads": 10**5,
-    "num_kv_heads": 10**5,
-    "head_dim": 10**5,
-    "hidden_dim": 10**7,
+_LIMITS = {
+    "vocab_size": (1, 10**8),
+    "embed_dim": (1, 10**6),
+    "num_layers": (1, 1000),
+    "num_heads": (1, 10**5),
+    "num_kv_heads": (1, 10**5),
+    "head_dim": (1, 10**5),
+    "hidden_dim": (1, 10**7),
 }
 _LARGEST_MOE = {"num_experts": 10**4, "hidden_dim": 10**7, "shared_dim": 10**7}
 _ABOVE_0 = (
@@ -103,24 +104,18 @@ class DecoderConfig:
             if self.embed_dim % self.num_heads:
                 raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
-        for name, limit in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        fields.check_whole(self, _LIMITS)
         for name in _ABOVE_0:
             value = getattr(self, name)
             known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
             if not known and not (value is None and _DEFAULTS[name] is None):
                 raise ValueError(f"{name} must be a number above 0, got {value!r:.80}")
-        for name in _FLAGS:
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
+        fields.check_flags(self, *_FLAGS)
         self._check_choices()
         self._check_layers()
 
     def _check_choices(self) -> None:
-        if not isinstance(self.activation, str) or self.activation not in kernels.GATED:
-            raise ValueError(f"activation must be one of {', '.join(kernels.GATED)}, got {self.activation!r:.80}")
+        fields.check_one_of(self, "activation", kernels.GATED)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
         if not set(self.attention_bias) <= {"q", "k", "v", "out"}:
@@ -177,35 +172,18 @@ class DecoderConfig:
         return Rotary(self.head_dim, self.rope_theta, scaling=self.rope_scaling)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
         """The configuration from plain values."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(values.keys() - {field.name for field in fields})
-        if unknown:
-            raise ValueError(f"the decoder has no option named {', '.join(unknown)}")
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        for name, kind in (("rope_scaling", RotaryScaling), ("moe", MoEConfig), ("quantization", Quantization)):
+        for name, kind in _PARTS.items():
             if isinstance(values.get(name), dict):
-                values[name] = _read(name, kind, values[name])
-        return cls(**values)
+                values[name] = fields.read(kind, name, values[name])
+        return fields.read(cls, "the decoder", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""
         return dataclasses.asdict(self)
 
 
-def _read(name: str, kind: type, values: dict[str, Any]) -> Any:
-    """The configuration of a part, from plain values."""
-    fields = dataclasses.fields(kind)
-    if unknown := sorted(values.keys() - {field.name for field in fields}):
-        raise ValueError(f"{name} has no option named {', '.join(unknown)}")
-    missing = [f.name for f in fields if f.name not in values and f.default is f.default_factory is dataclasses.MISSING]
-    if missing:
-        raise ValueError(f"{name} must have {', '.join(missing)}")
-    return kind(**values)
-
-
+_PARTS: dict[str, type] = {"rope_scaling": RotaryScaling, "moe": MoEConfig, "quantization": Quantization}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}

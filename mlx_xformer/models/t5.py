@@ -8,32 +8,33 @@ L tokens of the answer, H heads, E embed_dim, V vocab_size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import fields
 from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
 from ..conditioning import Conditioned
-from ..inputs import check_mask, check_tokens
+from ..inputs import check_tokens, key_mask
 from ..kernels import ACTIVATIONS, GATED, Linear
 from ..layers import Embedding, dropped
 from ..positions import buckets_by_distance
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LARGEST = {
-    "vocab_size": 10**8,
-    "embed_dim": 10**6,
-    "num_layers": 1000,
-    "num_decoder_layers": 1000,
-    "num_heads": 10**5,
-    "head_dim": 10**5,
-    "hidden_dim": 10**7,
-    "num_buckets": 10**6,
-    "max_distance": 10**9,
+_LIMITS = {
+    "vocab_size": (1, 10**8),
+    "embed_dim": (1, 10**6),
+    "num_layers": (1, 1000),
+    "num_decoder_layers": (1, 1000),
+    "num_heads": (1, 10**5),
+    "head_dim": (1, 10**5),
+    "hidden_dim": (1, 10**7),
+    "num_buckets": (1, 10**6),
+    "max_distance": (1, 10**9),
 }
 
 
@@ -67,16 +68,9 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.num_decoder_layers is None:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        for name, limit in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
-        for name in ("gated", "tie_embeddings", "scale_logits"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
-        known = GATED if self.gated else ACTIVATIONS
-        if not isinstance(self.activation, str) or self.activation not in known:
-            raise ValueError(f"activation must be one of {', '.join(known)}, got {self.activation!r:.80}")
+        fields.check_whole(self, _LIMITS)
+        fields.check_flags(self, "gated", "tie_embeddings", "scale_logits")
+        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
         for name, end in (("norm_eps", float("inf")), ("dropout", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
@@ -120,16 +114,9 @@ class T5Config:
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> T5Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
         """The configuration from plain values."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(values.keys() - {field.name for field in fields})
-        if unknown:
-            raise ValueError(f"the T5 has no option named {', '.join(unknown)}")
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given")
-        return cls(**values)
+        return fields.read(cls, "the T5", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""
@@ -196,9 +183,7 @@ class T5(nn.Module):
     def encode(self, source: mx.array, *, mask: mx.array | None = None, key: mx.array | None = None) -> mx.array:
         """source (B, S) -> the memory (B, S, E) that answers attend to."""
         check_tokens("source", source, self.config.vocab_size)
-        if mask is not None:
-            check_mask("mask", mask, source.shape)
-        return self.encoder(self.shared(source), mask=None if mask is None else mask[:, None, None], key=key)
+        return self.encoder(self.shared(source), mask=key_mask("mask", mask, source.shape), key=key)
 
     def decode(
         self,
@@ -214,14 +199,11 @@ class T5(nn.Module):
         """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. caches, one
         a layer, have the tokens before, and get these; cross_caches the memory, projected. The tokens are not read, so
         that steps can be queued: those of a vocabulary's size and beyond give numbers without a meaning."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        check_tokens("tokens", tokens)
         if memory.ndim != 3 or memory.shape[::2] != (len(tokens), self.config.embed_dim):
             expected = f"({len(tokens)}, S, {self.config.embed_dim})"
             raise ValueError(f"memory must be {expected}, the batch of the tokens by embed_dim, got {memory.shape}")
-        if memory_mask is not None:
-            check_mask("memory_mask", memory_mask, memory.shape[:2])
-            memory_mask = memory_mask[:, None, None]
+        memory_mask = key_mask("memory_mask", memory_mask, memory.shape)
         if last is not None and last < 0:
             raise ValueError(f"last must be at least 0, got {last}")
         more: dict[str, Any] = {"memory_mask": memory_mask, "caches": caches, "cross_caches": cross_caches, "key": key}

@@ -18,7 +18,8 @@ import mlx.nn as nn
 from .. import fields
 from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
-from ..conditioning import Conditioned, check_tokens, check_vectors, check_vocabulary, key_mask, positioned
+from ..conditioning import Conditioned, positioned
+from ..inputs import check_tokens, check_vectors, key_mask
 from ..kernels import ACTIVATIONS, Linear
 from ..layers import Embedding, dropped
 
@@ -108,7 +109,8 @@ class TransformerConfig:
 class Transformer(nn.Module):
     """A source and a target to the logits of the tokens after those of the target, or to vectors.
 
-    Whether tokens are in the vocabulary is checked by conditioned() and generate(): a call does not wait to read them.
+    Whether tokens are in the vocabulary is checked by a call, conditioned() and generate(), but not by encode() and
+    decode(), which do not wait to read them.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -148,6 +150,10 @@ class Transformer(nn.Module):
         """source (B, S) and target (B, L) of tokens -> logits (B, L, V), or (B, last, V) of the last positions only;
         without a vocabulary (B, S, E) and (B, L, E) -> (B, L, E). source_mask (B, S), target_mask (B, L): True where
         there is no padding. key: random, for dropout in training."""
+        size = self.config.vocab_size
+        if size is not None:
+            check_tokens("source", source, self.config.source_vocab_size or size)
+            check_tokens("target", target, size)
         keys = [None, None] if key is None else list(mx.random.split(key))
         memory = self.encode(source, source_mask=source_mask, key=keys[0])
         given: dict[str, Any] = {"memory_mask": source_mask, "target_mask": target_mask, "last": last, "key": keys[1]}
@@ -219,5 +225,5 @@ class Transformer(nn.Module):
         ValueError for tokens outside the vocabulary."""
         if self.config.vocab_size is None:
             raise ValueError("conditioned() needs a vocabulary, got vocab_size None")
-        check_vocabulary("source", source, self.config.source_vocab_size or self.config.vocab_size)
+        check_tokens("source", source, self.config.source_vocab_size or self.config.vocab_size)
         return Conditioned(self, self.encode(source, source_mask=source_mask), source_mask)

@@ -7,31 +7,33 @@ spectrogram, F mel bins, S positions of the memory, L tokens, E embed_dim, V voc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import fields
 from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
 from ..conditioning import Conditioned
+from ..inputs import check_tokens
 from ..kernels import gelu
 from ..layers import Embedding
 from ..positions import sinusoidal_1d
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LARGEST = {
-    "vocab_size": 10**8,
-    "embed_dim": 10**6,
-    "num_heads": 10**5,
-    "hidden_dim": 10**7,
-    "encoder_layers": 1000,
-    "decoder_layers": 1000,
-    "mel_bins": 10**5,
-    "source_positions": 10**7,
-    "target_positions": 10**7,
+_LIMITS = {
+    "vocab_size": (1, 10**8),
+    "embed_dim": (1, 10**6),
+    "num_heads": (1, 10**5),
+    "hidden_dim": (1, 10**7),
+    "encoder_layers": (1, 1000),
+    "decoder_layers": (1, 1000),
+    "mel_bins": (1, 10**5),
+    "source_positions": (1, 10**7),
+    "target_positions": (1, 10**7),
 }
 
 
@@ -54,24 +56,16 @@ class WhisperConfig:
     target_positions: int = 448
 
     def __post_init__(self) -> None:
-        for name, limit in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.80}")
+        fields.check_whole(self, _LIMITS)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
         if self.embed_dim < 4 or self.embed_dim % 2:
             raise ValueError(f"embed_dim must be even and at least 4, got {self.embed_dim}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> WhisperConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> WhisperConfig:
         """The configuration from plain values."""
-        fields = dataclasses.fields(cls)
-        if unknown := sorted(values.keys() - {field.name for field in fields}):
-            raise ValueError(f"Whisper has no option named {', '.join(unknown)}")
-        if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
-            raise ValueError(f"{', '.join(missing)} must be given")
-        return cls(**values)
+        return fields.read(cls, "Whisper", values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""
@@ -149,7 +143,8 @@ class Whisper(nn.Module):
         self.decoder = Decoder(config)
 
     def __call__(self, mel: mx.array, tokens: mx.array) -> mx.array:
-        """mel (B, T, F), tokens (B, L) -> logits (B, L, V)."""
+        """mel (B, T, F), tokens (B, L) -> logits (B, L, V). ValueError for tokens outside the vocabulary."""
+        check_tokens("tokens", tokens, self.config.vocab_size)
         return self.decode(tokens, self.encoder(mel))
 
     def decode(
@@ -164,8 +159,7 @@ class Whisper(nn.Module):
         """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`,
         one a layer, have the tokens before, and get these; `cross_caches` the memory, once it has been seen."""
         E, most = self.config.embed_dim, self.config.target_positions
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        check_tokens("tokens", tokens)
         if memory.ndim != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != E:
             raise ValueError(f"memory must be ({tokens.shape[0]}, length, {E}), got shape {memory.shape}")
         if last is not None and last < 0:

@@ -15,7 +15,8 @@ import mlx.nn as nn
 
 from ...blocks import Stack
 from ...cache import CrossCache, KVCache
-from ...conditioning import Conditioned, check_tokens, check_vectors, key_mask, positioned
+from ...conditioning import Conditioned, positioned
+from ...inputs import check_tokens, check_vectors, key_mask
 from ...kernels import Linear
 from ...layers import Embedding
 from ...moe import Routing
@@ -69,7 +70,10 @@ class AutoregressiveTransformerModel(nn.Module):
         routings: list[Routing] | None = None,
     ) -> mx.array:
         """x (B, L, I) -> (B, L, O), or tokens (B, L) -> logits (B, L, V); with `last` of so many last positions only.
-        `caches`, one a layer, have what came before, and get x."""
+        `caches`, one a layer, have what came before, and get x. Without caches tokens are looked at first, which waits
+        for them: ValueError for one outside the vocabulary."""
+        if caches is None and self.config.vocab_size is not None:
+            check_tokens("x", x, self.config.vocab_size)
         y = self.input_proj(_vectors(self, "x", x))
         y = positioned(y, self.config.max_len, "x", caches[0] if caches else None)
         return _answer(self, self.stack(y, caches=caches, routings=routings), last)
@@ -112,7 +116,10 @@ class EncoderDecoder(nn.Module):
         last: int | None = None,
         routings: list[Routing] | None = None,
     ) -> mx.array:
-        """source (B, S, I), target (B, L, I) -> (B, L, O), or target tokens (B, L) -> logits (B, L, V)."""
+        """source (B, S, I), target (B, L, I) -> (B, L, O), or target tokens (B, L), which are looked at first,
+        -> logits (B, L, V)."""
+        if self.config.vocab_size is not None:
+            check_tokens("target", target, self.config.vocab_size)
         memory = self.encode(source, source_mask=source_mask, routings=routings)
         return self.decode(target, memory, memory_mask=source_mask, last=last, routings=routings)
 

@@ -11,7 +11,8 @@ import mlx.nn as nn
 
 from ... import kernels
 from ...cache import CrossCache, KVCache
-from ...conditioning import Conditioned, check_tokens, check_vocabulary, key_mask, positioned
+from ...conditioning import Conditioned, positioned
+from ...inputs import check_tokens, key_mask
 from ...layers import Embedding, dropped
 from .blocks import TransformerStack, needed
 from .config import EncoderDecoderConfig
@@ -40,7 +41,7 @@ class EncoderDecoder(nn.Module):
         """As `decode`. Without caches all tokens are looked at first, which waits for them: ValueError for one outside
         the vocabulary."""
         if caches is None:
-            check_vocabulary("target", target, self.config.vocab_size)
+            check_tokens("target", target, self.config.vocab_size)
         return self.decode(target, memory, caches=caches, **options)
 
     def decode(
@@ -82,6 +83,9 @@ class EncoderDecoder(nn.Module):
     def loss(self, target: mx.array, memory: mx.array | None = None, **options: Any) -> mx.array:
         """Teacher forcing: the mean cross-entropy, in nats, of every token of (B, L + 1) but the first by what is
         before it; padding is passed over. options: of `decode`."""
+        check_tokens("target", target)
+        if target.shape[1] < 2:
+            raise ValueError(f"target must hold at least two tokens a row, got shape {target.shape}")
         logits = self(target[:, :-1], memory, **options)
         return cross_entropy(logits, target[:, 1:], self.config.padding_idx)
 
