@@ -276,6 +276,21 @@ def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, worke
     assert (kernels.quantized_product(x, *packed, group_size=32, bits=4) == whole).all()
 
 
+@pytest.mark.parametrize("shape", [(67,), (1, 67), (1, 1, 67), (5, 67), (1, 5, 67), (11, 67)])
+def test_products_in_turn(monkeypatch, shape):
+    """While tokens are decoded, rows take the whole matrix at once, with a bias and without."""
+    monkeypatch.setattr(runtime, "in_turn", 1)
+    x, weight, bias = signal(*shape), signal(31, 67, seed=1), signal(31, seed=2)
+    for arrays in ((x, weight), (x, weight, bias)):
+
+        def plain(x, weight, bias=0.0):
+            return x @ weight.T + bias
+
+        out = kernels.product(*map(mx.array, as32(arrays)))
+        assert out.shape == (*shape[:-1], 31)
+        assert_within_budget(out, plain(*arrays), plain(*as32(arrays)))
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_product_in_half_precision(dtype):
     for rows in (1, 5, 67):
