@@ -15,8 +15,8 @@ import mlx.nn as nn
 from .attention_config import PROJECTIONS, AttentionConfig
 from .cache import CrossCache, KVCache, View
 from .joint import Joint, joined, one_row
-from .kernels import Linear
 from .layers import LayerNorm, RMSNorm, WholeRMSNorm
+from .linear import Linear
 from .positions import alibi_by_distance, buckets_by_distance
 from .sdpa import attention, attention_weights
 
@@ -125,11 +125,16 @@ class Attention(nn.Module):
                 pair = cache.get(source, lambda memory: self._keys_and_values(x, memory, None, 0, None))
             else:
                 pair = self._keys_and_values(x, source, value_source, offset, positions)
+                if source is not None and x.shape[1] == 1:  # as a CrossCache has them: other strides round otherwise
+                    pair = mx.contiguous(pair[0]), mx.contiguous(pair[1])
         view = cache.append(*pair, window=config.window) if isinstance(cache, KVCache) else View(*pair, {})
         options = self._options(q, view, mask, bias, causal)
         dropout = self.config.dropout if self.training else 0.0
         out = attention(q, view.keys, view.values, **options, dropout=dropout, key=key)
-        return self.out_proj(mx.flatten(out.swapaxes(1, 2), 2, 3))  # (B, H, L, Dv) -> (B, L, out_dim)
+        out = out if out.shape[2] == 1 else out.swapaxes(1, 2)
+        return self.out_proj(
+            out.reshape(*x.shape[:2], config.num_heads * config.widths[1])
+        )  # (B, H, L, Dv) -> (B, L, out_dim)
 
     def weights(
         self,
@@ -162,6 +167,9 @@ class Attention(nn.Module):
         if config.rotary is None and positions is not None:
             raise ValueError(_NO_ROTARY)
         (H, G), y = (config.num_heads, config.kv_heads), joint(x)
+        if config.rotary is None and config.qk_norm is None and config.widths[0] == config.widths[1]:
+            q, k, v = mx.split(_heads(y, H + 2 * G), [H, H + G], axis=1)
+            return q, (k, v)
         turning, v = mx.split(y, [(H + G) * config.widths[0]], axis=-1)
         turning = _heads(turning, H + G)
         if config.qk_norm is not None:
@@ -291,6 +299,8 @@ def _last(x: mx.array, S: int) -> mx.array:
 
 def _heads(x: mx.array, heads: int) -> mx.array:
     """(B, L, heads * D) -> (B, heads, L, D)"""
+    if x.shape[1] == 1:
+        return x.reshape(x.shape[0], heads, 1, x.shape[-1] // heads)
     return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)
 
 

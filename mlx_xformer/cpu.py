@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 
 import mlx.core as mx
 
-from . import runtime
+from . import openblas, runtime
 
 # Odd functions as x P(x^2) / Q(x^2) up to a limit, lowest power first, from bench/fit_rational.py. They are fitted up
 # to 4 and 9; of the limits just below, these are ones at which float32 gives exactly -1 / 2 for half of the function:
@@ -201,18 +201,21 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, step: int | No
 
 _UNCOPIED = (10**6, 1200)  # multiplications and results of a product up to which OpenBLAS copies no operand (AVX-512)
 # Numbers of a matrix that are worth a worker: few where each is copied for a product, at a nanosecond or so.
-_SHARE = 2**18 if runtime.blas_copies else 2**20
+_SHARE = 2**18 if openblas.copies else 2**20
 _LEAST = 32  # rows of a piece
 
 
 def few_rows(x: mx.array, weight: mx.array) -> mx.array:
     """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight, or one
     where OpenBLAS shares it out among the cores."""
-    if runtime.in_turn:
+    if openblas.in_turn:
         return x @ weight.T
     M, (O, I) = len(x), weight.shape
     workers = max(1, min(runtime.workers, weight.size // _SHARE))
-    size = _divisor(O, max(1, min(_UNCOPIED[0] // (M * I), _UNCOPIED[1] // M, O // workers)))
+    most = O // workers
+    if not (M == 1 and openblas.one_row):
+        most = min(most, _UNCOPIED[0] // (M * I), _UNCOPIED[1] // M)
+    size = _divisor(O, max(1, most))
     if size < _LEAST or size == O:
         return x @ weight.T
     pieces = weight.reshape(-1, size, I).swapaxes(1, 2)  # (n, I, size)

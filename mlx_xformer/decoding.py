@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .attention import Attention
 from .layers import GatedFeedForward
-from .runtime import products_in_turn
+from .openblas import products_in_turn
 from .samplers import Sampler
 
 if TYPE_CHECKING:
@@ -40,13 +40,19 @@ class Settings:
 
 
 @contextmanager
-def stepping(*models: Decoder) -> Iterator[None]:
-    """For steps of a few tokens: projections of one input are joined, and one product at a time takes all cores."""
+def stepping(*models: Decoder, single: bool = True) -> Iterator[None]:
+    """For steps of a few tokens, or a `single` one: projections of one input are joined, and one product at a time is
+    computed, on all cores where there are several tokens or more weights than a processor's caches hold."""
+    size = 0
     for module in (module for model in models if isinstance(model, nn.Module) for module in model.modules()):
         if isinstance(module, (Attention, GatedFeedForward)):
             module.join()
-    with products_in_turn():
+        size += sum(x.nbytes for x in module.values() if isinstance(x, mx.array))
+    with products_in_turn(shared=size > _UNCACHED or not single):
         yield
+
+
+_UNCACHED = 2**28  # bytes; below it threads that wait for their next product cost more than they gain
 
 
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
@@ -84,7 +90,7 @@ def together(
     logits = read_prompt(model, mx.maximum(history, 0), caches, settings.chunk)
     following, history = next_tokens(logits, history, settings.sampler)
     mx.async_eval(following, history, arrays(caches))
-    with stepping(model):
+    with stepping(model, single=False):
         for count in range(1, settings.limit + 1):
             tokens = following
             if count < settings.limit:
@@ -119,7 +125,7 @@ def with_draft(
     history = mx.array(known, mx.int32)[None]
     logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
     tokens, scores = _drawn(logits[:, None], history, settings)
-    with stepping(model, draft):
+    with stepping(model, draft, single=False):
         while True:
             known.append(tokens[0])
             yield tokens[0], scores[0]

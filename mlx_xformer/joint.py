@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import Linear, product
+from .linear import Linear, Row, product, steps
 
 
 class Joint:
@@ -23,6 +23,7 @@ class Joint:
         self._biases: list[Any] = [layer.get("bias") for layer in layers]
         self._weight = mx.concatenate(weights)
         self._bias = None if self._biases[0] is None else mx.concatenate(self._biases)
+        self._row = Row(self._weight, self._bias)
         self._parts: list[mx.array] = []
         at = 0
         for layer, weight in zip(layers, weights, strict=True):
@@ -40,7 +41,7 @@ class Joint:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., I) -> what the layers make of it, side by side: (..., sum of O)."""
-        return product(x, self._weight, self._bias)
+        return self._row(x) if steps(x) else product(x, self._weight, self._bias)
 
 
 def joined(layers: Sequence[nn.Module], joint: Joint | None) -> Joint | None:

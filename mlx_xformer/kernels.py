@@ -14,10 +14,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import cpu, runtime
 
@@ -46,89 +45,7 @@ def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
 
 
 _LARGE = 2**17
-
-
-_FEW = 8  # rows for which a CPU is quicker with pieces of the matrix
-_HALF = (mx.float16, mx.bfloat16)  # a CPU multiplies them in scalar loops
-
-
-def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows with pieces of the
-    weight and many by_rows."""
-    if not x.size:  # CUDA refuses products of no rows
-        return mx.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
-    if mx.default_device() != _CPU:
-        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    if runtime.in_turn and x.dtype == mx.float32 and x.size == x.shape[-1]:  # a step's, where each operation counts
-        return x @ weight.T if bias is None else x @ weight.T + bias
-    if x.dtype in _HALF and weight.dtype == x.dtype:
-        return product(x.astype(mx.float32), weight.astype(mx.float32), bias).astype(x.dtype)
-    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
-    if len(rows) <= _FEW:
-        y = cpu.few_rows(rows, weight)
-        y = y if bias is None else y + bias
-    elif bias is None:
-        y = by_rows(lambda rows: rows @ weight.T, rows)
-    else:
-        y = by_rows(lambda rows: mx.addmm(bias, rows, weight.T), rows)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def quantized_product(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array,
-    bias: mx.array | None = None,
-    *,
-    group_size: int,
-    bits: int,
-) -> mx.array:
-    """x weight^T + bias for an affine quantized weight (O, I). A CPU does it in float32, and for three rows or more
-    makes floats of the weight: its quantized product is a scalar loop for each row."""
-    kind = mx.result_type(x, scales)
-    if mx.default_device() == _CPU:
-        x, scales, biases = (y.astype(mx.float32) for y in (x, scales, biases))
-        if x.size > 2 * x.shape[-1]:
-            weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
-            return product(x, weight, bias).astype(kind)
-    y = _few_packed(x, (weight, scales, biases), group_size, bits)
-    return (y if bias is None else y + bias).astype(kind)
-
-
-def _few_packed(x: mx.array, packed: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int) -> mx.array:
-    """x weight^T for few rows x; the rows of a large weight are shared out among a CPU's workers."""
-
-    def form(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
-
-    if runtime.workers == 1 or mx.default_device() != _CPU or packed[0].size < _LARGE_PACKED:
-        return form(x, *packed)
-    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
-    y = cpu.by_rows(lambda *some: form(rows, *some).T, *packed).T
-    return y.reshape(*x.shape[:-1], packed[0].shape[0])
-
-
-_LARGE_PACKED = 2**14  # words
-
-
-class Linear(nn.Linear):
-    """nn.Linear, as product() computes it."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return product(x, self.weight, self.get("bias"))
-
-    def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
-        """The layer with its matrix quantized."""
-        return QuantizedLinear.from_linear(self, group_size or 64, bits or 4)
-
-
-class QuantizedLinear(nn.QuantizedLinear):
-    """nn.QuantizedLinear in affine mode, as quantized_product() computes it."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        packed: Any = (self.weight, self.scales, self.biases, self.get("bias"))
-        return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
+_FEW = 8  # rows where each operation counts
 
 
 def _fused(chain: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -278,6 +195,10 @@ def unmasked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> m
 
     Where MLX has no fused form and exp is slow, by blocks of rows, so that the scores are never held at once.
     """
+    if q.shape[2] == 1 and mx.default_device() == _CPU:  # MLX's own copies the keys for every query of a group
+        grouped = (q * scale).reshape(*k.shape[:2], -1, q.shape[-1])  # (B, G, H / G, D)
+        weights = mx.softmax(grouped @ k.swapaxes(-1, -2), axis=-1)
+        return (weights @ v).reshape(*q.shape[:3], -1)
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if vectorizes(q) and q.shape[1] == k.shape[1] and size >= _SMALL:
         return _fast_attention(q * scale, k, v)
@@ -362,7 +283,7 @@ _SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics
 
 
 @mx.compile
-def _few_layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> mx.array:
+def _few_layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     x = x - mx.mean(x, axis=-1, keepdims=True)
     return x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps) * weight + bias
 
@@ -373,7 +294,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
     if not x.size:
         return x
     if width <= _SEQUENTIAL and vectorizes(x) and x.size <= _FEW * width and weight.dtype == bias.dtype == x.dtype:
-        return _few_layer_norm(x, weight, bias, mx.array(eps))  # where few rows make each operation count, in four
+        return _few_layer_norm(x, weight, bias, eps)  # where few rows make each operation count, in four
     if width > _SEQUENTIAL or (_CUDA and width % 8):  # MLX 0.32.4 on CUDA: wrong gradients, reads beyond the array
         return normalize(x, weight, bias, axes=(), eps=eps)
     return mx.fast.layer_norm(x, weight, bias, eps)
@@ -449,7 +370,7 @@ def expand_norm_glu_add(
 
 
 @mx.compile
-def _few_rms(x: mx.array, weight: mx.array, eps: mx.array) -> mx.array:
+def _few_rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps) * weight
 
 
@@ -461,7 +382,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         y = x.astype(mx.float32)
         return (y * mx.rsqrt(mean(mx.square(y), (-1,)) + eps) * weight).astype(x.dtype)
     if vectorizes(x) and x.size <= _FEW * x.shape[-1] and weight.dtype == x.dtype:
-        return _few_rms(x, weight, mx.array(eps))  # where few rows make each operation count, in three
+        return _few_rms(x, weight, eps)  # where few rows make each operation count, in three
     return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from . import kernels
 from .joint import Joint, joined, one_row
+from .linear import Linear, applied, quantized_product
 
 
 class LayerNorm(nn.Module):
@@ -108,8 +109,7 @@ class FeedForward(nn.Module):
         if key is not None and dropout:
             return self.linear2(dropped(activation(self.linear1(x)), dropout, key))
         if one_row(x) and type(self.linear1) is type(self.linear2) is nn.Linear:  # neither is packed
-            weights = [(layer.weight, layer.get("bias")) for layer in (self.linear1, self.linear2)]
-            return kernels.product(activation(kernels.product(x, *weights[0])), *weights[1])
+            return applied(self.linear2, activation(applied(self.linear1, x)))
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens).reshape(x.shape)
 
@@ -123,9 +123,9 @@ class GatedFeedForward(nn.Module):
         if activation not in kernels.GATED:
             raise ValueError(f"activation must be one of {', '.join(kernels.GATED)}, got {activation!r}")
         self.activation = activation
-        self.gate_proj = kernels.Linear(embed_dim, hidden_dim, bias=bias)
-        self.up_proj = kernels.Linear(embed_dim, hidden_dim, bias=bias)
-        self.down_proj = kernels.Linear(hidden_dim, embed_dim, bias=bias)
+        self.gate_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
         self._joint: Joint | None = None
 
     def join(self) -> None:
@@ -148,7 +148,7 @@ class Embedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., E) -> (..., V)"""
-        return kernels.product(x, self.weight)
+        return applied(self, x)
 
     def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """The layer with its table quantized."""
@@ -161,7 +161,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., E) -> (..., V)"""
         packed: Any = (self.weight, self.scales, self.biases)
-        return kernels.quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
+        return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
 
 class DilatedConv1d(nn.Module):

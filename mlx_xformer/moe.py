@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import fields, grouping, kernels
+from . import fields, grouping
 from .experts import ExpertLinear, Experts, QuantizedExpertLinear, on_cpu
 from .layers import FeedForward, GatedFeedForward
+from .linear import Linear
 from .moe_config import MoEConfig, whole
 from .routing import Routing, balanced_bias, route
 
@@ -76,7 +77,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.router = kernels.Linear(config.embed_dim, config.num_experts, bias=config.router_bias)
+        self.router = Linear(config.embed_dim, config.num_experts, bias=config.router_bias)
         if config.selection_bias:
             self.selection_bias = mx.zeros((config.num_experts,))
         self.experts = Experts(config)
@@ -85,7 +86,7 @@ class MoE(nn.Module):
         if config.shared_dim:
             self.shared_expert = _network(config, config.shared_dim)
             if config.shared_gate:
-                self.shared_expert_gate = kernels.Linear(config.embed_dim, 1, bias=False)
+                self.shared_expert_gate = Linear(config.embed_dim, 1, bias=False)
         if config.selection_bias:
             self.freeze(recurse=False, keys="selection_bias")  # has no gradient, see balanced_bias
 

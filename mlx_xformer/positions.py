@@ -67,7 +67,12 @@ def sinusoidal(length: int, dim: int, *, offset: int = 0, max_period: float = 10
     the positions p = offset, offset + 1, ... Any dim of 1 or more."""
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
-    return mx.array(_table(length, dim, offset, float(max_period)))
+    first = offset // _STRETCH * _STRETCH
+    stop = -(-(offset + length) // _STRETCH) * _STRETCH
+    return mx.array(_table(stop - first, dim, first, float(max_period))[offset - first :][:length])
+
+
+_STRETCH = 256  # positions that are computed at once, since generation asks for them one by one
 
 
 @lru_cache(maxsize=16)

@@ -1,9 +1,10 @@
 """The device, its memory, and on Linux the BLAS, the threads and the allocator that MLX runs on.
 
-Importing this module does three things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one, for one
-thread a product (`workers` says how many this package runs at once instead); with glibc it lets the process keep the
-memory that it frees; and it bounds MLX's cache of freed buffers. All can be turned off (MLX_XFORMER_BLAS=0,
-MLX_XFORMER_MALLOC=0, set_cache_limit), and none overrides a setting of OpenBLAS or glibc in the environment.
+Importing this module does three things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one (see
+openblas.py), for one thread a product (`workers` says how many this package runs at once instead); with glibc it lets
+the process keep the memory that it frees; and it bounds MLX's cache of freed buffers. All can be turned off
+(MLX_XFORMER_BLAS=0, MLX_XFORMER_MALLOC=0, set_cache_limit), and none overrides a setting of OpenBLAS or glibc in the
+environment.
 """
 
 from __future__ import annotations
@@ -11,75 +12,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
+from .openblas import words as blas
+from .openblas import workers
+
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # variables that a launcher sets
 _CACHE_FRACTION = 8  # MLX may keep an eighth of the memory in freed buffers
-_MOST_WORKERS = 8
-
-
-def _load_openblas() -> tuple[str, int, str, ctypes.CDLL | None]:
-    """Loads OpenBLAS into the global symbol scope; returns what serves, in words, the number of workers, for which
-    processor OpenBLAS's kernels are, in lower case, and the library.
-
-    MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins.
-    An OpenBLAS beside PyTorch slows PyTorch, hence the check for it. Its threads would share single products only, and
-    all else that MLX does take one core. They are given up for as many streams of MLX, each with products of its own.
-    """
-    if sys.platform != "linux":
-        return "Accelerate" if sys.platform == "darwin" else "MLX's own", 1, "", None
-    if os.environ.get("MLX_XFORMER_BLAS") == "0":
-        return "MLX's own (MLX_XFORMER_BLAS=0)", 1, "", None
-    if "mlx.core" in sys.modules:
-        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)", 1, "", None
-    if "torch" in sys.modules:
-        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)", 1, "", None
-    for name in _OPENBLAS:
-        try:
-            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            threads = int(library.openblas_get_num_threads())  # OPENBLAS_NUM_THREADS, or the cores
-            library.openblas_set_num_threads(1)
-            library.openblas_get_corename.restype = ctypes.c_char_p
-            kernels = library.openblas_get_corename().decode().lower()
-        except (OSError, AttributeError):
-            continue
-        return f"OpenBLAS ({name}, {kernels})", max(1, min(threads, _MOST_WORKERS)), kernels, library
-    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1, "", None
-
-
-blas, workers, blas_kernels, _openblas = _load_openblas()
-
-# Whether OpenBLAS copies a matrix for a product with few rows: all kernels do but those for AVX-512.
-blas_copies = blas_kernels not in ("skylakex", "cooperlake", "sapphirerapids")
-in_turn = 0  # how many now ask for products_in_turn()
-_changing = threading.Lock()
-
-
-@contextmanager
-def products_in_turn() -> Iterator[None]:
-    """Within it one product at a time takes all cores, for work whose products wait on one another: OpenBLAS's threads
-    meet in a few microseconds, MLX's streams in a hundred. Counts for the whole process."""
-    global in_turn
-    if _openblas is None or workers == 1 or not blas_copies:
-        yield
-        return
-    with _changing:
-        in_turn += 1
-        _openblas.openblas_set_num_threads(workers)
-    try:
-        yield
-    finally:
-        with _changing:
-            in_turn -= 1
-            if not in_turn:
-                _openblas.openblas_set_num_threads(1)
 
 
 def _keep_freed_memory() -> bool:

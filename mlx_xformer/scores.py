@@ -121,11 +121,7 @@ class Softmax:
             mask = block.bias if mask is None else mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))
         if width is not None:
             q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in parts)
-        single = q.shape[2] == 1 and mask is None and self.sinks is None and mx.default_device() == mx.Device(mx.cpu)
-        if single:  # a CPU copies the keys for each product: the queries of a group are rows of one
-            q = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, G, H / G, D)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=self.sinks)
-        out = out.reshape(*parts[0].shape[:3], -1) if single else out
         out = out if width is None else out[..., :value_dim]
         return out if some is None else mx.where(some, out, mx.array(0, out.dtype))
 

@@ -118,6 +118,8 @@ def attention(
         return attention(*(x.astype(mx.float32) for x in (q, k, v)), **options).astype(q.dtype)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     by_distance = by_distance if by_distance is None else by_distance.astype(q.dtype)
+    if L == 1:  # the last position
+        causal, window = False, None if window is not None and window >= S else window
     hidden = Hidden(L, S, mask, bias, causal, window, by_distance)
     if softmax.plain and hidden.nothing:
         return kernels.unmasked_attention(q, k, v, softmax.scale)

@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from decoders import ARCHITECTURES, config
-from harness import as32, assert_within_budget, check_gradient, check_module, draw, set_params
+from harness import as32, assert_within_budget, check_module, draw, set_params
+from test_linear import signal
 
-from mlx_xformer import cpu, kernels, layers, runtime
+from mlx_xformer import layers, linear
 from mlx_xformer.models import decoder as decoder_module
 from mlx_xformer.models import decoder_config
 from mlx_xformer.models.decoder import Decoder, DecoderConfig, Quantization, quantize
@@ -216,7 +217,7 @@ def test_packed_matrices_are_their_dequantised_values(name, bits):
     quantize(model, own.quantization)
     shapes = {name: x.shape for name, x in mx_flat(Decoder(own)).items()}
     assert shapes == {name: x.shape for name, x in mx_flat(model).items()}
-    assert isinstance(model.model.layers[1].mlp.up_proj, kernels.Linear)
+    assert isinstance(model.model.layers[1].mlp.up_proj, linear.Linear)
     assert isinstance(model.model.embed_tokens, layers.QuantizedEmbedding)
     params = {name: x.astype(np.float64) for name, x in floats(model).items()}
     for tokens in (TOKENS, TOKENS[:1, :1]):  # many rows go another way than one
@@ -235,90 +236,6 @@ def test_rows_that_groups_do_not_divide():
 
 
 # Products, whose form depends on the device
-
-
-def signal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape) * 1.7 + 0.4
-
-
-@pytest.mark.parametrize("shape", [(7,), (1, 7), (1, 1, 7), (2, 3, 7), (9, 7), (2, 0, 7), (3001, 7)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_product(shape, biased):
-    arrays = [signal(*shape), signal(5, 7, seed=1), *([signal(5, seed=2)] if biased else [])]
-
-    def plain(x, weight, bias=0.0):
-        return x @ weight.T + bias
-
-    assert_within_budget(kernels.product(*map(mx.array, as32(arrays))), plain(*arrays), plain(*as32(arrays)))
-    if 0 not in shape and len(shape) > 1 and shape[0] < 100:
-        check_gradient(kernels.product, plain, *arrays)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, workers):
-    """Equal pieces, shared out among workers where the matrix is large; the whole where its rows have no divisor."""
-    monkeypatch.setattr(runtime, "workers", workers)
-    monkeypatch.setattr(runtime, "in_turn", 0)
-    monkeypatch.setattr(cpu, "_SHARE", 2**12)
-    for size in (3, 96, 1031, 33 * 47):
-        x, weight = signal(rows, 67), signal(size, 67, seed=1)
-
-        def plain(x, weight):
-            return x @ weight.T
-
-        truth, near = plain(x, weight), plain(*as32([x, weight]))
-        assert_within_budget(kernels.product(*map(mx.array, as32([x, weight]))), truth, near)
-    packed = mx.quantize(mx.array(signal(1031, 128, seed=1).astype(np.float32)), group_size=32, bits=4)
-    monkeypatch.setattr(kernels, "_LARGE_PACKED", 2**8)
-    x = mx.array(signal(min(rows, 2), 128).astype(np.float32))
-    whole = mx.quantized_matmul(x, *packed, transpose=True, group_size=32, bits=4)
-    assert (kernels.quantized_product(x, *packed, group_size=32, bits=4) == whole).all()
-
-
-@pytest.mark.parametrize("shape", [(67,), (1, 67), (1, 1, 67), (5, 67), (1, 5, 67), (11, 67)])
-def test_products_in_turn(monkeypatch, shape):
-    """While tokens are decoded, rows take the whole matrix at once, with a bias and without."""
-    monkeypatch.setattr(runtime, "in_turn", 1)
-    x, weight, bias = signal(*shape), signal(31, 67, seed=1), signal(31, seed=2)
-    for arrays in ((x, weight), (x, weight, bias)):
-
-        def plain(x, weight, bias=0.0):
-            return x @ weight.T + bias
-
-        out = kernels.product(*map(mx.array, as32(arrays)))
-        assert out.shape == (*shape[:-1], 31)
-        assert_within_budget(out, plain(*arrays), plain(*as32(arrays)))
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_product_in_half_precision(dtype):
-    for rows in (1, 5, 67):
-        x, weight = (
-            mx.array(signal(*s, seed=i).astype(np.float32)).astype(dtype) for i, s in enumerate([(rows, 37), (5, 37)])
-        )
-        out = kernels.product(x, weight)
-        truth = np.array(x.astype(mx.float32), np.float64) @ np.array(weight.astype(mx.float32), np.float64).T
-        assert out.dtype == dtype
-        assert (
-            np.abs(np.array(out.astype(mx.float32)) - truth).max()
-            <= 2 * float(mx.finfo(dtype).eps) * np.abs(truth).max()
-        )
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 67])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_quantized_product(rows, bits, dtype):
-    x = mx.array(signal(rows, 64).astype(np.float32)).astype(dtype)
-    packed = mx.quantize(mx.array(signal(5, 64, seed=1).astype(np.float32)).astype(dtype), group_size=32, bits=bits)
-    bias = mx.array(signal(5, seed=2).astype(np.float32)).astype(dtype)
-    out = kernels.quantized_product(x, *packed, bias, group_size=32, bits=bits)
-    scales, biases = (y.astype(mx.float32) for y in packed[1:])
-    weight = np.array(mx.dequantize(packed[0], scales, biases, group_size=32, bits=bits), np.float64)
-    truth = np.array(x.astype(mx.float32), np.float64) @ weight.T + np.array(bias.astype(mx.float32), np.float64)
-    eps = 1e-6 if dtype == mx.float32 else 2 * float(mx.finfo(dtype).eps)
-    assert out.dtype == dtype and np.abs(np.array(out.astype(mx.float32)) - truth).max() <= eps * np.abs(truth).max()
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 3), (6, 2), (6, 1)])

@@ -10,8 +10,8 @@ from test_cross_transformer import signal
 from mlx_xformer.attention import Attention
 from mlx_xformer.generate import generate
 from mlx_xformer.joint import Joint, joined
-from mlx_xformer.kernels import Linear
 from mlx_xformer.layers import GatedFeedForward
+from mlx_xformer.linear import Linear
 from mlx_xformer.models.decoder import Decoder, DecoderConfig
 
 

@@ -7,10 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["_version", "fields"],
+    ["_version", "fields", "folders"],
+    ["openblas"],
     ["runtime"],
     ["cpu"],
     ["kernels"],
+    ["linear"],
     ["joint"],
     ["masks", "positions", "layers", "spectral", "inputs"],
     ["mel"],

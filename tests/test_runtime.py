@@ -1,4 +1,4 @@
-"""Which BLAS is loaded when, the bound on MLX's cache, and a machine without a backend."""
+"""What the process keeps of the memory that it frees, the bound on MLX's cache, and a machine without a backend."""
 
 import os
 import platform
@@ -17,43 +17,6 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment)
 
 
-# An OpenBLAS with three threads, which hears how many it shall use.
-FAKE = """
-import ctypes, types
-told = []
-def name(): return b"Zen"
-ctypes.CDLL = lambda *a, **k: types.SimpleNamespace(
-    openblas_get_num_threads=lambda: 3, openblas_set_num_threads=told.append, openblas_get_corename=name)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a choice of BLAS")
-@pytest.mark.parametrize(
-    ("before", "environment", "expected"),
-    [
-        ("", {"MLX_XFORMER_BLAS": "0"}, "MLX's own (MLX_XFORMER_BLAS=0)"),
-        ("import mlx.core", {}, "whatever served when mlx.core was imported"),
-        ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "MLX's own (PyTorch is loaded"),
-        ("import ctypes\ndef missing(*a, **k): raise OSError\nctypes.CDLL = missing", {}, "MLX's own (slow; install"),
-        (FAKE, {}, "OpenBLAS (libopenblas.so.0, zen)"),
-    ],
-)
-def test_choice_of_blas(before, environment, expected):
-    answer = run(f"{before}\nimport mlx_xformer\nprint(mlx_xformer.runtime.blas)", **environment)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.startswith(expected)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has threads of its own")
-def test_workers_take_the_place_of_the_threads_of_openblas():
-    answer = run(f"{FAKE}\nfrom mlx_xformer import runtime\nprint(runtime.workers, runtime.report().workers, told)")
-    assert answer.stdout == "3 3 [1]\n", answer.stderr
-    answer = run("from mlx_xformer import runtime\nprint(runtime.workers)", OPENBLAS_NUM_THREADS="1")
-    assert answer.stdout == "1\n", answer.stderr
-    answer = run("from mlx_xformer import runtime\nprint(runtime.workers)", MLX_XFORMER_BLAS="0")
-    assert answer.stdout == "1\n", answer.stderr
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_kept_unless_the_user_says_otherwise():
     code = """
@@ -70,18 +33,6 @@ print(runtime.keeps_memory, pages() - before < 1000)
     assert run(code).stdout.split() == ["True", "True"]
     assert run(code, MLX_XFORMER_MALLOC="0").stdout.split() == ["False", "False"]
     assert run(code, MALLOC_TRIM_THRESHOLD_="200000000").stdout.split()[0] == "False"
-
-
-def test_results_do_not_depend_on_the_blas():
-    code = """
-import mlx_xformer, mlx.core as mx
-print(mlx_xformer.runtime.blas)
-x = mx.random.normal((40, 40), key=mx.random.key(1))
-print((x @ x).sum().item())
-"""
-    (plain, a), (loaded, b) = (run(code, MLX_XFORMER_BLAS=value).stdout.splitlines() for value in ("0", "1"))
-    assert plain != loaded
-    assert float(a) == pytest.approx(float(b), rel=1e-4)
 
 
 def test_a_tighter_bound_of_the_host_program_stays():
@@ -151,24 +102,3 @@ for samples in (1500, 4000, 3000):
     first, second, third = map(int, answer.stdout.split())
     assert first > 0 or not kernels._FUSES
     assert first == second == third
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has threads of its own")
-@pytest.mark.parametrize(("kernels", "expected"), [("Haswell", "[1, 3, 3, 3, 1]"), ("Cooperlake", "[1]")])
-def test_products_in_turn_take_all_cores_until_the_last_is_done(kernels, expected):
-    code = """
-from mlx_xformer import runtime
-with runtime.products_in_turn():
-    with runtime.products_in_turn():
-        pass
-    assert runtime.in_turn == (len(told) > 1)
-    try:
-        with runtime.products_in_turn():
-            raise KeyError
-    except KeyError:
-        pass
-assert not runtime.in_turn
-print(told)
-"""
-    answer = run(f"{FAKE.replace('Zen', kernels)}\n{code}")
-    assert answer.stdout == f"{expected}\n", answer.stderr

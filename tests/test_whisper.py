@@ -11,7 +11,7 @@ from whispers import CONFIG, SIZES, whisper, whisper_folder
 
 from mlx_xformer import generate, parity
 from mlx_xformer.cache import CrossCache
-from mlx_xformer.kernels import Linear
+from mlx_xformer.linear import Linear
 from mlx_xformer.models.whisper import Whisper, WhisperConfig
 from mlx_xformer.reference.models import whisper as twin
 

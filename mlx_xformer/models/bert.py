@@ -17,8 +17,9 @@ import mlx.nn as nn
 from .. import fields
 from ..blocks import LayerConfig, Stack
 from ..inputs import check_mask, check_tokens, key_mask
-from ..kernels import ACTIVATIONS, Linear
+from ..kernels import ACTIVATIONS
 from ..layers import LayerNorm
+from ..linear import Linear
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
 _LIMITS = {

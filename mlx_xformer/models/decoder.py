@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import kernels
 from ..attention import Attention
 from ..blocks import auxiliary_loss
 from ..cache import KVCache
 from ..layers import Embedding, GatedFeedForward, RMSNorm
+from ..linear import Linear
 from ..moe import MoE, Routing
 from .decoder_config import DTYPES, DecoderConfig, Quantization
 
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Layers(config)
         if not config.tie_embeddings:
-            self.lm_head = kernels.Linear(config.embed_dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.embed_dim, config.vocab_size, bias=False)
         if config.quantization is not None:
             quantize(self, config.quantization)
 

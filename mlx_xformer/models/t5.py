@@ -20,8 +20,9 @@ from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
 from ..conditioning import Conditioned
 from ..inputs import check_tokens, key_mask
-from ..kernels import ACTIVATIONS, GATED, Linear
+from ..kernels import ACTIVATIONS, GATED
 from ..layers import Embedding, dropped
+from ..linear import Linear
 from ..positions import buckets_by_distance
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.

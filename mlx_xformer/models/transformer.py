@@ -20,8 +20,9 @@ from ..blocks import LayerConfig, Stack
 from ..cache import CrossCache, KVCache
 from ..conditioning import Conditioned, positioned
 from ..inputs import check_tokens, check_vectors, key_mask
-from ..kernels import ACTIVATIONS, Linear
+from ..kernels import ACTIVATIONS
 from ..layers import Embedding, dropped
+from ..linear import Linear
 
 _LIMITS = {
     "vocab_size": (1, fields.VOCABULARY),

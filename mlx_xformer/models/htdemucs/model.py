@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ... import kernels
+from ...linear import Linear
 from ...spectral import istft, reflect_pad, stft
 from .config import HTDemucsConfig, Segment, levels
 from .layers import DecoderLayer, EncoderLayer
@@ -53,10 +54,10 @@ class HTDemucs(nn.Module):
             self.freq_emb = nn.Embedding(freqs, plan[0].freq_channels[1])
         inner, outer = config.bottom_channels, config.bottleneck_channels
         if inner:
-            self.channel_upsampler = kernels.Linear(outer, inner)
-            self.channel_downsampler = kernels.Linear(inner, outer)
-            self.channel_upsampler_t = kernels.Linear(outer, inner)
-            self.channel_downsampler_t = kernels.Linear(inner, outer)
+            self.channel_upsampler = Linear(outer, inner)
+            self.channel_downsampler = Linear(inner, outer)
+            self.channel_upsampler_t = Linear(outer, inner)
+            self.channel_downsampler_t = Linear(inner, outer)
         if config.t_layers:
             self.crosstransformer = CrossTransformer(config)
 

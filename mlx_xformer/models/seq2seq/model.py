@@ -17,8 +17,8 @@ from ...blocks import Stack
 from ...cache import CrossCache, KVCache
 from ...conditioning import Conditioned, positioned
 from ...inputs import check_tokens, check_vectors, key_mask
-from ...kernels import Linear
 from ...layers import Embedding
+from ...linear import Linear
 from ...moe import Routing
 from .config import SequenceCheckpoint, SequenceConfig
 

@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ... import kernels
 from ...cache import CrossCache, KVCache
 from ...conditioning import Conditioned, positioned
 from ...inputs import check_tokens, key_mask
 from ...layers import Embedding, dropped
+from ...linear import Linear
 from .blocks import TransformerStack, needed
 from .config import EncoderDecoderConfig
 
@@ -28,7 +28,7 @@ class EncoderDecoder(nn.Module):
         if config.padding_idx is not None:
             self.embed.weight[config.padding_idx] = 0
         self.decoder = TransformerStack(config.stack)
-        self.unembed = kernels.Linear(config.stack.model_dim, config.vocab_size)
+        self.unembed = Linear(config.stack.model_dim, config.vocab_size)
 
     def __call__(
         self,

@@ -1,0 +1,133 @@
+"""OpenBLAS for MLX on Linux: loaded ahead of it, with products of one row by its cblas_sgemv, and with its threads for
+products that wait on one another.
+
+MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins. It must be
+imported before mlx.core, and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .folders import cache_folder
+
+_NAMES = ("libopenblas.so.0", "libopenblas.so")
+_MOST_WORKERS = 8
+_SOURCE = Path(__file__).with_name("one_row.c")
+_COMPILING = 60  # seconds that a compiler may take
+
+
+def _reason_not_to() -> str | None:
+    """Why OpenBLAS is not loaded, and what serves instead."""
+    if sys.platform != "linux":
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own"
+    if os.environ.get("MLX_XFORMER_BLAS") == "0":
+        return "MLX's own (MLX_XFORMER_BLAS=0)"
+    if "mlx.core" in sys.modules:
+        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)"
+    if "torch" in sys.modules:
+        return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)"
+    return None
+
+
+def _load() -> tuple[str, int, str, ctypes.CDLL | None, bool]:
+    """Loads OpenBLAS into the global symbol scope; returns what serves, in words, the number of workers, for which
+    processor OpenBLAS's kernels are, in lower case, the library, and whether cblas_sgemv has products of one row.
+
+    Its threads would share single products only, and all else that MLX does take one core. They are given up for as
+    many streams of MLX, each with products of its own.
+    """
+    reason = _reason_not_to()
+    if reason is not None:
+        return reason, 1, "", None, False
+    for name in _NAMES:
+        try:
+            library = ctypes.CDLL(name)
+            threads = int(library.openblas_get_num_threads())  # OPENBLAS_NUM_THREADS, or the cores
+            library.openblas_set_num_threads(1)
+            library.openblas_get_corename.restype = ctypes.c_char_p
+            kernels = library.openblas_get_corename().decode().lower()
+            single = _load_one_row(library)
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)  # after what may stand before it
+        except (OSError, AttributeError):
+            continue
+        words = f"OpenBLAS ({name}, {kernels}{'' if single else ', products of one row as of many'})"
+        return words, max(1, min(threads, _MOST_WORKERS)), kernels, library, single
+    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1, "", None, False
+
+
+def _load_one_row(library: ctypes.CDLL) -> bool:
+    """Puts one_row.c ahead of OpenBLAS; False where there is no compiler, as kernels.py needs one."""
+    try:
+        functions = [ctypes.cast(f, ctypes.c_void_p) for f in (library.cblas_sgemm, library.cblas_sgemv)]
+        compiled = _compiled()
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return False
+    if compiled is None:
+        return False
+    compiled.take_products_from(*functions)
+    return True
+
+
+def _compiled() -> ctypes.CDLL | None:
+    """The library that one_row.c makes, from the cache folder if it is there; None without a compiler."""
+    source = _SOURCE.read_bytes()
+    name = f"one_row-{hashlib.sha256(source + platform.machine().encode()).hexdigest()[:16]}.so"
+    path = cache_folder() / name
+    if path.is_file():
+        with contextlib.suppress(OSError):  # a damaged one is made anew
+            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / name
+        command = [compiler, "-x", "c", "-O2", "-shared", "-fPIC", "-o", str(fresh), str(_SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_COMPILING)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = path.with_name(f".{name}.{os.getpid()}")
+            shutil.copy(fresh, kept)
+            kept.replace(path)
+        except OSError:  # where nothing can be kept, it is made at every start
+            path = fresh
+        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+words, workers, kernels, _library, one_row = _load()
+
+# Whether OpenBLAS copies a matrix for a product with few rows: all kernels do but those for AVX-512.
+copies = kernels not in ("skylakex", "cooperlake", "sapphirerapids")
+in_turn: list[bool] = []  # those who are within products_in_turn(), and whether they share products out
+_changing = threading.Lock()
+
+
+@contextlib.contextmanager
+def products_in_turn(shared: bool) -> Iterator[None]:
+    """For work whose products wait on one another: within it each is computed at once, by OpenBLAS's threads on all
+    cores if `shared`. They meet in a few microseconds, MLX's streams in a hundred. Counts for the whole process."""
+    if _library is None or not (copies or one_row):
+        yield
+        return
+
+    def change(step: Callable[[bool], None]) -> None:
+        with _changing:
+            step(shared)
+            _library.openblas_set_num_threads(workers if any(in_turn) else 1)
+
+    change(in_turn.append)
+    try:
+        yield
+    finally:
+        change(in_turn.remove)

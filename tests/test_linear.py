@@ -1,0 +1,134 @@
+"""Products of linear layers against NumPy: many rows, few, the one of a step; half precision; packed matrices."""
+
+import weakref
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from harness import as32, assert_within_budget, check_gradient
+
+from mlx_xformer import cpu, linear, openblas, runtime
+
+
+def signal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) * 1.7 + 0.4
+
+
+def plain(x, weight, bias=0.0):
+    return x @ weight.T + bias
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (1, 1, 7), (2, 3, 7), (9, 7), (2, 0, 7), (3001, 7)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_product(shape, biased):
+    arrays = [signal(*shape), signal(5, 7, seed=1), *([signal(5, seed=2)] if biased else [])]
+    assert_within_budget(linear.product(*map(mx.array, as32(arrays))), plain(*arrays), plain(*as32(arrays)))
+    if 0 not in shape and len(shape) > 1 and shape[0] < 100:
+        check_gradient(linear.product, plain, *arrays)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "one_row"), [(1, False), (1, True), (2, True), (8, True)])
+def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, one_row, workers):
+    """Equal pieces, shared out among workers where the matrix is large; the whole where its rows have no divisor."""
+    monkeypatch.setattr(runtime, "workers", workers)
+    monkeypatch.setattr(openblas, "in_turn", [])
+    monkeypatch.setattr(openblas, "one_row", one_row)
+    monkeypatch.setattr(cpu, "_SHARE", 2**12)
+    for size in (3, 96, 1031, 33 * 47):
+        x, weight = signal(rows, 67), signal(size, 67, seed=1)
+        truth, near = plain(x, weight), plain(*as32([x, weight]))
+        assert_within_budget(linear.product(*map(mx.array, as32([x, weight]))), truth, near)
+    packed = mx.quantize(mx.array(signal(1031, 128, seed=1).astype(np.float32)), group_size=32, bits=4)
+    monkeypatch.setattr(linear, "_LARGE_PACKED", 2**8)
+    x = mx.array(signal(min(rows, 2), 128).astype(np.float32))
+    whole = mx.quantized_matmul(x, *packed, transpose=True, group_size=32, bits=4)
+    assert (linear.quantized_product(x, *packed, group_size=32, bits=4) == whole).all()
+
+
+def layer(bias=True, seed=0):
+    made = linear.Linear(67, 31, bias=bias)
+    made.weight = mx.array(signal(31, 67, seed=seed + 1).astype(np.float32))
+    if bias:
+        made.bias = mx.array(signal(31, seed=seed + 2).astype(np.float32))
+    return made
+
+
+def check(made, x):
+    arrays = [x, *(np.array(made[name], np.float64) for name in ("weight", "bias") if name in made)]
+    out = made(mx.array(x.astype(np.float32)))
+    assert out.shape == (*x.shape[:-1], 31)
+    assert_within_budget(out, plain(*arrays), plain(*as32(arrays)))
+
+
+@pytest.mark.parametrize("shape", [(67,), (1, 67), (1, 1, 67), (1, 1, 1, 67), (5, 67), (1, 5, 67), (11, 67), (0, 67)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_in_steps(monkeypatch, shape, bias):
+    """One row takes views that the layer keeps; several take the whole matrix at once."""
+    made = layer(bias)
+    monkeypatch.setattr(openblas, "in_turn", [False])
+    for seed in (0, 1):
+        check(made, signal(*shape, seed=seed))
+    kept = vars(made).get("_row")
+    assert (kept is not None) == (np.prod(shape) == 67)
+    assert "_row" not in made.parameters()
+    monkeypatch.setattr(openblas, "in_turn", [])
+    check(made, signal(*shape))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_in_steps_with_other_numbers(monkeypatch, name):
+    """What the views were of is not kept, be it in a step or not."""
+    made, x = layer(), signal(1, 1, 67)
+    for steps in ([False], []):
+        monkeypatch.setattr(openblas, "in_turn", [False])
+        check(made, x)
+        before = weakref.ref(made[name])
+        made[name] = made[name] * 2 - 1
+        monkeypatch.setattr(openblas, "in_turn", steps)
+        check(made, x)
+        assert before() is None
+    made.update(layer(seed=7).parameters())
+    check(made, x)
+
+
+def test_a_half_precision_layer_in_steps(monkeypatch):
+    monkeypatch.setattr(openblas, "in_turn", [False])
+    made = layer()
+    made.set_dtype(mx.bfloat16)
+    x = mx.array(signal(1, 1, 67).astype(np.float32))
+    for given in (x, x.astype(mx.bfloat16)):
+        out = made(given)
+        truth = plain(*(np.array(y.astype(mx.float32), np.float64) for y in (given, made.weight, made.bias)))
+        assert out.dtype == given.dtype
+        assert np.abs(np.array(out.astype(mx.float32)) - truth).max() <= (2**-7 if given is not x else 1e-6) * 30
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_product_in_half_precision(dtype):
+    for rows in (1, 5, 67):
+        x, weight = (
+            mx.array(signal(*s, seed=i).astype(np.float32)).astype(dtype) for i, s in enumerate([(rows, 37), (5, 37)])
+        )
+        out = linear.product(x, weight)
+        truth = np.array(x.astype(mx.float32), np.float64) @ np.array(weight.astype(mx.float32), np.float64).T
+        assert out.dtype == dtype
+        assert (
+            np.abs(np.array(out.astype(mx.float32)) - truth).max()
+            <= 2 * float(mx.finfo(dtype).eps) * np.abs(truth).max()
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 67])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_quantized_product(rows, bits, dtype):
+    x = mx.array(signal(rows, 64).astype(np.float32)).astype(dtype)
+    packed = mx.quantize(mx.array(signal(5, 64, seed=1).astype(np.float32)).astype(dtype), group_size=32, bits=bits)
+    bias = mx.array(signal(5, seed=2).astype(np.float32)).astype(dtype)
+    out = linear.quantized_product(x, *packed, bias, group_size=32, bits=bits)
+    scales, biases = (y.astype(mx.float32) for y in packed[1:])
+    weight = np.array(mx.dequantize(packed[0], scales, biases, group_size=32, bits=bits), np.float64)
+    truth = np.array(x.astype(mx.float32), np.float64) @ weight.T + np.array(bias.astype(mx.float32), np.float64)
+    eps = 1e-6 if dtype == mx.float32 else 2 * float(mx.finfo(dtype).eps)
+    assert out.dtype == dtype and np.abs(np.array(out.astype(mx.float32)) - truth).max() <= eps * np.abs(truth).max()
