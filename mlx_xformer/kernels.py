@@ -30,9 +30,10 @@ def vectorizes(x: mx.array) -> bool:
     return _FUSES and x.dtype == mx.float32 and mx.default_device() == _CPU
 
 
-def by_rows(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """function(x), where what becomes of each x[i] depends on it alone: on a CPU side by side, where x is large."""
-    if runtime.workers == 1 or mx.default_device() != _CPU or x.size < _LARGE:
+def by_rows(function: Callable[[mx.array], mx.array], x: mx.array, columns: int = 0) -> mx.array:
+    """function(x), where what becomes of each x[i] depends on it alone: on a CPU side by side, where x is large, or its
+    product with so many columns."""
+    if runtime.workers == 1 or mx.default_device() != _CPU or (x.size < _LARGE and x.size * columns < _MANY):
         return function(x)
     return cpu.by_rows(function, x)
 
@@ -44,7 +45,7 @@ def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
     return cpu.side_by_side(tasks)
 
 
-_LARGE = 2**17
+_LARGE, _MANY = 2**17, 2**23  # numbers, and multiplications, that are worth a meeting of workers
 _FEW = 8  # rows where each operation counts
 
 

@@ -31,10 +31,12 @@ def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
     if len(rows) <= _FEW:
         y = cpu.few_rows(rows, weight)
         y = y if bias is None else y + bias
+    elif any(openblas.in_turn):
+        y = rows @ weight.T if bias is None else mx.addmm(bias, rows, weight.T)
     elif bias is None:
-        y = by_rows(lambda rows: rows @ weight.T, rows)
+        y = by_rows(lambda rows: rows @ weight.T, rows, len(weight))
     else:
-        y = by_rows(lambda rows: mx.addmm(bias, rows, weight.T), rows)
+        y = by_rows(lambda rows: mx.addmm(bias, rows, weight.T), rows, len(weight))
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -51,8 +51,7 @@ def _case(run: Callable[[], np.ndarray]) -> dict[str, Any]:
 
 def _unrepeated(logits: Any, history: Any) -> Any:
     """The sampler. Drawn weights would say one token again and again."""
-    recent = (history[:, -5:, None] == mx.arange(logits.shape[1])).any(axis=1)
-    return mx.argmax(mx.where(recent, -mx.inf, logits), axis=-1)
+    return mx.argmax(mx.put_along_axis(logits, history[:, -5:], mx.array(-mx.inf), axis=-1), axis=-1)
 
 
 def _loop(step: Callable[[list[int]], Any]) -> np.ndarray:
@@ -99,7 +98,7 @@ def both_caches(folder: Path) -> dict[str, Any]:
     def run() -> np.ndarray:
         memory, caches = model.encode(source), model.make_caches()
         given: dict[str, Any] = {"caches": caches, "cross_caches": [CrossCache() for _ in caches]}
-        with stepping(model, single=False):  # on all cores, which projecting the memory gains most from
+        with stepping(model):
             return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, **given, last=1))
 
     return _case(run)
