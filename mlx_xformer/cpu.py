@@ -272,7 +272,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     v = mx.concatenate([v, mx.ones((*v.shape[:-1], 1))], axis=-1)
     q, k, v = (mx.contiguous(mx.flatten(x, 0, 1)) for x in (q, k, v))  # once, or every product copies them
     rows = max(16, min(L, _SCORES // S))
-    heads = max(1, _SCORES // (rows * S))
+    heads = max(1, min(_SCORES // (rows * S), -(-B * H // runtime.workers)))
 
     def block(some: slice, part: slice) -> mx.array:
         scores = q[some, part] @ k[some].swapaxes(-1, -2)

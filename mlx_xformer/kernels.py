@@ -104,6 +104,14 @@ def gelu_tanh(x: mx.array) -> mx.array:
 
 def relu(x: mx.array) -> mx.array:
     """max(x, 0). Any shape."""
+    return _few_relu(x) if 0 < x.size <= _FEW_NUMBERS else mx.maximum(x, 0)
+
+
+_FEW_NUMBERS = 2**13  # where an operation more costs a CPU as much as the work
+
+
+@mx.compile
+def _few_relu(x: mx.array) -> mx.array:
     return mx.maximum(x, 0)
 
 
@@ -191,15 +199,23 @@ _fast_attention = _with_gradient_of(_plain_attention)(cpu.attention)
 _SMALL = 2**16  # scores below which MLX's own attention is as fast
 
 
+@mx.compile
+def _times(x: mx.array, factor: float) -> mx.array:
+    """In one operation, where MLX has a view of the factor made first."""
+    return x * factor
+
+
 def unmasked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """softmax(q k^T * scale) v for q (B, H, L, D), k (B, G, S, D), v (B, G, S, Dv).
 
     Where MLX has no fused form and exp is slow, by blocks of rows, so that the scores are never held at once.
     """
     if q.shape[2] == 1 and mx.default_device() == _CPU:  # MLX's own copies the keys for every query of a group
-        grouped = (q * scale).reshape(*k.shape[:2], -1, q.shape[-1])  # (B, G, H / G, D)
-        weights = mx.softmax(grouped @ k.swapaxes(-1, -2), axis=-1)
-        return (weights @ v).reshape(*q.shape[:3], -1)
+        (B, H, _, D), G = q.shape, k.shape[1]
+        scaled = _times(q, scale)
+        grouped = scaled if G == H else scaled.reshape(B, G, H // G, D)
+        out = mx.softmax(grouped @ k.swapaxes(-1, -2), axis=-1) @ v
+        return out if G == H else out.reshape(B, H, 1, -1)
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if vectorizes(q) and q.shape[1] == k.shape[1] and size >= _SMALL:
         return _fast_attention(q * scale, k, v)

@@ -98,7 +98,7 @@ def both_caches(folder: Path) -> dict[str, Any]:
     def run() -> np.ndarray:
         memory, caches = model.encode(source), model.make_caches()
         given: dict[str, Any] = {"caches": caches, "cross_caches": [CrossCache() for _ in caches]}
-        with stepping(model):
+        with stepping(model, single=False):
             return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, **given, last=1))
 
     return _case(run)
