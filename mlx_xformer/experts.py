@@ -92,6 +92,21 @@ def _gradients(
     return cast(list[mx.array], mx.vjp(elementwise, [x[part] for x in primals], [cotangent[part]])[1])
 
 
+# Products of single rows. MLX 0.32.4 on CUDA (and before 0.32.2 on Metal) takes the stride of an axis that indexing has
+# inserted for that of rows, if indices are sorted, and so all rows but the first are wrong. That of reshape() is right,
+# and so is that of the gradient, which is reshaped back.
+
+
+def _single(x: mx.array) -> mx.array:
+    """(..., I) -> (..., 1, I), with the strides of an array of its own."""
+    return x.reshape(*x.shape[:-1], 1, x.shape[-1])
+
+
+def _rows(y: mx.array) -> mx.array:
+    """(..., 1, O) -> (..., O)"""
+    return y.reshape(*y.shape[:-2], y.shape[-1])
+
+
 # Modules
 
 
@@ -114,7 +129,7 @@ class ExpertLinear(nn.Module):
         """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O); or (T, I), (T,) -> (T, O)."""
         if not on_cpu():
             turned = self.weight.swapaxes(1, 2)
-            y = mx.gather_mm(x[..., None, :], turned, rhs_indices=experts, sorted_indices=sorted_indices)[..., 0, :]
+            y = _rows(mx.gather_mm(_single(x), turned, rhs_indices=experts, sorted_indices=sorted_indices))
         elif self.weight.dtype in _HALF:  # the matrices chosen, as a CPU gathers float32 only
             y = (self.weight[experts].astype(mx.float32) @ x.astype(mx.float32)[..., None])[..., 0]
         else:  # a CPU is quicker with the matrix on the left
@@ -162,15 +177,8 @@ class QuantizedExpertLinear(nn.Module):
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
         """x (T, 1 or k, I) through the experts (T, k) -> (T, k, O); or (T, I), (T,) -> (T, O)."""
         x = x.astype(mx.float32) if on_cpu() else x
-        y = mx.gather_qmm(
-            x[..., None, :],
-            *self._packed(),
-            rhs_indices=experts,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            sorted_indices=sorted_indices,
-        )[..., 0, :]
+        options: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "sorted_indices": sorted_indices}
+        y = _rows(mx.gather_qmm(_single(x), *self._packed(), rhs_indices=experts, transpose=True, **options))
         return y + self.bias[experts] if "bias" in self else y
 
     def grouped(self, x: mx.array, experts: mx.array | None) -> mx.array:

@@ -204,6 +204,7 @@ def test_what_is_chosen_by_size(monkeypatch):
     def chosen(tokens, half=False, training=False, **options):
         return moe.layout(MoEConfig(256, 512, 8, 2, **options), tokens, half=half, training=training)
 
+    as_gpu(monkeypatch, False)
     assert [chosen(tokens) for tokens in (1, 4, 512)] == ["gather", "gather", "blocks"]
     assert chosen(512, capacity=1.25) == chosen(512, capacity=1.25, training=True) == "dispatch"
     assert chosen(512, capacity=4.0) == "blocks"  # which has a quarter of the rows
@@ -213,6 +214,22 @@ def test_what_is_chosen_by_size(monkeypatch):
     as_gpu(monkeypatch)
     assert [chosen(tokens) for tokens in (1, 32)] == ["gather", "sorted"]
     assert chosen(512, capacity=1.25) == "sorted" and chosen(512, capacity=1.25, training=True) == "dispatch"
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_sorted_rows_have_the_strides_of_rows(monkeypatch, bits):
+    """MLX on CUDA counts rows by the stride of the axis before the last, which indexing with None sets to 1."""
+    layer, x, seen = made(num_experts_per_tok=2, embed_dim=64, hidden_dim=32).eval(), signal(T, 64), []
+    name = "gather_mm" if bits is None else "gather_qmm"
+    if bits:
+        nn.quantize(layer.experts, group_size=32, bits=bits)
+    function = getattr(mx, name)
+    monkeypatch.setattr(mx, name, lambda x, *given, **options: seen.append(x) or function(x, *given, **options))
+    as_gpu(monkeypatch)
+    forced(monkeypatch, "sorted")
+    mx.eval(layer(x)[0], seen)
+    assert [x.shape for x in seen] == [(2 * T, 1, 64), (2 * T, 1, 64), (2 * T, 1, 32)]
+    assert [memoryview(x).strides for x in seen] == [(256, 256, 4), (256, 256, 4), (128, 128, 4)]
 
 
 def test_few_tokens_and_many_give_the_same():

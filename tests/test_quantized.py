@@ -1,6 +1,7 @@
 """Keys and values in 8 and 4 bits: the codes, and attention to them, against the twin over what the codes mean."""
 
 import itertools
+import math
 from functools import partial
 
 import mlx.core as mx
@@ -128,6 +129,23 @@ def test_what_a_gpu_is_given(case, monkeypatch):
     monkeypatch.setattr("mlx_xformer.kernels.vectorizes", lambda x: False)
     for sizes in LENGTHS:
         check(*given("GQA", sizes, *case), 8)
+
+
+def test_what_cuda_is_given(monkeypatch):
+    """It has no product with parts of a longer line, as caches show them: strided heads come in order."""
+    function, seen = mx.quantized_matmul, []
+    monkeypatch.setattr(quantized, "_CUDA", True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *y, **o: seen.extend(y) or function(x, *y, **o))
+    line = Quantized.of(mx.random.normal((2, 3, 64, 32)), 8)
+    part = Quantized(*(x[:, :, 5:43] for x in line.parts), line.group_size, 8, 32)
+    x = mx.random.normal((2, 3, 1, 32))
+    out = part.scores(x), part.weighed(mx.random.normal((2, 3, 1, 38)))
+    mx.eval(out, seen)
+    assert len(seen) == 6
+    for y in seen:
+        assert memoryview(y).strides == tuple(4 * math.prod(y.shape[axis + 1 :]) for axis in range(4))
+    assert mx.allclose(out[0], x @ part.dequantized().swapaxes(-1, -2), atol=1e-4)
 
 
 def test_gradient_of_the_queries():

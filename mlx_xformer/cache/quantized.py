@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 BITS = (8, 4)
+_CUDA = mx.cuda.is_available()
 _FLOATS = 2**15  # channels of a stretch of positions that a CPU takes at once
 
 
@@ -122,9 +123,11 @@ class Quantized:
             return x @ (floats.swapaxes(-1, -2) if transpose else floats)
         more = stored_width(self.width) - self.width
         x = mx.pad(x, [(0, 0)] * 3 + [(0, more)]) if transpose and more else x
-        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        packed, scales, biases = self.packed, self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        if _CUDA:  # where MLX 0.32.4 has no product with stretches of several heads
+            packed, scales, biases = (mx.contiguous(y) for y in (packed, scales, biases))
         form: dict[str, Any] = {"transpose": transpose, "group_size": self.group_size, "bits": self.bits}
-        out = mx.quantized_matmul(x, self.packed, scales, biases, **form)
+        out = mx.quantized_matmul(x, packed, scales, biases, **form)
         return out if transpose or not more else out[..., : self.width]
 
 
