@@ -14,7 +14,6 @@ import mlx.nn as nn
 
 from .attention_config import PROJECTIONS, AttentionConfig
 from .cache import CrossCache, KVCache, View
-from .joint import Joint, joined, one_row
 from .layers import LayerNorm, RMSNorm, WholeRMSNorm
 from .linear import Linear
 from .positions import alibi_by_distance, buckets_by_distance
@@ -65,15 +64,6 @@ class Attention(nn.Module):
             self.relative = nn.Embedding(config.relative[0], config.num_heads)
         if config.sinks:
             self.sinks = mx.zeros((config.num_heads,))
-        self._joint: Joint | None = None
-
-    def join(self) -> None:
-        """Makes one product of the first three where x is its own source, and one row; see Joint."""
-        self._joint = joined(self._first, self._joint)
-
-    @property
-    def _first(self) -> tuple[nn.Module, ...]:
-        return self.q_proj, self.k_proj, self.v_proj
 
     @property
     def scale(self) -> float:
@@ -115,26 +105,20 @@ class Attention(nn.Module):
         elif cache is not None and (source is None or value_source is not None):
             raise ValueError("a CrossCache needs a source and no value_source")
         pair: tuple[mx.array, mx.array]
-        if self._joint is not None and not self._joint.holds(self._first):
-            self._joint = None
-        if self._joint is not None and source is None and value_source is None and one_row(x):
-            q, pair = self._jointly(self._joint, x, offset, positions)
+        q = self._queries(x, source, offset, positions)
+        if isinstance(cache, CrossCache) and source is not None:  # else refused above
+            pair = cache.get(source, lambda memory: self._keys_and_values(x, memory, None, 0, None))
         else:
-            q = self._queries(x, source, offset, positions)
-            if isinstance(cache, CrossCache) and source is not None:  # else refused above
-                pair = cache.get(source, lambda memory: self._keys_and_values(x, memory, None, 0, None))
-            else:
-                pair = self._keys_and_values(x, source, value_source, offset, positions)
-                if source is not None and x.shape[1] == 1:  # as a CrossCache has them: other strides round otherwise
-                    pair = mx.contiguous(pair[0]), mx.contiguous(pair[1])
+            pair = self._keys_and_values(x, source, value_source, offset, positions)
+            if source is not None and x.shape[1] == 1:  # as a CrossCache has them: other strides round otherwise
+                pair = mx.contiguous(pair[0]), mx.contiguous(pair[1])
         view = cache.append(*pair, window=config.window) if isinstance(cache, KVCache) else View(*pair, {})
         options = self._options(q, view, mask, bias, causal)
         dropout = self.config.dropout if self.training else 0.0
         out = attention(q, view.keys, view.values, **options, dropout=dropout, key=key)
-        out = out if out.shape[2] == 1 else out.swapaxes(1, 2)
-        return self.out_proj(
-            out.reshape(*x.shape[:2], config.num_heads * config.widths[1])
-        )  # (B, H, L, Dv) -> (B, L, out_dim)
+        out = out if out.shape[2] == 1 else out.swapaxes(1, 2)  # (B, H, L, Dv) -> (B, L, H, Dv)
+        out = out.reshape(*x.shape[:2], config.num_heads * config.widths[1])
+        return self.out_proj(out)
 
     def weights(
         self,
@@ -157,28 +141,6 @@ class Attention(nn.Module):
         q = self._queries(x, source, offset, positions)
         k = self._keys(x, source, offset, positions)
         return attention_weights(q, k, **self._options(q, View(k, k, {}), mask, bias, causal), average=average)
-
-    def _jointly(
-        self, joint: Joint, x: mx.array, offset: int | mx.array, positions: mx.array | None
-    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-        """Queries, keys and values of x from one product, queries and keys turned as one."""
-        config = self.config
-        _check("x", x, config.embed_dim, x)
-        if config.rotary is None and positions is not None:
-            raise ValueError(_NO_ROTARY)
-        (H, G), y = (config.num_heads, config.kv_heads), joint(x)
-        if config.rotary is None and config.qk_norm is None and config.widths[0] == config.widths[1]:
-            q, k, v = mx.split(_heads(y, H + 2 * G), [H, H + G], axis=1)
-            return q, (k, v)
-        turning, v = mx.split(y, [(H + G) * config.widths[0]], axis=-1)
-        turning = _heads(turning, H + G)
-        if config.qk_norm is not None:
-            q, k = mx.split(turning, [H], axis=1)
-            turning = mx.concatenate([self.q_norm(q), self.k_norm(k)], axis=1)
-        if config.rotary is not None:
-            turning = config.rotary(turning, offset=offset, positions=positions)
-        q, k = mx.split(turning, [H], axis=1)
-        return q, (k, _heads(v, G))
 
     def _queries(
         self, x: mx.array, source: mx.array | None, offset: int | mx.array, positions: mx.array | None

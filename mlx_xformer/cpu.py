@@ -207,7 +207,7 @@ _LEAST = 32  # rows of a piece
 
 def few_rows(x: mx.array, weight: mx.array) -> mx.array:
     """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight, or one
-    where OpenBLAS shares it out among the cores."""
+    within products_in_turn()."""
     if openblas.in_turn:
         return x @ weight.T
     M, (O, I) = len(x), weight.shape

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import Attention
-from .layers import GatedFeedForward
+from . import openblas
+from .linear import release
 from .openblas import products_in_turn
 from .samplers import Sampler
 
@@ -41,18 +41,19 @@ class Settings:
 
 @contextmanager
 def stepping(*models: Decoder, single: bool = True) -> Iterator[None]:
-    """For steps of a few tokens, or a `single` one: projections of one input are joined, and one product at a time is
-    computed, on all cores where there are several tokens or more weights than a processor's caches hold."""
-    size = 0
-    for module in (module for model in models if isinstance(model, nn.Module) for module in model.modules()):
-        if isinstance(module, (Attention, GatedFeedForward)):
-            module.join()
-        size += sum(x.nbytes for x in module.values() if isinstance(x, mx.array))
-    with products_in_turn(shared=size > _UNCACHED or not single):
-        yield
+    """For steps of a few tokens, or a `single` one: one product at a time is computed, on all cores where there are
+    several tokens or many weights, and layers keep the views of their matrices that they take."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    size = sum(x.nbytes for module in modules for x in module.values() if isinstance(x, mx.array))
+    try:
+        with products_in_turn(shared=size > _SHARED or not (single and openblas.one_row)):
+            yield
+    finally:
+        for module in modules:
+            release(module)
 
 
-_UNCACHED = 2**28  # bytes; below it threads that wait for their next product cost more than they gain
+_SHARED = 2**28  # bytes; on two cores threads gained nothing below it, and cost half as much CPU time again
 
 
 def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:

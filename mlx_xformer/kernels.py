@@ -197,6 +197,7 @@ def _plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 _fast_attention = _with_gradient_of(_plain_attention)(cpu.attention)
 _SMALL = 2**16  # scores below which MLX's own attention is as fast
+_FEW_SCORES = 2**12  # of one query, below which an operation more costs as much as MLX's exp
 
 
 @mx.compile
@@ -214,7 +215,12 @@ def unmasked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> m
         (B, H, _, D), G = q.shape, k.shape[1]
         scaled = _times(q, scale)
         grouped = scaled if G == H else scaled.reshape(B, G, H // G, D)
-        out = mx.softmax(grouped @ k.swapaxes(-1, -2), axis=-1) @ v
+        scores = grouped @ k.swapaxes(-1, -2)
+        if scores.size < _FEW_SCORES or not vectorizes(q):
+            out = mx.softmax(scores, axis=-1) @ v
+        else:
+            weights = exp_below_0(scores - scores.max(axis=-1, keepdims=True))
+            out = (weights @ v) / weights.sum(axis=-1, keepdims=True)
         return out if G == H else out.reshape(B, H, 1, -1)
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if vectorizes(q) and q.shape[1] == k.shape[1] and size >= _SMALL:

@@ -11,8 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import kernels
-from .joint import Joint, joined, one_row
-from .linear import Linear, applied, quantized_product
+from .linear import Linear, applied, one_row, quantized_product
 
 
 class LayerNorm(nn.Module):
@@ -97,7 +96,7 @@ class FeedForward(nn.Module):
         if activation not in kernels.ACTIVATIONS:
             known = ", ".join(kernels.ACTIVATIONS)
             raise ValueError(f"activation must be one of {known}, got {activation!r}")
-        self.activation = activation
+        self.activation, self.hidden_dim = activation, hidden_dim
         self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias)
         self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias)
 
@@ -111,8 +110,8 @@ class FeedForward(nn.Module):
         if one_row(x) and type(self.linear1) is type(self.linear2) is nn.Linear:  # neither is packed
             return applied(self.linear2, activation(applied(self.linear1, x)))
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
-        hidden = self.linear2.weight.shape[1]  # a quantized one tells less, which costs a meeting
-        return kernels.by_rows(lambda x: self.linear2(activation(self.linear1(x))), tokens, hidden).reshape(x.shape)
+        network = lambda x: self.linear2(activation(self.linear1(x)))  # noqa: E731
+        return kernels.by_rows(network, tokens, self.hidden_dim).reshape(x.shape)
 
 
 class GatedFeedForward(nn.Module):
@@ -127,20 +126,10 @@ class GatedFeedForward(nn.Module):
         self.gate_proj = Linear(embed_dim, hidden_dim, bias=bias)
         self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
-        self._joint: Joint | None = None
-
-    def join(self) -> None:
-        """Makes one product of the first two where x is one row, see Joint."""
-        self._joint = joined((self.gate_proj, self.up_proj), self._joint)
 
     def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
         """dropout: the rate, by a random key, at which numbers in the middle become 0."""
-        if self._joint is not None and not self._joint.holds((self.gate_proj, self.up_proj)):
-            self._joint = None
-        if self._joint is not None and one_row(x):
-            gate, up = mx.split(self._joint(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(dropped(kernels.GATED[self.activation](gate, up), dropout, key))
 
 

@@ -80,7 +80,8 @@ _LARGE_PACKED = 2**14  # words
 
 class Row:
     """The product of one row with a weight (O, I), plus a bias (O,) or None, by views of both that have the row's form.
-    A step of generation has some hundred operations of microseconds, and views made anew are half of them."""
+    A step of generation has some hundred operations of microseconds, and views made anew are half of them. It is not
+    kept beyond decoding.stepping(), as a weight may be changed in place."""
 
     def __init__(self, weight: mx.array, bias: mx.array | None):
         self._given = weight, bias
@@ -98,21 +99,30 @@ class Row:
         return y if x.ndim == 3 else y.reshape(*x.shape[:-1], -1)
 
 
+def one_row(x: mx.array) -> bool:
+    """Whether x (..., I) is a single row."""
+    return x.size == x.shape[-1] > 0
+
+
 def steps(x: mx.array) -> bool:
     """Whether x (..., I) is the row of a step of generation on a CPU."""
-    return bool(openblas.in_turn) and x.size == x.shape[-1] and x.dtype == mx.float32 and mx.default_device() == _CPU
+    return bool(openblas.in_turn) and one_row(x) and x.dtype == mx.float32 and mx.default_device() == _CPU
 
 
 def applied(layer: nn.Module, x: mx.array) -> mx.array:
-    """layer(x), as product() computes it, or a Row that the layer keeps for steps."""
-    weight, bias, row = layer.weight, layer.get("bias"), vars(layer).get("_row")
-    if row is not None and not row.holds(weight, bias):
-        row = layer._row = None
+    """layer(x), as product() computes it, or in steps a Row that the layer has until release()."""
+    weight, bias = layer.weight, layer.get("bias")
     if not steps(x):
         return product(x, weight, bias)
-    if row is None:
+    row = vars(layer).get("_row")
+    if row is None or not row.holds(weight, bias):
         row = layer._row = Row(weight, bias)
     return row(x)
+
+
+def release(module: nn.Module) -> None:
+    """Lets go of what applied() has made for a module."""
+    vars(module).pop("_row", None)
 
 
 class Linear(nn.Linear):

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,12 +18,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .folders import cache_folder
-
 _NAMES = ("libopenblas.so.0", "libopenblas.so")
 _MOST_WORKERS = 8
 _SOURCE = Path(__file__).with_name("one_row.c")
-_COMPILING = 60  # seconds that a compiler may take
+_COMPILING = 30  # seconds that a compiler may take
 
 
 def _reason_not_to() -> str | None:
@@ -68,41 +64,21 @@ def _load() -> tuple[str, int, str, ctypes.CDLL | None, bool]:
 
 
 def _load_one_row(library: ctypes.CDLL) -> bool:
-    """Puts one_row.c ahead of OpenBLAS; False where there is no compiler, as kernels.py needs one."""
-    try:
-        functions = [ctypes.cast(f, ctypes.c_void_p) for f in (library.cblas_sgemm, library.cblas_sgemv)]
-        compiled = _compiled()
-    except (OSError, AttributeError, subprocess.SubprocessError):
-        return False
-    if compiled is None:
-        return False
-    compiled.take_products_from(*functions)
-    return True
-
-
-def _compiled() -> ctypes.CDLL | None:
-    """The library that one_row.c makes, from the cache folder if it is there; None without a compiler."""
-    source = _SOURCE.read_bytes()
-    name = f"one_row-{hashlib.sha256(source + platform.machine().encode()).hexdigest()[:16]}.so"
-    path = cache_folder() / name
-    if path.is_file():
-        with contextlib.suppress(OSError):  # a damaged one is made anew
-            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    """Puts one_row.c ahead of OpenBLAS; False where there is no compiler. It is compiled anew at every start, in 50 ms: what
+    is kept can be damaged, or another's."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
     if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder) / name
-        command = [compiler, "-x", "c", "-O2", "-shared", "-fPIC", "-o", str(fresh), str(_SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_COMPILING)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = path.with_name(f".{name}.{os.getpid()}")
-            shutil.copy(fresh, kept)
-            kept.replace(path)
-        except OSError:  # where nothing can be kept, it is made at every start
-            path = fresh
-        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return False
+    try:
+        functions = [ctypes.cast(f, ctypes.c_void_p) for f in (library.cblas_sgemm, library.cblas_sgemv)]
+        with tempfile.TemporaryDirectory() as folder:
+            made = str(Path(folder) / "one_row.so")
+            command = [compiler, "-x", "c", "-O2", "-shared", "-fPIC", "-o", made, str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_COMPILING)
+            ctypes.CDLL(made, mode=ctypes.RTLD_GLOBAL).take_products_from(*functions)
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 words, workers, kernels, _library, one_row = _load()

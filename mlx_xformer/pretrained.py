@@ -7,6 +7,7 @@ without asking the hub again.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from .converters import language
 from .converters.convert import convert
 from .converters.originals import find_originals
 from .converters.source import dtype_name, plain_name, read_bag
-from .folders import cache_folder
 
 if TYPE_CHECKING:
     from .models.bert import Bert
@@ -147,6 +147,11 @@ def available() -> dict[str, str]:
         embedded = f"in this package, {EMBEDDED[name]}" if name in EMBEDDED else None
         where[name] = embedded or (str(kept) if kept else "on the hub, downloaded on first use")
     return where
+
+
+def cache_folder() -> Path:
+    """Where conversions and downloads are kept."""
+    return Path(os.environ.get("MLX_XFORMER_CACHE") or Path.home() / ".cache" / "mlx-xformer")
 
 
 def repository(namespace: str, name: str) -> str:

@@ -1,10 +1,10 @@
 """The device, its memory, and on Linux the BLAS, the threads and the allocator that MLX runs on.
 
-Importing this module does three things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one (see
-openblas.py), for one thread a product (`workers` says how many this package runs at once instead); with glibc it lets
-the process keep the memory that it frees; and it bounds MLX's cache of freed buffers. All can be turned off
-(MLX_XFORMER_BLAS=0, MLX_XFORMER_MALLOC=0, set_cache_limit), and none overrides a setting of OpenBLAS or glibc in the
-environment.
+Importing this module does three things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one, for one
+thread a product (`workers` says how many this package runs at once instead), and compiles a small library for products
+of one row (50 ms; see openblas.py); with glibc it lets the process keep the memory that it frees; and it bounds MLX's
+cache of freed buffers. All can be turned off (MLX_XFORMER_BLAS=0, MLX_XFORMER_MALLOC=0, set_cache_limit), and none
+overrides a setting of OpenBLAS or glibc in the environment.
 """
 
 from __future__ import annotations

@@ -7,13 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["_version", "fields", "folders"],
+    ["_version", "fields"],
     ["openblas"],
     ["runtime"],
     ["cpu"],
     ["kernels"],
     ["linear"],
-    ["joint"],
     ["masks", "positions", "layers", "spectral", "inputs"],
     ["mel"],
     ["cache"],

@@ -169,19 +169,27 @@ print(openblas.one_row, openblas.words.count("as of many"), (x @ x.T).item())
 
 
 @needed
-def test_the_library_is_made_once_and_again_where_it_is_damaged(tmp_path):
-    def start(**environment):
-        answer = run(SHOW, MLX_XFORMER_CACHE=str(tmp_path / "cache"), **environment)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
+@pytest.mark.parametrize(
+    "before", ["", "import tempfile, subprocess\ndef run(*a, **k): raise OSError\nsubprocess.run = run"]
+)
+@pytest.mark.parametrize("environment", [{}, {"PATH": ""}, {"TMPDIR": "/nowhere"}])
+def test_with_a_compiler_and_without(before, environment):
+    """What cannot be compiled, or not be written, is done without; where there is no home makes no difference."""
+    there = not before and "PATH" not in environment
+    code = f"{before}\nimport os\nos.environ.pop('HOME', None)\n{SHOW}"
+    answer = run(code, **environment)
+    assert answer.stdout == f"{there} {int(not there)} 30.0\n", answer.stderr
 
-    assert start(PATH="") == "False 1 30.0\n"  # no compiler
-    assert start() == "True 0 30.0\n"
-    (made,) = (tmp_path / "cache").iterdir()
-    assert start(PATH="") == "True 0 30.0\n"
-    made.write_bytes(b"not a library")
-    assert start() == "True 0 30.0\n" and list((tmp_path / "cache").iterdir()) == [made]
-    made.unlink()
-    (tmp_path / "cache").rmdir()
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    assert start() == "True 0 30.0\n"
+
+@needed
+def test_one_row_is_cblas_sgemv_s(monkeypatch):
+    """Bit for bit, which cblas_sgemm's result is not."""
+    rng = np.random.default_rng(3)
+    x, w = rng.standard_normal((1, 300)).astype(np.float32), rng.standard_normal((400, 300)).astype(np.float32)
+    one, many, number = np.zeros((1, 400), np.float32), np.zeros((1, 400), np.float32), ctypes.c_float
+    library, given = openblas._library, (pointer(w), 300, pointer(x))
+    library.cblas_sgemv(ROW_MAJOR, PLAIN, 400, 300, number(1), *given, 1, number(0), pointer(one), 1)
+    sizes = (ROW_MAJOR, PLAIN, TRANSPOSED, 1, 400, 300)
+    library.cblas_sgemm(*sizes, number(1), pointer(x), 300, pointer(w), 300, number(0), pointer(many), 400)
+    out = np.array(mx.array(x) @ mx.array(w).T)
+    assert np.array_equal(out, one) and not np.array_equal(one, many)

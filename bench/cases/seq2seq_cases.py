@@ -85,7 +85,7 @@ def self_cache(folder: Path) -> dict[str, Any]:
 
     def run() -> np.ndarray:
         memory, caches = model.encode(source), model.make_caches()
-        with stepping(model, single=False):  # on all cores, which projecting the memory gains most from
+        with stepping(model, single=False):  # on all cores, from which projecting the memory gains most
             return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, caches=caches, last=1))
 
     return _case(run)

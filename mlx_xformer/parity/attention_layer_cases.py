@@ -14,6 +14,7 @@ import numpy as np
 
 from ..attention import Attention
 from ..models.cross_transformer import CrossTransformerConfig, CrossTransformerEncoder
+from ..openblas import products_in_turn
 from ..positions import Rotary
 from ..reference import attention as twin
 from ..reference.layers import linear, sub
@@ -122,10 +123,9 @@ def _attention(params: dict, arrays: dict, options: Options) -> Any:
     return with_params(_made(options), params)(**arrays, **{name: options[name] for name in _CALLED if name in options})
 
 
-def _joined(params: dict, arrays: dict, options: Options) -> Any:
-    module = with_params(_made(options), params)
-    module.join()
-    return module(**arrays, **{name: options[name] for name in _CALLED if name in options})
+def _step(params: dict, arrays: dict, options: Options) -> Any:
+    with products_in_turn(shared=False):
+        return _attention(params, arrays, options)
 
 
 def _twin(params: dict, arrays: dict, options: Options) -> np.ndarray:
@@ -162,6 +162,6 @@ def _twin_encoder(params: dict, arrays: dict, options: Options) -> Any:
 
 CASES = {
     "Attention": Case(_samples, _attention, _twin, half=4.0, half_vjp=8.0),
-    "Attention.join": Case(_one_row, _joined, _twin, half=4.0, vjp=False),  # join() takes no weights of a gradient
+    "Attention.step": Case(_one_row, _step, _twin, half=4.0),
     "CrossTransformerEncoder": Case(_encoder_samples, _encoder, _twin_encoder, half=4.0, half_vjp=8.0),
 }

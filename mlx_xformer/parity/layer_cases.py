@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels, layers
+from ..openblas import products_in_turn
 from ..reference import kernels as twin_kernels
 from ..reference import layers as twin
 from .samples import (
@@ -317,10 +318,9 @@ def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     return twin.gated_feed_forward(params, arrays["x"], activation=activation)
 
 
-def _joined(params: dict, arrays: dict, options: Options) -> Any:
-    module = with_params(layers.GatedFeedForward(**options), params)
-    module.join()
-    return module(**arrays)
+def _gated_step(params: dict, arrays: dict, options: Options) -> Any:
+    with products_in_turn(shared=False):
+        return with_params(layers.GatedFeedForward(**options), params)(**arrays)
 
 
 def _as_linear(params: dict, arrays: dict, options: Options) -> Any:
@@ -349,7 +349,7 @@ CASES = {
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
     "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
-    "GatedFeedForward.join": Case(_gated_row, _joined, _twin_gated, vjp=False),  # weights of a gradient do not join
+    "GatedFeedForward.step": Case(_gated_row, _gated_step, _twin_gated),
     "Embedding": Case(_embedding, _as_linear, lambda p, x, _: twin.linear(p, **x)),
     "DilatedConv1d": Case(_dilated, layer(layers.DilatedConv1d), _twin_dilated),
     "ConvTranspose1d": Case(
