@@ -64,8 +64,8 @@ def _load() -> tuple[str, int, str, ctypes.CDLL | None, bool]:
 
 
 def _load_one_row(library: ctypes.CDLL) -> bool:
-    """Puts one_row.c ahead of OpenBLAS; False where there is no compiler. It is compiled anew at every start, in 50 ms: what
-    is kept can be damaged, or another's."""
+    """Puts one_row.c ahead of OpenBLAS; False where there is no compiler. It is compiled anew at every start, in 50 ms:
+    what is kept can be damaged, or another's."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
     if compiler is None:
         return False
