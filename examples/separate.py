@@ -1,6 +1,7 @@
 """Separates a recording into its stems: python examples/separate.py SONG [MODEL [FOLDER]]"""
 
 import argparse
+import sys
 
 from tqdm import tqdm
 
@@ -10,7 +11,7 @@ from mlx_xformer.separate import Progress
 
 def main(song: str, name: str, folder: str) -> None:
     separator = Separator(name)
-    with tqdm(unit="segment") as bar:
+    with tqdm(unit="segment", disable=None) as bar:
 
         def progress(now: Progress) -> None:
             bar.total = now.total
@@ -26,4 +27,8 @@ if __name__ == "__main__":
     parser.add_argument("song", metavar="SONG")
     parser.add_argument("name", metavar="MODEL", nargs="?", default="htdemucs")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default="separated")
-    main(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    try:
+        main(**given)
+    except (OSError, ValueError) as error:
+        sys.exit(f"separate.py: {error}")

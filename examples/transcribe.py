@@ -4,14 +4,12 @@ import argparse
 import json
 import sys
 
-from mlx_xformer import Tokenizer, generate, load  # isort: skip (before MLX, whose BLAS it chooses)
-
-import mlx.core as mx
-
+from mlx_xformer import Tokenizer, generate, load
 from mlx_xformer.audio import Recording, rechunked
 from mlx_xformer.mel import SAMPLE_RATE, SAMPLES, log_mel
 from mlx_xformer.models.whisper import Whisper
 from mlx_xformer.pretrained import resolve
+from mlx_xformer.runtime import mx
 from mlx_xformer.samplers import greedy, suppressing
 
 
@@ -19,11 +17,10 @@ def main(name: str, recording: str, language: str) -> None:
     model, tokenizer = load(folder := resolve(name)), Tokenizer(folder)  # the folder of an original is a converted one
     if not isinstance(model, Whisper):
         sys.exit(f"{name} must be a Whisper, got a {type(model).__name__}")
-    told = folder / "generation_config.json"  # what is never written, and what is not written first
-    settings = json.loads(told.read_text("utf-8")) if told.is_file() else {}
+    settings = json.loads(told.read_text("utf-8")) if (told := folder / "generation_config.json").is_file() else {}
     task = f"<|{language}|><|transcribe|>" if model.config.vocab_size > 51864 else ""  # the others know English only
     prompt = tokenizer.encode(f"<|startoftranscript|>{task}<|notimestamps|>", special=False)
-    away, first = (settings.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))
+    away, first = (settings.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))  # never, not first
     sampler = suppressing(greedy, away, first=first, prompt=len(prompt))
     ends = tokenizer.encode("<|endoftext|>", special=False)
     for window in rechunked(Recording.of(recording).converted(1, SAMPLE_RATE), SAMPLES):
@@ -37,4 +34,7 @@ if __name__ == "__main__":
     parser.add_argument("name", metavar="MODEL")
     parser.add_argument("recording", metavar="RECORDING")
     parser.add_argument("language", metavar="LANGUAGE", nargs="?", default="en")
-    main(**vars(parser.parse_args()))
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, ValueError) as error:
+        sys.exit(f"transcribe.py: {error}")

@@ -90,12 +90,21 @@ def test_examples_tell_how_they_are_called(path):
 
 
 @pytest.mark.parametrize(
-    "words", [["generate.py", "nowhere/x/y", "w3"], ["embed.py", "nowhere/x/y"]], ids=lambda w: w[0]
+    "words",
+    [
+        ["generate.py", "nowhere/x/y", "w3"],
+        ["embed.py", "nowhere/x/y"],
+        ["transcribe.py", "nowhere/x/y", "nowhere.wav"],
+        ["separate.py", "nowhere.wav", "htdemucs_mini"],
+        ["convert.py", "nowhere/x/y", "out"],
+    ],
+    ids=lambda w: w[0],
 )
 def test_examples_say_in_a_line_what_is_wrong(words):
     command = [sys.executable, ROOT / "examples" / words[0], *words[1:]]
     answer = subprocess.run(command, capture_output=True, text=True)
-    assert answer.returncode == 1 and answer.stderr == f"{words[0]}: nowhere/x/y: no such file or folder\n"
+    missing = "nowhere.wav does not exist" if words[0] == "separate.py" else "nowhere/x/y: no such file or folder"
+    assert answer.returncode == 1 and answer.stderr == f"{words[0]}: {missing}\n"
 
 
 @pytest.mark.parametrize("path", sorted({*(ROOT / "examples").glob("*.py")} - {TRAINER}), ids=lambda p: p.name)
