@@ -111,7 +111,7 @@ def steps(x: mx.array) -> bool:
 
 def applied(layer: nn.Module, x: mx.array) -> mx.array:
     """layer(x), as product() computes it, or in steps a Row that the layer has until release()."""
-    weight, bias = layer.weight, layer.get("bias")
+    weight, bias = layer["weight"], layer.get("bias")
     if not steps(x):
         return product(x, weight, bias)
     row = vars(layer).get("_row")

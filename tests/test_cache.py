@@ -217,6 +217,22 @@ def test_trap_1_5_positions_come_from_the_cache():
     assert difference(elsewhere, made(x)[:, 8:]) > 1e-3
 
 
+def test_what_fitted_once_is_asked_about_again():
+    """Not the same shapes as last time, nor the same after all is forgotten."""
+    cache = KVCache()
+    for _ in range(3):
+        cache.append(*pair(1, batch=1))
+    for wrong in (pair(1, batch=2), pair(1, batch=1, D=5), tuple(x.astype(mx.float16) for x in pair(1, batch=1))):
+        with pytest.raises(ValueError, match="must have the batch size, heads and width that are cached"):
+            cache.append(*wrong)
+    cache.append(*pair(2, batch=1))
+    assert cache.length == 5
+    cache.reset()
+    cache.append(*pair(1, batch=2))
+    with pytest.raises(ValueError, match="that are cached"):
+        cache.append(*pair(1, batch=1))
+
+
 @pytest.mark.parametrize("change", ["another memory", "reset"])
 def test_trap_1_6_a_memory_is_projected_once_until_it_changes(change):
     """There cross-attention took in one more source token every step, and kept the old source for a new one."""

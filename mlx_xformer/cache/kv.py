@@ -79,6 +79,7 @@ class KVCache:
         self._first = 0  # the first position in the lines, apart from the kept ones; those before are lost, or padding
         self._slot = 0  # its slot
         self._widths = (0, 0)
+        self._taken: tuple[Any, ...] | None = None  # what was appended last fitted, and so does its like
 
     @property
     def offset(self) -> int | mx.array:
@@ -230,6 +231,9 @@ class KVCache:
 
     def _parts(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """What is stored of new keys and values, which must fit what is stored already."""
+        form = k.shape, v.shape, k.dtype, v.dtype
+        if self._lines and self.bits is None and form == self._taken:
+            return [k, v]
         for name, x in (("k", k), ("v", v)):
             if x.ndim != 4 or x.shape[2] < 1:
                 raise ValueError(f"{name} must be (batch, heads, length, dim) of 1 or more positions, got {x.shape}")
@@ -247,6 +251,7 @@ class KVCache:
                     f"{name} must have the batch size, heads and width that are cached, {wanted} in {old.dtype},"
                     f" got {got} in {x.dtype}"
                 )
+        self._taken = form
         return [part for x in new for part in parts_of(x)]
 
     def _pair(self, parts: Sequence[mx.array]) -> list[KeysOrValues]:
