@@ -110,6 +110,7 @@ def _info(options: argparse.Namespace) -> int:
     report = runtime.report()
     print(f"mlx-xformer {__version__}, MLX {report.mlx}")
     print(f"device        {report.device} ({report.name})")
-    print(f"memory        {report.memory / 2**30:.1f} GiB, MLX keeps at most {report.cache_limit / 2**30:.1f} cached")
+    kept = f"{report.cache_limit / 2**20:.0f} MiB"
+    print(f"memory        {report.memory / 2**30:.1f} GiB, of freed memory MLX keeps at most {kept}")
     print(f"BLAS          {report.blas}")
     return 0
