@@ -94,8 +94,8 @@ class Row:
     def __call__(self, x: mx.array) -> mx.array:
         """(..., I) -> (..., O)"""
         weight, bias = self._views
-        y = (x if x.ndim == 3 else x.reshape(1, 1, -1)) @ weight
-        y = y if bias is None else y + bias
+        row = x if x.ndim == 3 else x.reshape(1, 1, -1)
+        y = row @ weight if bias is None else mx.addmm(bias, row, weight)
         return y if x.ndim == 3 else y.reshape(*x.shape[:-1], -1)
 
 
