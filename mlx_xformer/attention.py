@@ -32,7 +32,6 @@ __all__ = [
     "get_attention",
     "initialize",
 ]
-_NO_ROTARY = "positions need an Attention with rotary positions, got one without"
 _NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm, "rms_whole": WholeRMSNorm}
 
 
@@ -150,7 +149,7 @@ class Attention(nn.Module):
         if config.rotary is not None and source is not None:
             raise ValueError("rotary positions need self-attention, got a source")
         if config.rotary is None and positions is not None:
-            raise ValueError(_NO_ROTARY)
+            raise ValueError("positions need an Attention with rotary positions, got one without")
         q = _heads(self.q_proj(x), config.num_heads)
         q = q if config.qk_norm is None else self.q_norm(q)
         return q if config.rotary is None else config.rotary(q, offset=offset, positions=positions)
