@@ -38,8 +38,7 @@ test-real: $(VENV)/installed-real
 check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	rm -rf build/types && mkdir -p build/types && cp -r mlx_xformer build/types && cp -r converters build/types/mlx_xformer
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p mlx_xformer
+	$(BIN)/mypy -p mlx_xformer
 	$(PYTEST) $(PLAIN)
 
 format: $(VENV)/installed

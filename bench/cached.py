@@ -21,10 +21,10 @@ import numpy as np
 from report import append
 from run import BENCH, RESULTS, commit, machine, settle
 
-from mlx_xformer import runtime
-from mlx_xformer.models.decoder import Decoder, DecoderConfig
+from mlx_xformer.backend import device
+from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig
 
-mx = runtime.mx
+mx = device.mx
 BEGIN, END = "<!-- cached: begin (written by bench/cached.py) -->", "<!-- cached: end -->"
 KINDS = {"MHA": 8, "GQA": 2, "MQA": 1}  # key/value heads
 STRIDE = 32
@@ -136,8 +136,8 @@ def main() -> None:
         "commit": commit(),
         "machine": machine(),
         "versions": {name: version(name) for name in ("mlx", "mlx-xformer")},
-        "blas": runtime.blas,
-        "threads": runtime.workers,
+        "blas": device.blas,
+        "threads": device.workers,
     }
     append(RESULTS / "cached.jsonl", [{"suite": "cached", "whole": False, **shared, **record} for record in found])
     print(table(found))

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_xformer import moe, runtime
-from mlx_xformer.moe import MoE, MoEConfig
+from mlx_xformer.backend import device
+from mlx_xformer.nn.moe import layer as moe
+from mlx_xformer.nn.moe.layer import MoE, MoEConfig
 
 # isort: split
 import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS
 
-mx = runtime.mx
+mx = device.mx
 MODELS = {
     (256, 512, 8, 2): (1, 4, 8, 16, 32, 128, 512),
     (256, 128, 64, 8): (4, 8, 16, 128),

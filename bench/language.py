@@ -66,7 +66,7 @@ def weights() -> dict[str, np.ndarray]:
 
 def prepare(folder: Path) -> None:
     """Writes the model in Hugging Face's layout, ours in both precisions, and the prompt."""
-    from mlx_xformer.converters.convert import convert
+    from mlx_xformer.converters.conversion import convert
 
     original = folder / "float32"
     original.mkdir()

@@ -60,8 +60,8 @@ def streamed(model: str, mode: str, song: Path, out: Path, clip: str) -> dict[st
     """Separates a file into files of 32-bit floats."""
     import mlx.core as mx
 
-    from mlx_xformer.separate import Separator
-    from mlx_xformer.stems import Output
+    from mlx_xformer.separation.separator import Separator
+    from mlx_xformer.separation.stems import Output
 
     made = Separator(model, mode=mode).separate_file(song, out, Output(bits=32, clip=clip))
     return {
@@ -76,9 +76,9 @@ def streamed(model: str, mode: str, song: Path, out: Path, clip: str) -> dict[st
 
 def serving_blas() -> str:
     """What multiplies matrices."""
-    from mlx_xformer import runtime
+    from mlx_xformer.backend import device
 
-    return runtime.blas
+    return device.blas
 
 
 def unstreamed(model: str, mode: str, song: Path, clip: str, files: dict[str, str]) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def unstreamed(model: str, mode: str, song: Path, clip: str, files: dict[str, st
     import numpy as np
     import soundfile
 
-    from mlx_xformer.audio import read
-    from mlx_xformer.separate import Separator
+    from mlx_xformer.audio.recording import read
+    from mlx_xformer.separation.separator import Separator
 
     samples, rate = read(song)
     audio = mx.array(samples)
@@ -128,7 +128,7 @@ def perform(task: str) -> None:
     """A child's part of `child`."""
     if sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text("1000")  # rather this one than what else runs here
-    import mlx_xformer.runtime  # noqa: F401 (before MLX, for its BLAS)
+    import mlx_xformer.backend.device  # noqa: F401 (before MLX, for its BLAS)
 
     name, arguments = json.loads(task)
     print(json.dumps({"streamed": streamed, "unstreamed": unstreamed}[name](*arguments)))

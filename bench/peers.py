@@ -63,7 +63,7 @@ def environment(name: str) -> str:
 def prepare(folder: Path, torch_python: str, threads: int, ours: bool) -> dict[str, np.ndarray]:
     """Writes the weights, the input and, if asked, our checkpoint; returns PyTorch's answers in both precisions."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from torch_oracle import Oracle
+    from support.torch_oracle import Oracle
 
     with Oracle(torch_python, threads=threads) as oracle:
         names = oracle.package(OFFICIAL, folder, seed=0, half=True)
@@ -75,7 +75,7 @@ def prepare(folder: Path, torch_python: str, threads: int, ours: bool) -> dict[s
             truth[dtype] = answer["output"]
         np.save(folder / "mix.npy", answer["mix"])
     if ours:
-        from mlx_xformer.converters.convert import convert
+        from mlx_xformer.converters.conversion import convert
 
         convert(folder / "model.safetensors", folder / "ours", family="htdemucs")
     return truth

@@ -234,7 +234,7 @@ def cache(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> 
     sys.path.insert(0, str(BENCH / "cases"))
     from cache import CONTEXT, KV_HEADS, PAIRS, WIDTH, mx
 
-    from mlx_xformer.cache import cache_bytes
+    from mlx_xformer.nn.cache import cache_bytes
 
     sizes = {"num_kv_heads": KV_HEADS, "head_dim": WIDTH}
     held = {
@@ -278,7 +278,7 @@ def main() -> None:
     if options.peers:
         from peers import compare as suite
     elif options.language:
-        from language import compare as suite
+        from support.language import compare as suite
     elif options.mixture:
         from mixture import compare as suite
     elif options.seq2seq:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 from trainer import Experiment, main
 
-from mlx_xformer.models.seq2seq import AutoregressiveTransformerModel, SequenceConfig
+from mlx_xformer.models.guides.llm_prep import AutoregressiveTransformerModel, SequenceConfig
 
 BATCH, LENGTH, WIDTH = 32, 33, 2
 

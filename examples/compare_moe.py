@@ -12,7 +12,8 @@ from train_moe import ALPHA, BOOK, train  # isort: skip (imports mlx_xformer bef
 
 import numpy as np
 
-from mlx_xformer import __version__, runtime
+from mlx_xformer import __version__
+from mlx_xformer.backend import device
 
 NAMES = {ALPHA: "with the balance loss", 0.0: "without"}
 
@@ -34,7 +35,7 @@ def table(records: dict[tuple[float, int], dict], seeds: list[int]) -> str:
         cells = [str(seed), *map(worst, pair)]
         cells += [f"{record['held_out']:.3f}" for record in pair] + [f"{record['seconds']:.0f}" for record in pair]
         lines.append(f"| {' | '.join(cells)} |")
-    now, host = datetime.now(timezone.utc), runtime.report()
+    now, host = datetime.now(timezone.utc), device.report()
     lines += [
         "",
         f"{host.name}, {os.cpu_count()} cores; {now:%Y-%m-%d}; mlx {host.mlx}, mlx-xformer {__version__}; {host.blas}.",

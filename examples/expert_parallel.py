@@ -4,15 +4,16 @@ mlx.launch -n 2 --backend ring -- python examples/expert_parallel.py MODEL PROMP
 import argparse
 import sys
 
-from mlx_xformer import Tokenizer, generate, load, runtime
-from mlx_xformer.expert_parallel import spread
-from mlx_xformer.pretrained import resolve
+from mlx_xformer import Tokenizer, generate, load
+from mlx_xformer.backend import device
+from mlx_xformer.nn.moe.sharded import spread
+from mlx_xformer.pretrained.loading import resolve
 
 
 def main(name: str, text: str) -> None:
     folder = resolve(name)
     model, tokenizer = load(folder), Tokenizer(folder)
-    group = runtime.process_group()
+    group = device.process_group()
     if group is not None:
         spread(model, group)
     tokens = generate(model, tokenizer.encode(text), max_tokens=100, tokenizer=tokenizer)

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from mlx_xformer import Tokenizer, generate, load, make_sampler
-from mlx_xformer.pretrained import resolve
+from mlx_xformer.pretrained.loading import resolve
 
 
 def main(name: str, text: str, temperature: float) -> None:

@@ -5,7 +5,7 @@ The sum is over the root of how many there are, so that guessing 0 has a loss of
 import mlx.core as mx
 from trainer import Experiment, main
 
-from mlx_xformer.models.seq2seq import SequenceConfig, TransformerModel
+from mlx_xformer.models.guides.llm_prep import SequenceConfig, TransformerModel
 
 BATCH, LENGTH, WIDTH = 32, 32, 3
 

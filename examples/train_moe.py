@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_xformer import runtime  # noqa: F401  isort: skip (before MLX, whose BLAS it chooses)
+from mlx_xformer.backend import device  # noqa: F401  isort: skip (before MLX, whose BLAS it chooses)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,9 +23,9 @@ import tokenizers
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from mlx_xformer.checkpoint import save_checkpoint
-from mlx_xformer.models.decoder import Decoder, DecoderConfig, auxiliary_loss
-from mlx_xformer.moe import MoEConfig
+from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig, auxiliary_loss
+from mlx_xformer.nn.moe.layer import MoEConfig
+from mlx_xformer.storage.checkpoint import save_checkpoint
 
 BOOK = Path(__file__).parent / "sherlock_holmes.txt.xz"
 NOTES, STATE = "training.json", "state.safetensors"

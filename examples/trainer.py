@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_xformer import runtime  # isort: skip (before MLX, whose BLAS it chooses)
+from mlx_xformer.backend import device  # isort: skip (before MLX, whose BLAS it chooses)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -159,7 +159,7 @@ def main(experiment: Experiment, what: str) -> None:
     lines = ["| seed | first loss | loss held out | seconds |", "|---|---|---|---|"]
     ends = {n: held_out(experiment, run.model, n) for n, run in runs.items()}
     lines += [f"| {n} | {run.losses[0]:.3f} | {ends[n]:.5f} | {run.seconds:.0f} |" for n, run in runs.items()]
-    facts, where = runtime.report(), platform.platform(terse=True)
+    facts, where = device.report(), platform.platform(terse=True)
     lines += ["", f"{options.steps} steps; {facts.device} ({facts.name}), {where}, MLX {facts.mlx}, mlx-xformer "]
     lines[-1] += f"{version('mlx-xformer')}, {time.strftime('%Y-%m-%d')}"
     (options.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")

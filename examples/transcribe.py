@@ -5,12 +5,12 @@ import json
 import sys
 
 from mlx_xformer import Tokenizer, generate, load
-from mlx_xformer.audio import Recording, rechunked
-from mlx_xformer.mel import SAMPLE_RATE, SAMPLES, log_mel
+from mlx_xformer.audio.recording import Recording, rechunked
+from mlx_xformer.backend.device import mx
 from mlx_xformer.models.whisper import Whisper
-from mlx_xformer.pretrained import resolve
-from mlx_xformer.runtime import mx
-from mlx_xformer.samplers import greedy, suppressing
+from mlx_xformer.nn.mel import SAMPLE_RATE, SAMPLES, log_mel
+from mlx_xformer.pretrained.loading import resolve
+from mlx_xformer.text.samplers import greedy, suppressing
 
 
 def main(name: str, recording: str, language: str) -> None:

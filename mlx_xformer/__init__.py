@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from . import runtime  # first: it loads the BLAS that MLX runs on
 from ._version import __version__
+from .backend import device  # first: it loads the BLAS that MLX runs on
 
 __all__ = [
     "Attention",
@@ -38,8 +38,10 @@ __all__ = [
     "separate",
 ]
 
-if runtime.backend_error is None:
-    from .attention import (
+if device.backend_error is None:
+    from .converters.conversion import convert
+    from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
+    from .nn.attention.layer import (
         Attention,
         AttentionConfig,
         CrossAttention,
@@ -50,17 +52,15 @@ if runtime.backend_error is None:
         attention_weights,
         get_attention,
     )
-    from .cache import CrossCache, KVCache, RewindError, cache_bytes, load_caches, save_caches
-    from .converters.convert import convert
-    from .generate import batch_generate, generate
-    from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
-    from .pretrained import load
-    from .samplers import make_sampler
-    from .separate import Separator, separate
-    from .tokenizer import Tokenizer
+    from .nn.cache import CrossCache, KVCache, RewindError, cache_bytes, load_caches, save_caches
+    from .pretrained.loading import load
+    from .separation.separator import Separator, separate
+    from .text.generation import batch_generate, generate
+    from .text.samplers import make_sampler
+    from .text.tokenizer import Tokenizer
 else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            raise ImportError(runtime.backend_error)
+            raise ImportError(device.backend_error)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

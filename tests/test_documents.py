@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from language import language_model, word_tokenizer
+from support.language import language_model, word_tokenizer
 
 from mlx_xformer.cli import _parser
 
@@ -64,7 +64,7 @@ def test_example_separate(tmp_path):
 
 def test_example_convert(tmp_path):
     """There, back to PyTorch's layout, and through the example."""
-    from mlx_xformer.converters.convert import convert
+    from mlx_xformer.converters.conversion import convert
 
     convert(ROOT / "mlx_xformer" / "data" / "htdemucs_mini", tmp_path / "theirs", to="pytorch")
     command = [sys.executable, ROOT / "examples" / "convert.py", tmp_path / "theirs", tmp_path / "ours"]

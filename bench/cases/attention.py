@@ -7,8 +7,8 @@ from typing import Any
 
 from parts import case, draw, mx, nn
 
-from mlx_xformer.attention import MultiHeadAttention, attention
-from mlx_xformer.masks import causal_mask, sliding_mask
+from mlx_xformer.nn.attention.layer import MultiHeadAttention, attention
+from mlx_xformer.nn.masks import causal_mask, sliding_mask
 
 PAIRS = {  # part: (the plain form, ours), functions below
     "window 512 of 4096 against MLX's function with the mask": ("mlx_window", "banded_window"),

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_xformer import Bag, BagConfig, HTDemucs, HTDemucsConfig, runtime, separate
+from mlx_xformer import Bag, BagConfig, HTDemucs, HTDemucsConfig, separate
+from mlx_xformer.backend import device
 
-mx = runtime.mx
+mx = device.mx
 
 SOURCES = ("drums", "bass", "other", "vocals")
 CONFIG = HTDemucsConfig(sources=SOURCES, segment=Fraction(39, 5), bottom_channels=512)
@@ -31,7 +32,7 @@ def case(model: Any, **options: Any) -> dict[str, Any]:
     return {
         "run": run,
         "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
-        "blas": runtime.blas,
+        "blas": device.blas,
         "threads": int(os.environ["BENCH_THREADS"]),
         "peak": mx.get_peak_memory,
     }

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_xformer import runtime
-from mlx_xformer.cache import KVCache
-from mlx_xformer.sdpa import attention
+from mlx_xformer.backend import device
+from mlx_xformer.nn.attention.core import attention
+from mlx_xformer.nn.cache import KVCache
 
-mx = runtime.mx
+mx = device.mx
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 CONTEXT, CHUNK, STEPS, APPENDS = 8192, 512, 16, 256
@@ -39,7 +39,7 @@ def case(run: Callable[[], None]) -> dict[str, Any]:
     return {
         "run": run,
         "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
-        "blas": runtime.blas,
+        "blas": device.blas,
         "threads": int(os.environ["BENCH_THREADS"]),
         "peak": lambda: max(mx.get_peak_memory(), mx.get_active_memory()),
     }

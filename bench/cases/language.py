@@ -54,8 +54,9 @@ def _peer(folder: Path, dtype: str, part: str) -> dict[str, Any]:
 
 
 def _ours(folder: Path, dtype: str, part: str) -> dict[str, Any]:
-    from mlx_xformer import load, runtime
-    from mlx_xformer.generate import generate
+    from mlx_xformer import load
+    from mlx_xformer.backend import device
+    from mlx_xformer.text.generation import generate
 
     model: Any = load(folder / f"ours-{dtype}")
     prompt = np.load(folder / "prompt.npy").tolist()
@@ -72,7 +73,7 @@ def _ours(folder: Path, dtype: str, part: str) -> dict[str, Any]:
             cache.trim(cache.length - len(prompt) + 1)
         return np.array(tokens)
 
-    return _case(runtime.mx, {"prefill": prefill, "decode": decode}[part], ("mlx-xformer", "mlx"), runtime.blas)
+    return _case(device.mx, {"prefill": prefill, "decode": decode}[part], ("mlx-xformer", "mlx"), device.blas)
 
 
 def peer_prefill_float32(folder: Path) -> dict[str, Any]:

@@ -64,13 +64,13 @@ def _peer(folder: Path, tokens: int, train: bool = False) -> dict[str, Any]:
 
 
 def _ours(folder: Path, tokens: int, capacity: float | None = None, train: bool = False) -> dict[str, Any]:
-    from mlx_xformer import runtime
-    from mlx_xformer.moe import MoE, MoEConfig
+    from mlx_xformer.backend import device
+    from mlx_xformer.nn.moe.layer import MoE, MoEConfig
 
     # isort: split
     import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS
 
-    mx = runtime.mx
+    mx = device.mx
     given = {name: mx.array(x) for name, x in np.load(folder / "weights.npz").items()}
     layer: Any = MoE(MoEConfig(D, H, E, K, capacity=capacity)).train(train)
     layer.router.weight = given["router"]
@@ -80,23 +80,23 @@ def _ours(folder: Path, tokens: int, capacity: float | None = None, train: bool 
     mx.eval(layer.parameters(), x)
     step = nn.value_and_grad(layer, lambda x: (layer(x)[0] * x).sum())
     run = _training(mx, step, x) if train else _inference(mx, lambda x: layer(x)[0], x)
-    return _case(mx, run, ("mlx-xformer", "mlx"), runtime.blas)
+    return _case(mx, run, ("mlx-xformer", "mlx"), device.blas)
 
 
 def dense(folder: Path) -> dict[str, Any]:
     """A dense gated network with as many products a token."""
-    from mlx_xformer import runtime
-    from mlx_xformer.layers import GatedFeedForward
+    from mlx_xformer.backend import device
+    from mlx_xformer.nn.layers import GatedFeedForward
 
     # isort: split
     import mlx.nn as nn
 
-    mx = runtime.mx
+    mx = device.mx
     layer: Any = GatedFeedForward(D, K * H)
     x = mx.array(np.load(folder / "weights.npz")["x"][:TRAINED])
     mx.eval(layer.parameters(), x)
     step = nn.value_and_grad(layer, lambda x: (layer(x) * x).sum())
-    return _case(mx, _training(mx, step, x), ("mlx-xformer", "mlx"), runtime.blas)
+    return _case(mx, _training(mx, step, x), ("mlx-xformer", "mlx"), device.blas)
 
 
 peer_1, ours_1 = partial(_peer, tokens=1), partial(_ours, tokens=1)

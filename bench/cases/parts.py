@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from mlx_xformer import kernels, runtime, spectral
-from mlx_xformer.attention import attention
-from mlx_xformer.layers import ConvTranspose1d, DilatedConv1d
+from mlx_xformer.backend import activations, device, fused, norms
+from mlx_xformer.nn import spectral
+from mlx_xformer.nn.attention.layer import attention
+from mlx_xformer.nn.layers import ConvTranspose1d, DilatedConv1d
 
 # isort: split
 import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS
 
-mx = runtime.mx
+mx = device.mx
 
 PAIRS = {  # part: (the plain form, ours), functions below
     "gelu": ("plain_gelu", "our_gelu"),
@@ -49,7 +50,7 @@ def case(compute: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
     return {
         "run": run,
         "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
-        "blas": runtime.blas,
+        "blas": device.blas,
         "threads": int(os.environ["BENCH_THREADS"]),
         "peak": mx.get_peak_memory,
     }
@@ -60,7 +61,7 @@ def plain_gelu(_: Path) -> dict[str, Any]:
 
 
 def our_gelu(_: Path) -> dict[str, Any]:
-    return case(kernels.gelu, draw(1, 85995, 48))
+    return case(activations.gelu, draw(1, 85995, 48))
 
 
 def plain_glu(_: Path) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def plain_glu(_: Path) -> dict[str, Any]:
 
 
 def our_glu(_: Path) -> dict[str, Any]:
-    return case(kernels.glu, draw(1, 85995, 96))
+    return case(activations.glu, draw(1, 85995, 96))
 
 
 def plain_group_norm(_: Path) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def plain_group_norm(_: Path) -> dict[str, Any]:
 
 def our_group_norm(_: Path) -> dict[str, Any]:
     weight, bias = mx.ones(96), mx.zeros(96)
-    return case(lambda x: kernels.normalize(x, weight, bias, axes=(1,), eps=1e-5), draw(1, 85995, 96))
+    return case(lambda x: norms.normalize(x, weight, bias, axes=(1,), eps=1e-5), draw(1, 85995, 96))
 
 
 def plain_attention(_: Path) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def plain_rewrite(_: Path) -> dict[str, Any]:
 
 
 def our_rewrite(_: Path) -> dict[str, Any]:
-    return _rewrite(kernels.conv_glu)
+    return _rewrite(fused.conv_glu)
 
 
 def _expand(form: Callable[..., Any]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def plain_expand(_: Path) -> dict[str, Any]:
 
 
 def our_expand(_: Path) -> dict[str, Any]:
-    return _expand(partial(kernels.expand_norm_glu_add, eps=1e-5))
+    return _expand(partial(fused.expand_norm_glu_add, eps=1e-5))
 
 
 def plain_stft(_: Path) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def demucs_mlx(folder: Path) -> dict[str, Any]:
 
 def ours(folder: Path) -> dict[str, Any]:
     """This package."""
-    from mlx_xformer import runtime
-    from mlx_xformer.checkpoint import load_model
+    from mlx_xformer.backend import device as runtime
+    from mlx_xformer.models.families import load_model
 
     mx = runtime.mx
     model = load_model(folder / "ours")

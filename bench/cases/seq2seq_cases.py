@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_xformer import runtime
-from mlx_xformer.cache import CrossCache
-from mlx_xformer.decoding import stepping
-from mlx_xformer.generate import generate
+from mlx_xformer.backend import device
 from mlx_xformer.models.transformer import Transformer, TransformerConfig
+from mlx_xformer.nn.cache import CrossCache
+from mlx_xformer.text.decoding import stepping
+from mlx_xformer.text.generation import generate
 
-mx = runtime.mx
+mx = device.mx
 THREADS = int(os.environ["BENCH_THREADS"])
 TOKENS, SOURCE, VOCABULARY, START = 64, 256, 1000, 1
 CONFIG = TransformerConfig(
@@ -46,7 +46,7 @@ def _model(folder: Path) -> tuple[Transformer, Any]:
 
 def _case(run: Callable[[], np.ndarray]) -> dict[str, Any]:
     versions = {name: version(name) for name in ("mlx", "mlx-xformer")}
-    return {"run": run, "versions": versions, "blas": runtime.blas, "threads": THREADS, "peak": mx.get_peak_memory}
+    return {"run": run, "versions": versions, "blas": device.blas, "threads": THREADS, "peak": mx.get_peak_memory}
 
 
 def _unrepeated(logits: Any, history: Any) -> Any:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import runtime
+from ..backend import device
 
 if TYPE_CHECKING:
-    from ..cache import KVCache
-    from ..generate import Token
-    from ..models.decoder import Decoder
-    from ..tokenizer import Tokenizer
+    from ..models.causal_lm.model import Decoder
+    from ..nn.cache import KVCache
+    from ..text.generation import Token
+    from ..text.tokenizer import Tokenizer
 
 AHEAD = 4  # tokens that a draft model guesses at a time
 
@@ -80,7 +80,7 @@ class _Run:
             "tokens": len(self.tokens),
             "prefill_tokens_per_second": round(read / self.prefill, 2) if self.prefill else None,
             "decode_tokens_per_second": round(made / self.decode, 2) if made > 0 and self.decode else None,
-            "peak_memory": runtime.mx.get_peak_memory(),
+            "peak_memory": device.mx.get_peak_memory(),
         }
 
     def summary(self) -> str:
@@ -95,16 +95,16 @@ class _Run:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the text as it comes; what it took goes to standard error."""
-    from ..prompt_cache import reuse
-    from ..samplers import make_sampler
-    from ..tokenizer import Tokenizer
+    from ..text.prompt_cache import reuse
+    from ..text.samplers import make_sampler
+    from ..text.tokenizer import Tokenizer
 
     _check(options)
     names = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampler = make_sampler(options.temp, **{name: getattr(options, name) for name in names})
     text = _text(options)
     if options.device:
-        runtime.use_device(options.device)
+        device.use_device(options.device)
     folder = _language_model(options.model)
     draft = _language_model(options.draft) if options.draft else None
     tokenizer = Tokenizer(folder)
@@ -162,8 +162,8 @@ def _generate(
     """Shows the text and renews the prompt cache, also where Ctrl-C or a reader who is gone ends it."""
     from tqdm import tqdm
 
-    from ..generate import generate
-    from ..prompt_cache import save_prompt
+    from ..text.generation import generate
+    from ..text.prompt_cache import save_prompt
 
     def save() -> None:
         if options.prompt_cache:
@@ -267,8 +267,8 @@ def _text(options: argparse.Namespace) -> str:
 
 def _language_model(name: str) -> Path:
     """The folder of a language model."""
-    from ..checkpoint import read_checkpoint
-    from ..pretrained import resolve
+    from ..pretrained.loading import resolve
+    from ..storage.checkpoint import read_checkpoint
 
     folder = resolve(name)
     family = read_checkpoint(folder).family
@@ -279,8 +279,8 @@ def _language_model(name: str) -> Path:
 
 
 def _load(folder: Path) -> Decoder:
-    from ..checkpoint import load_model
-    from ..models.decoder import Decoder
+    from ..models.causal_lm.model import Decoder
+    from ..models.families import load_model
 
     model = load_model(folder)
     assert isinstance(model, Decoder)
@@ -302,7 +302,7 @@ def _cache_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _caches(model: Decoder, options: argparse.Namespace) -> tuple[list[KVCache], Sequence[int]]:
     """The caches, and the tokens that they hold already."""
-    from ..prompt_cache import load_prompt
+    from ..text.prompt_cache import load_prompt
 
     path, wanted = options.prompt_cache, model.make_caches(**_cache_options(options))
     if path is None or not Path(path).exists():

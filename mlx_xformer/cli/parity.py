@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _model(given: list[str], names: tuple[str, ...]) -> Path | None:
     """The folder of a converted model, where that is what was given: a name of ours goes before a folder's."""
-    from ..pretrained import NAMES, resolve
+    from ..pretrained.loading import NAMES, resolve
 
     models = [x for x in given if x not in names and (x in NAMES or Path(x).exists() or os.sep in x)]
     if not models:

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import runtime
 from .._version import __version__
+from ..backend import device
 from .common import FAILURES, fail, reason_of
 
 if TYPE_CHECKING:
-    from ..separate import Progress, Separated, Separator
-    from ..stems import Output
+    from ..separation.separator import Progress, Separated, Separator
+    from ..separation.stems import Output
 
 DEMO_MODEL = "htdemucs_mini"
 DEMO_NOTE = (
@@ -74,7 +74,7 @@ class _ListModels(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from ..pretrained import available
+        from ..pretrained.summary import available
 
         for name, where in available().items():
             print(f"{name:15} {where}")
@@ -86,9 +86,9 @@ _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two
 
 def run(options: argparse.Namespace) -> int:
     """Separates what was given; 1 if a recording failed."""
-    from ..segments import Options
-    from ..separate import Separator
-    from ..stems import Output, check_writable
+    from ..separation.segments import Options
+    from ..separation.separator import Separator
+    from ..separation.stems import Output, check_writable
 
     # What can be known before the model is loaded, or downloaded, is said before.
     settings = {name: getattr(options, name) for name in _SETTINGS}
@@ -96,8 +96,8 @@ def run(options: argparse.Namespace) -> int:
     output = Output(options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
     check_writable(options.out)
     if options.device:
-        runtime.use_device(options.device)
-    group = runtime.process_group()
+        device.use_device(options.device)
+    group = device.process_group()
     rank, size = (group.rank(), group.size()) if group else (0, 1)
     failed: list[Path] = []
     folder = options.out / _model_folder(options.name)
@@ -111,21 +111,21 @@ def run(options: argparse.Namespace) -> int:
                 done += 1
     if done and rank == 0 and options.name == DEMO_MODEL and not options.json:
         print(f"Note: {DEMO_NOTE}.")
-    return int(bool(runtime.total(len(failed), group)))
+    return int(bool(device.total(len(failed), group)))
 
 
 def _plan(options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool) -> list[Path]:
     """The recordings to separate. What is given in vain joins `failed`."""
-    from .. import audio
+    from ..audio import recording
 
     files: list[Path] = []
     for given in options.files:
         with _reported(given, options, failed, quiet=quiet):
-            files += audio.recordings_in(given) if given.is_dir() else [given]
+            files += recording.recordings_in(given) if given.is_dir() else [given]
     tracks: dict[str, Path] = {}
     for file in files:
         with _reported(file, options, failed, quiet=quiet):
-            audio.check_readable(file)
+            recording.check_readable(file)
             target = str(output.path(folder, file, "stem"))
             # Some file systems take names that differ in case or in the form of an accent for the same.
             first = tracks.setdefault(unicodedata.normalize("NFC", target).casefold(), file)
@@ -200,7 +200,7 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
 
 
 def _write_report(file: Path, folder: Path, made: Separated, output: Output, options: argparse.Namespace) -> Path:
-    from ..report import write_report
+    from ..separation.report.page import write_report
 
     facts = {
         "Model": options.name,

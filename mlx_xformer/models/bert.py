@@ -14,12 +14,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import fields
-from ..blocks import LayerConfig, Stack
-from ..inputs import check_mask, check_tokens, key_mask
-from ..kernels import ACTIVATIONS
-from ..layers import LayerNorm
-from ..linear import Linear
+from ..backend.activations import ACTIVATIONS
+from ..nn import config as fields
+from ..nn.checks import check_mask, check_tokens, key_mask
+from ..nn.layers import LayerNorm
+from ..nn.linear import Linear
+from ..nn.transformer import LayerConfig, Stack
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
 _LIMITS = {

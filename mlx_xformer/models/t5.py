@@ -15,15 +15,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import fields
-from ..blocks import LayerConfig, Stack
-from ..cache import CrossCache, KVCache
-from ..conditioning import Conditioned
-from ..inputs import check_tokens, key_mask
-from ..kernels import ACTIVATIONS, GATED
-from ..layers import Embedding, dropped
-from ..linear import Linear
-from ..positions import buckets_by_distance
+from ..backend.activations import ACTIVATIONS, GATED
+from ..nn import config as fields
+from ..nn.cache import CrossCache, KVCache
+from ..nn.checks import check_tokens, key_mask
+from ..nn.layers import Embedding, dropped
+from ..nn.linear import Linear
+from ..nn.positions import buckets_by_distance
+from ..nn.transformer import LayerConfig, Stack
+from .bound import Conditioned
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
 _LIMITS = {

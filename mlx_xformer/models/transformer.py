@@ -15,14 +15,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import fields
-from ..blocks import LayerConfig, Stack
-from ..cache import CrossCache, KVCache
-from ..conditioning import Conditioned, positioned
-from ..inputs import check_tokens, check_vectors, key_mask
-from ..kernels import ACTIVATIONS
-from ..layers import Embedding, dropped
-from ..linear import Linear
+from ..backend.activations import ACTIVATIONS
+from ..nn import config as fields
+from ..nn.cache import CrossCache, KVCache
+from ..nn.checks import check_tokens, check_vectors, key_mask
+from ..nn.layers import Embedding, dropped
+from ..nn.linear import Linear
+from ..nn.transformer import LayerConfig, Stack
+from .bound import Conditioned, positioned
 
 _LIMITS = {
     "vocab_size": (1, fields.VOCABULARY),

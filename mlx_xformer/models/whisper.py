@@ -14,14 +14,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import fields
-from ..blocks import LayerConfig, Stack
-from ..cache import CrossCache, KVCache
-from ..conditioning import Conditioned
-from ..inputs import check_tokens
-from ..kernels import gelu
-from ..layers import Embedding
-from ..positions import sinusoidal_1d
+from ..backend.activations import gelu
+from ..nn import config as fields
+from ..nn.cache import CrossCache, KVCache
+from ..nn.checks import check_tokens
+from ..nn.layers import Embedding
+from ..nn.positions import sinusoidal_1d
+from ..nn.transformer import LayerConfig, Stack
+from .bound import Conditioned
 
 # Far beyond any model, and below what would keep a reader of a hostile file busy.
 _LIMITS = {

@@ -12,38 +12,27 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .. import runtime
 from .._version import __version__
-from . import (
-    attention_cases,
-    attention_layer_cases,
-    blocks_cases,
-    cache_cases,
-    layer_cases,
-    moe_cases,
-    position_cases,
-    sequence_cases,
-    spectral_cases,
-    stack_cases,
-    torch_layout_cases,
-)
+from ..backend import device as runtime
+from .cases import attention, attention_layer, cache, layers, moe, positions, spectral, torch_layout, transformer
+from .families.guides import llm_prep, scratch
+from .families.htdemucs import model_cases
 from .judge import DTYPES, Trial, Verdict
-from .model_cases import model_cases
 from .report import Place, Report, Row
 from .samples import Case, Rng, Sample
 
 _PARTS = (
-    attention_cases,
-    attention_layer_cases,
-    blocks_cases,
-    torch_layout_cases,
-    cache_cases,
-    position_cases,
-    layer_cases,
-    moe_cases,
-    sequence_cases,
-    spectral_cases,
-    stack_cases,
+    attention,
+    attention_layer,
+    transformer,
+    torch_layout,
+    cache,
+    positions,
+    layers,
+    moe,
+    llm_prep,
+    spectral,
+    scratch,
 )
 CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
 NAMES = tuple(CASES)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ... import kernels
-from ...layers import ConvTranspose1d, DilatedConv1d, GroupNorm, LayerScale
+from ...backend import activations, dispatch, fused
+from ...nn.layers import ConvTranspose1d, DilatedConv1d, GroupNorm, LayerScale
 from .config import HTDemucsConfig, Level
 
 
@@ -27,8 +27,8 @@ class DConvBranch(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         norm1, norm2 = self.norm1, self.norm2
-        y = kernels.norm_gelu(self.conv(x), norm1.weight, norm1.bias, axes=(1,), eps=norm1.eps)
-        return kernels.expand_norm_glu_add(
+        y = fused.norm_gelu(self.conv(x), norm1.weight, norm1.bias, axes=(1,), eps=norm1.eps)
+        return fused.expand_norm_glu_add(
             y,
             self.expand.weight,
             self.expand.bias,
@@ -71,8 +71,8 @@ def _rewrite(channels: int, context: int, freq: bool) -> nn.Module:
 def _gated(rewrite: nn.Module, x: mx.array, norm: nn.Module | None) -> mx.array:
     """The GLU of the rewritten and, given a norm, normalised channels."""
     if norm is None:
-        return kernels.conv_glu(x, rewrite.weight, rewrite.bias)
-    return kernels.glu(norm(rewrite(x)))
+        return fused.conv_glu(x, rewrite.weight, rewrite.bias)
+    return activations.glu(norm(rewrite(x)))
 
 
 class EncoderLayer(nn.Module):
@@ -105,7 +105,7 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: mx.array, inject: mx.array | None = None) -> mx.array:
         if self.freq:
             B, T, _, _ = x.shape
-            y = mx.unflatten(kernels.by_rows(self.conv, mx.flatten(x, 0, 1)), 0, (B, T))
+            y = mx.unflatten(dispatch.by_rows(self.conv, mx.flatten(x, 0, 1)), 0, (B, T))
         else:
             if x.ndim == 4:  # the one frequency row that is left: (B, T, 1, C) -> (B, T, C)
                 x = mx.flatten(x, 2, 3)
@@ -115,7 +115,7 @@ class EncoderLayer(nn.Module):
             return y
         if inject is not None:
             y = y + (inject[:, :, None] if y.ndim == 4 else inject)
-        y = kernels.gelu(self.norm1(y) if self.normed else y)
+        y = activations.gelu(self.norm1(y) if self.normed else y)
         if self.dilated:
             y = self.dconv(y)
         if not self.rewrites:
@@ -165,7 +165,7 @@ class DecoderLayer(nn.Module):
         if self.normed:
             z = self.norm2(z)
         if not self.outermost:  # before z is cut, as long as it is dense
-            z = kernels.gelu(z)
+            z = activations.gelu(z)
         if self.freq:
             return (z[:, :, self.pad : -self.pad] if self.pad else z), y
         if z.shape[1] < self.pad + length:

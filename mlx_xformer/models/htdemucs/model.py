@@ -17,9 +17,9 @@ from typing import Any, SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
-from ... import kernels
-from ...linear import Linear
-from ...spectral import istft, reflect_pad, stft
+from ...backend import dispatch, norms
+from ...nn.linear import Linear
+from ...nn.spectral import istft, reflect_pad, stft
 from .config import HTDemucsConfig, Segment, levels
 from .layers import DecoderLayer, EncoderLayer
 from .transformer import CrossTransformer
@@ -174,13 +174,13 @@ class HTDemucs(nn.Module):
             return istft(z, n_fft=nfft, hop_length=hop, length=whole)[:, pad : pad + length]
 
         parts = x.transpose(0, 3, 1, 2).reshape(-1, 2, *x.shape[1:3])  # (B * S * C, 2, T, F)
-        return mx.unflatten(kernels.by_rows(waves, parts), 0, (x.shape[0], -1)).swapaxes(1, 2)
+        return mx.unflatten(dispatch.by_rows(waves, parts), 0, (x.shape[0], -1)).swapaxes(1, 2)
 
 
 def _standardized(x: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.array, mx.array]:
     """(x - mean) / (eps + std), mean and std over `axes`; the deviation is the unbiased one."""
     count = math.prod(x.shape[axis] for axis in axes)
-    mean, var = kernels.mean_var(x, axes)
+    mean, var = norms.mean_var(x, axes)
     std = mx.sqrt(var * (count / max(count - 1, 1)))
     return (x - mean) / (_EPS + std), mean, std
 

@@ -11,9 +11,9 @@ from typing import SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...attention import Attention
-from ...layers import FeedForward, GroupNorm, LayerNorm, LayerScale
-from ...positions import sinusoidal_1d, sinusoidal_2d
+from ...nn.attention.layer import Attention
+from ...nn.layers import FeedForward, GroupNorm, LayerNorm, LayerScale
+from ...nn.positions import sinusoidal_1d, sinusoidal_2d
 from .config import HTDemucsConfig
 
 _SCALED_BOOST = 3.0  # the learned table is stored divided by this

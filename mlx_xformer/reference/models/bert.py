@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..blocks import layer
-from ..layers import Params, layer_norm, linear, sub
+from ..nn.layers import Params, layer_norm, linear, sub
+from ..nn.transformer import layer
 
 
 def embed(params: Params, config: Any, tokens: np.ndarray, token_types: np.ndarray | None = None) -> np.ndarray:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..blocks import stack
-from ..layers import Params, linear, sub
-from ..positions import relative_buckets
+from ..nn.layers import Params, linear, sub
+from ..nn.positions import relative_buckets
+from ..nn.transformer import stack
 
 
 def layer_of(config: Any, *, decoder: bool) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..blocks import stack
-from ..layers import Params, linear, sub
-from ..positions import sinusoidal
+from ..nn.layers import Params, linear, sub
+from ..nn.positions import sinusoidal
+from ..nn.transformer import stack
 
 
 def layer_config(config: Any, *, decoder: bool) -> SimpleNamespace:

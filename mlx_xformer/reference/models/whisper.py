@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import blocks
-from ..kernels import gelu
-from ..layers import Params, conv1d, layer_norm, sub
-from ..positions import sinusoidal_1d
+from ..backend import gelu
+from ..nn import transformer
+from ..nn.layers import Params, conv1d, layer_norm, sub
+from ..nn.positions import sinusoidal_1d
 
 
 def source_positions(length: int, dim: int) -> np.ndarray:
@@ -22,7 +22,7 @@ def layer(params: Params, config: Any, x: np.ndarray, memory: np.ndarray | None 
     shared = {"num_heads": config.num_heads, "num_kv_heads": None, "scale": None, "window": None, "moe": None}
     kind = {"norm": "layer", "norm_eps": 1e-5, "norm_first": True, "activation": "gelu", "gated": False}
     causal = {"causal": memory is not None, "cross": memory is not None}
-    return blocks.layer(params, SimpleNamespace(**shared, **kind, **causal), x, memory)
+    return transformer.layer(params, SimpleNamespace(**shared, **kind, **causal), x, memory)
 
 
 def _layers(params: Params, config: Any, count: int, x: np.ndarray, *memory: np.ndarray) -> np.ndarray:

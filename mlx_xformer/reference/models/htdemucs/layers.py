@@ -6,8 +6,8 @@ tensors (B, T, C). Source: demucs/hdemucs.py (HEncLayer, HDecLayer), demucs/demu
 
 import numpy as np
 
-from ...kernels import gelu, glu
-from ...layers import Params, conv1d, conv2d, conv_transpose1d, group_norm, layer_scale, linear, sub
+from ...backend import gelu, glu
+from ...nn.layers import Params, conv1d, conv2d, conv_transpose1d, group_norm, layer_scale, linear, sub
 
 
 def dconv(params: Params, x: np.ndarray, *, depth: int) -> np.ndarray:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...kernels import mean_var
-from ...layers import Params, linear, sub
-from ...spectral import istft, reflect_pad, stft
+from ...backend import mean_var
+from ...nn.layers import Params, linear, sub
+from ...nn.spectral import istft, reflect_pad, stft
 from .layers import decoder_layer, encoder_layer
 from .transformer import cross_transformer
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ...attention import attention_layer
-from ...kernels import gelu, relu
-from ...layers import Params, feed_forward, group_norm, layer_norm, layer_scale, sub
-from ...positions import sinusoidal_1d, sinusoidal_2d
+from ...backend import gelu, relu
+from ...nn.attention import attention_layer
+from ...nn.layers import Params, feed_forward, group_norm, layer_norm, layer_scale, sub
+from ...nn.positions import sinusoidal_1d, sinusoidal_2d
 
 _EMBEDDING_BOOST = 3.0  # the learned table is stored divided by this
 

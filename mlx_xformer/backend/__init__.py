@@ -1,0 +1,1 @@
+"""What computes: the device, its memory, and the form of each operation that serves there."""

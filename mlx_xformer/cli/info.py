@@ -1,0 +1,27 @@
+"""The command info."""
+
+from __future__ import annotations
+
+import argparse
+
+from .._version import __version__
+from ..backend import device
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model's name or checkpoint folder")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.model is not None:
+        from ..pretrained.summary import describe
+
+        print(describe(options.model))
+        return 0
+    report = device.report()
+    print(f"mlx-xformer {__version__}, MLX {report.mlx}")
+    print(f"device        {report.device} ({report.name})")
+    kept = f"{report.cache_limit / 2**20:.0f} MiB"
+    print(f"memory        {report.memory / 2**30:.1f} GiB, of freed memory MLX keeps at most {kept}")
+    print(f"BLAS          {report.blas}")
+    return 0

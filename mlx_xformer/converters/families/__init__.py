@@ -1,0 +1,1 @@
+"""Rules and configurations of each family."""

@@ -1,0 +1,202 @@
+"""Mixtures of experts in the words of others: keys of config.json and names of tensors.
+
+Sources: transformers 5.23 (models/mixtral, qwen2_moe, qwen3_moe, olmoe; conversion_mapping.py, whose names of single
+experts its save_pretrained writes unless told otherwise); mlx-lm's `switch_mlp`, where experts are stacked and packed.
+router_aux_loss_coef is the alpha of each layer here; there it is that of one loss over the tokens of all layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Mapping
+from typing import Any
+
+from ...models.causal_lm.model import DecoderConfig, Quantization
+from ...nn.moe.layer import MoEConfig
+from ..formats.torch_pickle import short
+from ..layouts import Halves, Stack
+from ..rules import Rule
+
+_LAYER = "model.layers.{i}."
+_PACKED = "{leaf:weight|bias|scales|biases}"
+_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # ours: Mixtral's
+_EVERY = {"num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits"}
+_QWEN = _EVERY | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+# The keys that a kind has beside those of all decoders. Logits of routers are asked for by name here, and noise on what
+# they get is for training.
+KEYS: dict[str, set[str]] = {
+    "mixtral": _EVERY | {"router_jitter_noise"},
+    "qwen2_moe": _QWEN | {"shared_expert_intermediate_size", "qkv_bias"},
+    "qwen3_moe": _QWEN,
+    "olmoe": _EVERY | {"norm_topk_prob", "clip_qkv"},
+}
+ABSENT: dict[str, dict[str, Any]] = {  # what their absence means
+    "mixtral": {"num_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
+    "qwen2_moe": {
+        **{"num_experts": 60, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
+        **{"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1},
+        "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        **{"num_experts": 128, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
+        **{"moe_intermediate_size": 768, "decoder_sparse_step": 1},
+    },
+    "olmoe": {"num_experts": 64, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.01, "norm_topk_prob": False},
+}
+_ATTENTION: dict[str, dict[str, Any]] = {"qwen3_moe": {"qk_norm": True}, "olmoe": {"qk_norm": "whole"}}
+_ONE_NAME = ("qwen2_moe",)  # the others say num_local_experts too
+
+
+def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The keys, num_local_experts as num_experts."""
+    values = dict(values)
+    if kind not in KEYS or kind in _ONE_NAME or "num_local_experts" not in values:
+        return values
+    local = values.pop("num_local_experts")
+    if values.setdefault("num_experts", local) != local:
+        raise ValueError(
+            f"num_experts must be num_local_experts, {short(str(local))}, got {values['num_experts']!r:.80}"
+        )
+    return values
+
+
+def check(values: Mapping[str, Any], kind: str) -> None:
+    """ValueError names a key of a mixture whose value is not understood."""
+    counts = KEYS[kind] & {"num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
+    for key in sorted(counts | (KEYS[kind] & {"decoder_sparse_step", "num_experts"})):
+        least = 0 if key == "num_experts" and kind in ("qwen2_moe", "qwen3_moe") else 1
+        if type(values[key]) is not int or values[key] < least:
+            raise ValueError(f"{key} must be a whole number from {least}, got {short(str(values[key]))}")
+    for key in sorted(KEYS[kind] & {"norm_topk_prob", "qkv_bias"}):
+        if type(values[key]) is not bool:
+            raise ValueError(f"{key} must be true or false, got {short(str(values[key]))}")
+    if values.get("clip_qkv") is not None:
+        raise ValueError(f"clip_qkv must be null, got {short(str(values['clip_qkv']))}")
+    alpha = values["router_aux_loss_coef"]
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"):
+        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {short(str(alpha))}")
+    layers = values.get("mlp_only_layers")
+    if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
+        raise ValueError(f"mlp_only_layers must be numbers of layers, got {short(str(layers))}")
+    unread = ["mlp_bias", *(["attention_bias"] if kind in ("mixtral", "qwen2_moe") else [])]
+    for key in unread:
+        if values.get(key):
+            raise ValueError(f"{key} must be false in a {kind}, got {short(str(values[key]))}")
+    if kind != "mixtral" and "head_dim" in values and values["head_dim"] is None:
+        raise ValueError(f"head_dim must be a number or absent in a {kind}, got null")
+    if kind == "olmoe" and "head_dim" in values:
+        heads, width = values["num_attention_heads"], values["head_dim"]
+        if not type(heads) is type(width) is int or heads * width != values["hidden_size"]:
+            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {short(str(width))}")
+
+
+def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
+    """moe and dense_layers, and what the kind means for attention."""
+    own = dict(_ATTENTION.get(kind, {}))
+    if values.get("qkv_bias"):
+        own["attention_bias"] = ("q", "k", "v")
+    every, only = values.get("decoder_sparse_step", 1), set(values.get("mlp_only_layers") or ())
+    count, experts = values["num_hidden_layers"], values["num_experts"]
+    dense = tuple(n for n in range(count) if n in only or (n + 1) % every or not experts)
+    if len(dense) == count:
+        return own
+    moe = MoEConfig(
+        values["hidden_size"],
+        values.get("moe_intermediate_size", values["intermediate_size"]),
+        experts,
+        values["num_experts_per_tok"],
+        activation=activation,
+        renormalize=values.get("norm_topk_prob", True),
+        shared_dim=values.get("shared_expert_intermediate_size", 0),
+        shared_gate=kind == "qwen2_moe",
+        alpha=values["router_aux_loss_coef"],
+    )
+    return {**own, "moe": moe, "dense_layers": dense}
+
+
+def kind_of(config: DecoderConfig) -> str:
+    """The model_type of a mixture."""
+    if config.moe is not None and config.moe.shared_dim:
+        return "qwen2_moe"
+    return next((kind for kind, own in _ATTENTION.items() if own["qk_norm"] == config.qk_norm), "mixtral")
+
+
+def original(config: DecoderConfig, moe: MoEConfig) -> dict[str, Any]:
+    """The keys of a mixture that mean the configuration, as far as they can say it."""
+    kind = kind_of(config)
+    values: dict[str, Any] = {
+        "num_local_experts" if kind == "mixtral" else "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "router_aux_loss_coef": moe.alpha,
+        "norm_topk_prob": moe.renormalizes,
+        "moe_intermediate_size": moe.hidden_dim,
+        "mlp_only_layers": list(config.dense_layers),
+        "shared_expert_intermediate_size": moe.shared_dim,
+        "qkv_bias": bool(config.attention_bias),
+    }
+    values = {key: value for key, value in values.items() if key in KEYS[kind] | {"num_local_experts"}}
+    return values if kind.startswith("qwen") else {**values, "intermediate_size": moe.hidden_dim}
+
+
+def plain(config: DecoderConfig) -> DecoderConfig:
+    """The configuration, with what makes no difference to it as others would have it."""
+    if config.moe is None:
+        return config
+    moe = dataclasses.replace(config.moe, renormalize=config.moe.renormalizes)
+    unused = not config.dense_layers and not kind_of(config).startswith("qwen")
+    hidden_dim = moe.hidden_dim if unused else config.hidden_dim
+    return dataclasses.replace(config, moe=moe, hidden_dim=hidden_dim)
+
+
+def fused_name(config: DecoderConfig) -> str:
+    """The tensor whose presence tells that transformers has saved experts as it computes with them."""
+    return f"model.layers.{_first(config)}.mlp.experts.gate_up_proj"
+
+
+def _first(config: DecoderConfig) -> int:
+    return next(index for index in range(config.num_layers) if config.has_mixture(index))
+
+
+def rules(config: DecoderConfig, moe: MoEConfig, names: Container[str]) -> list[Rule]:
+    """The table of experts and routers: fused or packed where the `names` tell so, else expert by expert."""
+    fused, mixtral = fused_name(config) in names, kind_of(config) == "mixtral"
+    block = _LAYER + ("block_sparse_moe." if mixtral and not fused else "mlp.")
+    table = [
+        Rule(f"{block}gate.{_PACKED}", f"{_LAYER}mlp.router.{_PACKED}"),
+        *(Rule(name, name) for name in (f"{_LAYER}mlp.shared_expert_gate.{_PACKED}",)),
+        *(Rule(name, name) for name in (f"{_LAYER}mlp.shared_expert.{{p:{'|'.join(_PARTS)}}}.{_PACKED}",)),
+    ]
+    ours = _LAYER + "mlp.experts."
+    stacked = f"{block}switch_mlp.".replace("{i}", str(_first(config)))
+    if fused:
+        halves = tuple(f"{ours}{part}.weight" for part in ("gate_proj", "up_proj"))
+        fusing = Rule(ours + "gate_up_proj", halves, (Halves(),))
+        return [*table, fusing, Rule(ours + "down_proj", ours + "down_proj.weight")]
+    if any(f"{stacked}{part}.weight" in names for part in _PARTS):
+        tail = f"{{p:{'|'.join(_PARTS)}}}.{_PACKED}"
+        return [*table, Rule(f"{block}switch_mlp.{tail}", ours + tail)]
+    for part, word in _PARTS.items():
+        name = word if mixtral else part
+        each = tuple(f"{block}experts.{e}.{name}.weight" for e in range(moe.num_experts))
+        table.append(Rule(each, f"{ours}{part}.weight", (Stack(moe.num_experts),)))
+    return table
+
+
+def our_name(layer: str) -> str:
+    """What a layer of mlx-lm is called here."""
+    layer = layer.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
+    return layer.removesuffix(".gate") + ".router" if layer.endswith(".mlp.gate") else layer
+
+
+def with_packed_routers(config: DecoderConfig, names: Container[str]) -> DecoderConfig:
+    """The configuration of packed tensors, whose routers may be packed too: their scales tell."""
+    packing = config.quantization
+    if packing is None or config.moe is None:
+        return config
+    layers = dict(packing.layers)
+    for index in filter(config.has_mixture, range(config.num_layers)):
+        prefix = f"model.layers.{index}."
+        for theirs in ("mlp.gate", "block_sparse_moe.gate", "mlp.shared_expert_gate"):
+            if f"{prefix}{theirs}.scales" in names:
+                layers.setdefault(our_name(prefix + theirs), (packing.bits, packing.group_size))
+    return dataclasses.replace(config, quantization=Quantization(packing.bits, packing.group_size, layers))

@@ -1,0 +1,70 @@
+"""Keys of a config.json of Hugging Face's that encoders and encoder-decoders share, and what becomes of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..formats.torch_pickle import short
+
+# What makes no difference to the answers of a loaded model.
+HARMLESS = {
+    *("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "initializer_range"),
+    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "return_dict"),
+    *("torchscript", "finetuning_task", "problem_type", "keys_to_ignore_at_inference", "_attn_implementation_autoset"),
+    *("attn_implementation", "gradient_checkpointing", "classifier_dropout", "task_specific_params", "n_positions"),
+    *("transformers.js_config", "model_type", "max_length", "min_length", "num_beams", "early_stopping"),
+    *("length_penalty", "no_repeat_ngram_size"),  # of how answers are searched
+}
+# Keys of which one value is understood.
+ONLY: dict[str, tuple[Any, ...]] = {"pruned_heads": ({}, None), "cross_attention_hidden_size": (None,)}
+
+ACTIVATIONS = {
+    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+    **{"relu": "relu", "silu": "silu", "swish": "silu"},
+}
+
+
+def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -> None:
+    """ValueError names the keys that are neither `known` nor harmless, or one of `only` with another value."""
+    only = {**ONLY, **only}
+    unknown = sorted(values.keys() - {*known, *only, *HARMLESS})
+    if unknown:
+        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
+    for key, right in only.items():
+        if key in values and values[key] not in right:
+            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {short(str(values[key]))}")
+
+
+def activation(key: str, value: Any) -> str:
+    """Our name of an activation."""
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {short(str(value))}")
+    return ACTIVATIONS[value]
+
+
+def word(ours: str) -> str:
+    """Theirs."""
+    return {"gelu_tanh": "gelu_new"}.get(ours, ours)
+
+
+def settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[str]) -> dict[str, Any]:
+    """What is told of a file of tensors beside its shapes. ValueError for what is not `known` or lacks."""
+    known = list(known)
+    if unknown := sorted(values.keys() - set(known)):
+        raise ValueError(f"settings must be among {', '.join(known)}, got {short(', '.join(unknown))}")
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"the shapes do not tell {', '.join(missing)}: it must be set")
+    return dict(values)
+
+
+def size(tensors: Mapping[str, Any], name: str, axis: int, ndim: int = 2) -> int:
+    """The length of a tensor along an axis. ValueError if there is none like it."""
+    x = tensors.get(name)
+    if x is None:
+        raise ValueError(f"the tensors must have {name}")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, got shape {x.shape}")
+    return int(x.shape[axis])

@@ -1,0 +1,57 @@
+"""An attention layer alone, under ferrotorch's names ({q,k,v,out}_proj.weight and, all or none, .bias), which are the
+names here. Settings tell num_heads and, where queries are hidden from what comes after them, causal.
+
+Source: ferrotorch-nn, MultiheadAttention::named_parameters, with grouped queries or without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ....models.guides.ferrotorch import AttentionLayerConfig
+from ...rules import Rule
+
+FAMILY = "attention_layer"
+MODEL_TYPES: tuple[str, ...] = ()
+Tensors = Mapping[str, mx.array]
+_WEIGHTS, _BIASES = ({f"{name}_proj.{leaf}" for name in ("q", "k", "v", "out")} for leaf in ("weight", "bias"))
+
+
+def detect(tensors: Tensors) -> str | None:
+    """See networks.Kind."""
+    bias = tensors.keys() == _WEIGHTS | _BIASES
+    if not bias and tensors.keys() != _WEIGHTS:
+        return None
+    return f"q_proj, k_proj, v_proj and out_proj, {'each with' if bias else 'without'} a bias, and nothing else"
+
+
+def config(values: Mapping[str, Any], tensors: Tensors) -> AttentionLayerConfig:
+    """See networks.Kind."""
+    heads = values.get("num_heads")
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"num_heads must be set to how many heads there are, from 1, got {heads!r:.80}")
+    rows, columns = (tensors[f"{name}_proj.weight"].shape for name in "kq")
+    if len(rows) != 2 or len(columns) != 2:
+        raise ValueError(f"q_proj.weight and k_proj.weight must be matrices, got {columns} and {rows}")
+    embed_dim = columns[1]
+    if not embed_dim or embed_dim % heads:
+        raise ValueError(f"num_heads must divide the columns of q_proj.weight, {embed_dim}, got {heads}")
+    width = embed_dim // heads
+    if rows[0] % width:
+        raise ValueError(f"the rows of k_proj.weight must be a multiple of a head's {width}, got {rows[0]}")
+    found = {"embed_dim": embed_dim, "num_kv_heads": rows[0] // width, "bias": "q_proj.bias" in tensors}
+    return AttentionLayerConfig.from_dict({**found, **values})
+
+
+def rules(config: Any, names: Tensors) -> list[Rule]:
+    """See networks.Kind."""
+    part, leaf = "{part:q|k|v|out}", "{leaf:weight|bias}"
+    return [Rule(f"{part}_proj.{leaf}", f"{part}_proj.{leaf}")]
+
+
+def original(config: AttentionLayerConfig) -> dict[str, Any]:
+    """See networks.Kind."""
+    return {"num_heads": config.num_heads, "causal": config.causal}

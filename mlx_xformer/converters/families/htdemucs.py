@@ -1,0 +1,211 @@
+"""HTDemucs: rules from the names and layouts of demucs 4.1.0, and its configuration in both encodings.
+
+Sources: demucs/htdemucs.py, hdemucs.py, demucs.py, transformer.py (names and shapes), hf.py (metadata and bags).
+Layouts follow from the configuration alone; shapes are then checked, never consulted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from ...models.htdemucs import BagConfig, HTDemucsConfig
+from ...models.htdemucs.config import levels
+from ..formats.torch_pickle import short
+from ..layouts import Permute, Squeeze
+from ..rules import Rule, prefixed
+
+KLASS = "demucs.htdemucs.HTDemucs"
+_OTHER_KLASSES = {"demucs.hdemucs.HDemucs": "Hybrid Demucs (hdemucs_mmi)", "demucs.demucs.Demucs": "Demucs (mdx)"}
+
+_OVER_TIME = (Permute((0, 2, 1)),)  # (O, C, K) -> (O, K, C)
+_OVER_FREQS = (Squeeze(3), *_OVER_TIME)  # (O, C, K, 1) -> (O, K, C)
+_UP_TIME = (Permute((1, 2, 0)),)  # (C, O, K) -> (O, K, C)
+_UP_FREQS = (Squeeze(3), *_UP_TIME)  # (C, O, K, 1) -> (O, K, C)
+_OVER_BOTH = (Permute((0, 3, 2, 1)),)  # (O, C, F, T) -> (O, T, F, C)
+_POINT_TIME = (Squeeze(2),)  # (O, C, 1) -> (O, C)
+_POINT_BOTH = (Squeeze(3), Squeeze(2))  # (O, C, 1, 1) -> (O, C)
+
+_SIDES = "{side:encoder|tencoder|decoder|tdecoder}.{i}."
+_DCONV = _SIDES + "dconv.layers.{d}."
+_LEAF = "{leaf:weight|bias}"
+_LAYER = "crosstransformer.{stack:layers|layers_t}.{i}."
+_ATTENTION = _LAYER + "{kind:self_attn|cross_attn}."
+
+
+def rules(config: HTDemucsConfig | BagConfig) -> list[Rule]:
+    """The table for a model, or for a bag, whose tensors carry the prefix `models.N.` on both sides."""
+    if isinstance(config, BagConfig):
+        return [rule for n, c in enumerate(config.members) for rule in prefixed(rules(c), f"models.{n}.")]
+    return [*_convolutions(config), *_same_everywhere(), *_transformer()]
+
+
+def _convolutions(config: HTDemucsConfig) -> list[Rule]:
+    """The kernels, whose layout depends on the axis that a level convolves over."""
+    plan = levels(config)
+    spectral = [level.index for level in plan if level.freq]
+    single = [level.index for level in plan if not level.freq]  # one row is left: convolved over time
+    last, last_waveform = len(plan) - 1, len(spectral) - 1  # decoders stand in reverse order
+    table = []
+    for down, up, indices, depths, freq in [
+        ("encoder", "decoder", spectral, [last - i for i in spectral], True),
+        ("encoder", "decoder", single, [last - i for i in single], False),
+        ("tencoder", "tdecoder", spectral, [last_waveform - i for i in spectral], False),
+    ]:
+        if not indices:
+            continue
+        at, up_at = (f"{side}.{{i:{'|'.join(map(str, at))}}}." for side, at in ((down, indices), (up, depths)))
+        table += [
+            Rule(at + "conv.weight", at + "conv.weight", _OVER_FREQS if freq else _OVER_TIME),
+            Rule(up_at + "conv_tr.weight", up_at + "conv_tr.weight", _UP_FREQS if freq else _UP_TIME),
+            Rule(at + "rewrite.weight", at + "rewrite.weight", _rewrite(config.context_enc, freq)),
+            Rule(up_at + "rewrite.weight", up_at + "rewrite.weight", _rewrite(config.context, freq)),
+        ]
+    return table
+
+
+def _rewrite(context: int, freq: bool) -> tuple[Permute | Squeeze, ...]:
+    if context:
+        return _OVER_BOTH if freq else _OVER_TIME
+    return _POINT_BOTH if freq else _POINT_TIME
+
+
+def _same(template: str) -> Rule:
+    return Rule(template, template)
+
+
+def _same_everywhere() -> list[Rule]:
+    """What every level and the resamplers have in common."""
+    resampler = "channel_{way:upsampler|upsampler_t|downsampler|downsampler_t}."
+    return [
+        _same(_SIDES + "{part:conv|conv_tr|rewrite}.bias"),
+        _same(_SIDES + "{part:norm1|norm2}." + _LEAF),
+        Rule(_DCONV + "0.weight", _DCONV + "conv.weight", _OVER_TIME),
+        Rule(_DCONV + "0.bias", _DCONV + "conv.bias"),
+        Rule(_DCONV + "1." + _LEAF, _DCONV + "norm1." + _LEAF),
+        Rule(_DCONV + "3.weight", _DCONV + "expand.weight", _POINT_TIME),
+        Rule(_DCONV + "3.bias", _DCONV + "expand.bias"),
+        Rule(_DCONV + "4." + _LEAF, _DCONV + "norm2." + _LEAF),
+        Rule(_DCONV + "6.scale", _DCONV + "layer_scale.scale"),
+        Rule("freq_emb.embedding.weight", "freq_emb.weight"),
+        Rule(resampler + "weight", resampler + "weight", _POINT_TIME),
+        _same(resampler + "bias"),
+    ]
+
+
+def _transformer() -> list[Rule]:
+    return [
+        _same("crosstransformer.{norm:norm_in|norm_in_t}." + _LEAF),
+        Rule("crosstransformer.position_embeddings.embedding.weight", "crosstransformer.position_embeddings.weight"),
+        Rule(
+            _ATTENTION + "in_proj_" + _LEAF,
+            tuple(f"{_ATTENTION}{x}_proj.{_LEAF}" for x in "qkv"),
+        ),
+        _same(_ATTENTION + "out_proj." + _LEAF),
+        Rule(_LAYER + "{linear:linear1|linear2}." + _LEAF, _LAYER + "ffn.{linear:linear1|linear2}." + _LEAF),
+        _same(_LAYER + "{norm:norm1|norm2|norm3|norm_out}." + _LEAF),
+        _same(_LAYER + "{gamma:gamma_1|gamma_2}.scale"),
+    ]
+
+
+def config(metadata: Mapping[str, str]) -> HTDemucsConfig:
+    """The configuration from demucs' metadata: `klass`, and `args` and `kwargs` as JSON text."""
+    missing = [key for key in ("klass", "args", "kwargs") if key not in metadata]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)} in the metadata: the tensors alone do not tell the configuration")
+    if "structure" in metadata:
+        raise ValueError("weights quantised with DiffQ are not supported (the metadata names a structure)")
+    klass = metadata["klass"]
+    if klass != KLASS:
+        what = _OTHER_KLASSES.get(klass)
+        raise ValueError(
+            f"klass must be {KLASS}, got {klass}: the older {what} is not supported"
+            if what
+            else f"klass must be {KLASS}, got {short(klass)}"
+        )
+    args, kwargs = (_decoded(key, metadata[key]) for key in ("args", "kwargs"))
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise ValueError("args must be a JSON array and kwargs an object")
+    names = [field.name for field in dataclasses.fields(HTDemucsConfig)]
+    if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
+        raise ValueError("args and kwargs must give every option of HTDemucs at most once")
+    try:
+        return HTDemucsConfig.from_dict({**dict(zip(names, args, strict=False)), **kwargs})
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {short(str(error))}") from None
+
+
+def _decoded(key: str, text: str) -> Any:
+    try:
+        return json.loads(text, object_hook=_fraction)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{key} must be JSON as demucs writes it ({short(error)})") from None
+
+
+def _fraction(value: dict[str, Any]) -> Any:
+    if value.get("_type") != "fraction":
+        return value
+    numerator, denominator = value.get("numerator"), value.get("denominator")
+    if type(numerator) is not int or type(denominator) is not int or not denominator:
+        raise ValueError("a fraction must have two whole numbers")
+    return Fraction(numerator, denominator)
+
+
+def metadata(config: HTDemucsConfig) -> dict[str, str]:
+    """The inverse of `config`: every option as a keyword."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"klass": KLASS, "args": "[]", "kwargs": json.dumps({k: _encoded(v) for k, v in values.items()})}
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        return {"_type": "fraction", "numerator": value.numerator, "denominator": value.denominator}
+    return value
+
+
+def combined(members: Sequence[HTDemucsConfig], weights: Any, segment: Any) -> tuple[str, HTDemucsConfig | BagConfig]:
+    """Family and configuration of a bag as its .yaml gives it; a bag of one that adds nothing is its one model."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    rows_given = isinstance(weights, list) and all(isinstance(row, list) for row in weights)
+    if weights is not None and not (rows_given and all(is_number(w) for row in weights for w in row)):
+        raise ValueError("weights must be a list of lists of numbers, a row per model")
+    if segment is not None and not (is_number(segment) and segment > 0):
+        raise ValueError("segment must be a number of seconds")
+    if len(members) == 1 and weights is None and segment is None:
+        return "htdemucs", members[0]
+    rows = None if weights is None else tuple(tuple(map(float, row)) for row in weights)
+    return "htdemucs_bag", BagConfig(tuple(members), rows, segment)
+
+
+_MARKS = {
+    "demucs": ("encoder", "decoder", "tencoder", "tdecoder", "freq_emb", "crosstransformer", "channel_upsampler"),
+    "metalaudio": (
+        "time_encoder",
+        "freq_encoder",
+        "time_decoder",
+        "freq_decoder",
+        "cross_transformer",
+        "time_output_heads",
+    ),
+}
+
+
+def detect(names: Iterable[str]) -> tuple[str, str]:
+    """Whose naming a set of tensors follows, "demucs", "metalaudio" or "unknown", and the reason. The prefix
+    `models.N.` of a bag's state dict is looked past."""
+    heads = set()
+    for name in names:
+        parts = name.split(".")
+        heads.add(parts[2] if parts[0] == "models" and len(parts) > 2 and parts[1].isdigit() else parts[0])
+    scores = {kind: [mark for mark in marks if mark in heads] for kind, marks in _MARKS.items()}
+    kind, found = max(scores.items(), key=lambda item: len(item[1]))
+    if len(found) < 3:
+        return "unknown", f"names begin with {short(', '.join(sorted(heads)))}"
+    return kind, f"names begin with {', '.join(found)}"

@@ -1,0 +1,130 @@
+"""torch.nn.Transformer, TransformerEncoder, TransformerDecoder and single layers of them, into and out of Transformer.
+
+Source: torch.nn.modules.transformer (PyTorch 2.13), whose state dicts do not tell how many heads there are, where the
+norms stand or what the activation is: these are settings. Biases must all be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ...models.transformer import TransformerConfig
+from ..rules import Rule
+from . import config_keys
+
+Tensors = Mapping[str, mx.array]
+_LEAF = "{leaf:weight|bias}"
+_SETTINGS = ("num_heads", "norm_first", "activation", "norm_eps", "dropout")
+
+
+def layer_rules(theirs: str, ours: str, *, cross: bool) -> list[Rule]:
+    """A layer whose names begin with `theirs` becomes a blocks.Layer whose names begin with `ours`."""
+    names = {"self_attn": "self_attn"} | ({"multihead_attn": "cross_attn"} if cross else {})
+    table = []
+    for name, own in names.items():
+        packed = tuple(f"{ours}{own}.{x}_proj.{_LEAF}" for x in "qkv")
+        table.append(Rule(f"{theirs}{name}.in_proj_{_LEAF}", packed))
+        table.append(Rule(f"{theirs}{name}.out_proj.{_LEAF}", f"{ours}{own}.out_proj.{_LEAF}"))
+    norms = {"norm1": "norm1", "norm2": "norm2", "norm3": "norm3"} if cross else {"norm1": "norm1", "norm2": "norm3"}
+    table += [Rule(f"{theirs}{name}.{_LEAF}", f"{ours}{own}.{_LEAF}") for name, own in norms.items()]
+    linear = "{linear:linear1|linear2}."
+    return [*table, Rule(f"{theirs}{linear}{_LEAF}", f"{ours}mlp.{linear}{_LEAF}")]
+
+
+def stack_rules(theirs: str, ours: str, *, cross: bool) -> list[Rule]:
+    """A stack of such layers, and the norm after it."""
+    norm = Rule(f"{theirs}norm.{_LEAF}", f"{ours}norm.{_LEAF}")
+    return [*layer_rules(f"{theirs}layers.{{i}}.", f"{ours}layers.{{i}}.", cross=cross), norm]
+
+
+@dataclass(frozen=True, eq=False)
+class TorchKind:
+    """A Kind (see networks): one of PyTorch's modules. sides: the stacks that it has, and how its names begin."""
+
+    name: str
+    klass: str
+    sides: dict[str, str]
+    single: bool = False
+    FAMILY: str = "transformer"
+    MODEL_TYPES: tuple[str, ...] = ()
+
+    @property
+    def __name__(self) -> str:
+        """What provenance names the kind by."""
+        return self.name
+
+    def detect(self, tensors: Tensors) -> str | None:
+        """By the packed projections of the first layers."""
+        own = {side: f"{prefix}{'' if self.single else 'layers.0.'}" for side, prefix in self.sides.items()}
+        marks = {f"{start}self_attn.in_proj_weight" for start in own.values()}
+        marks |= {f"{own['decoder']}multihead_attn.in_proj_weight"} if "decoder" in own else set()
+        marks |= {f"{start}linear1.weight" for start in own.values()}
+        starts = tuple(own.values()) if self.single else tuple(self.sides.values())
+        other = {name for name in tensors if not name.startswith(starts) or self._foreign(name)}
+        if not marks <= tensors.keys() or other:
+            return None
+        return f"the tensors have the names of {self.klass}, such as {sorted(marks)[0]}"
+
+    def _foreign(self, name: str) -> bool:
+        """Whether a name is no module's of this kind: another stack's, or an encoder's with cross-attention."""
+        if self.single and name.startswith("layers."):
+            return True
+        if "decoder" not in self.sides and ".multihead_attn." in f".{name}":
+            return True
+        return len(self.sides) == 1 and name.startswith(("encoder.", "decoder."))
+
+    def config(self, values: Mapping[str, Any], tensors: Tensors) -> TransformerConfig:
+        """Sizes by the shapes, and what they do not tell by the settings."""
+        if unknown := sorted(values.keys() - set(_SETTINGS)):
+            raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
+        if "num_heads" not in values:
+            raise ValueError("num_heads must be set, as the shapes do not tell it (--set num_heads=8)")
+        starts = {side: prefix if self.single else f"{prefix}layers." for side, prefix in self.sides.items()}
+        first = next(iter(starts.values())) + ("" if self.single else "0.")
+        counts = {side: 1 if self.single else _count(tensors, start) for side, start in starts.items()}
+        norms = {f"{prefix}norm.weight" in tensors for prefix in self.sides.values()}
+        if len(norms) > 1:
+            raise ValueError("encoder.norm and decoder.norm must be there both or not at all, got one")
+        return TransformerConfig(
+            vocab_size=None,
+            embed_dim=config_keys.size(tensors, f"{first}self_attn.in_proj_weight", 1),
+            hidden_dim=config_keys.size(tensors, f"{first}linear1.weight", 0),
+            num_encoder_layers=counts.get("encoder", 0),
+            num_decoder_layers=counts.get("decoder", 0),
+            final_norm=norms == {True} and not self.single,
+            **{"dropout": 0.1, **values},
+        )
+
+    def rules(self, config: TransformerConfig, names: Tensors) -> list[Rule]:
+        """The table from PyTorch's names."""
+        table = []
+        for side, prefix in self.sides.items():
+            cross = side == "decoder"
+            if self.single:
+                table += layer_rules(prefix, f"{side}.layers.0.", cross=cross)
+            else:
+                table += stack_rules(prefix, f"{side}.", cross=cross)
+        return table
+
+    def original(self, config: TransformerConfig) -> dict[str, Any]:
+        """The settings."""
+        return {name: getattr(config, name) for name in _SETTINGS}
+
+
+def _count(tensors: Tensors, start: str) -> int:
+    """How many layers have names that begin so."""
+    found = {name[len(start) :].split(".")[0] for name in tensors if name.startswith(start)}
+    return len(found)
+
+
+KINDS = (
+    TorchKind("torch_transformer", "torch.nn.Transformer", {"encoder": "encoder.", "decoder": "decoder."}),
+    TorchKind("torch_encoder", "torch.nn.TransformerEncoder", {"encoder": ""}),
+    TorchKind("torch_decoder", "torch.nn.TransformerDecoder", {"decoder": ""}),
+    TorchKind("torch_encoder_layer", "torch.nn.TransformerEncoderLayer", {"encoder": ""}, single=True),
+    TorchKind("torch_decoder_layer", "torch.nn.TransformerDecoderLayer", {"decoder": ""}, single=True),
+)

@@ -1,0 +1,172 @@
+"""A decoder-only language model: Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 3 (text) and, as mixtures of experts,
+Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, by configuration.
+
+Sources: the architectures as Hugging Face's transformers has them, whose names the weights keep (only o_proj is
+out_proj here). Axes: B batch, L tokens, E embed_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ...nn.attention.layer import Attention
+from ...nn.cache import KVCache
+from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
+from ...nn.linear import Linear
+from ...nn.moe.layer import MoE, Routing
+from ...nn.transformer import auxiliary_loss
+from .config import DTYPES, DecoderConfig, Quantization
+
+__all__ = ["DTYPES", "Decoder", "DecoderConfig", "Quantization", "auxiliary_loss", "quantize"]
+
+
+class Block(nn.Module):
+    """Attention, then a gated feed-forward network or a mixture, each on a norm of its own (and, with sandwich norms,
+    through another) and added to what came in."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        E, norm = config.embed_dim, lambda dims: RMSNorm(dims, config.norm_eps, plus_one=config.norm_plus_one)
+        self.self_attn = Attention(
+            E,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            qk_norm="rms_whole" if config.qk_norm == "whole" else "rms" if config.qk_norm else None,
+            norm_eps=config.norm_eps,
+            rotary=config.rotary(index),
+            causal=True,
+            window=config.layer_window(index),
+            softcap=config.attention_softcap,
+            scale=config.attention_scale,
+        )
+        if config.qk_norm and config.norm_plus_one:
+            self.self_attn.q_norm, self.self_attn.k_norm = norm(config.head_dim), norm(config.head_dim)
+        self.mlp: nn.Module
+        if config.moe is not None and config.has_mixture(index):
+            self.mlp = MoE(config.moe)
+        else:
+            self.mlp = GatedFeedForward(E, config.hidden_dim, config.activation, bias=config.mlp_bias)
+        self.input_layernorm, self.post_attention_layernorm = norm(E), norm(E)
+        self.sandwich = config.sandwich_norms
+        if self.sandwich:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(E), norm(E)
+
+    def __call__(self, x: mx.array, cache: KVCache | None = None, routings: list[Routing] | None = None) -> mx.array:
+        """x (B, L, E) -> the same; `cache` has what came before, `routings` gets where a mixture's tokens went."""
+        y = self.self_attn(self.input_layernorm(x), cache=cache)
+        if not self.sandwich:
+            x = x + y
+            return x + self._feed(self.post_attention_layernorm(x), routings)
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self._feed(self.pre_feedforward_layernorm(x), routings))
+
+    def _feed(self, x: mx.array, routings: list[Routing] | None) -> mx.array:
+        y = self.mlp(x)
+        if not isinstance(self.mlp, MoE):
+            return y
+        if routings is not None:
+            routings.append(y[1])
+        return y[0]
+
+
+class Layers(nn.Module):
+    """The embeddings' table, the blocks and the norm at the end."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.embed_dim)
+        self.layers = [Block(config, index) for index in range(config.num_layers)]
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, plus_one=config.norm_plus_one)
+
+    def __call__(
+        self, x: mx.array, caches: Sequence[KVCache] | None = None, routings: list[Routing] | None = None
+    ) -> mx.array:
+        """Embedded tokens (B, L, E) through the blocks, not yet normed."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, None if caches is None else caches[index], routings)
+        return x
+
+
+class Decoder(nn.Module):
+    """Tokens to the logits of the tokens after them."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = Layers(config)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.embed_dim, config.vocab_size, bias=False)
+        if config.quantization is not None:
+            quantize(self, config.quantization)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        last: int | None = None,
+        routings: list[Routing] | None = None,
+    ) -> mx.array:
+        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have
+        the tokens before, and get these. `routings` gets the Routing of every mixture, in the order of the layers."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        if caches is not None and len(caches) != self.config.num_layers:
+            raise ValueError(f"caches must be one a layer, {self.config.num_layers}, got {len(caches)}")
+        if last is not None and last < 0:
+            raise ValueError(f"last must be at least 0, got {last}")
+        x = self.model(self.embed(tokens), caches, routings)
+        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, L) -> (B, L, E)"""
+        x = self.model.embed_tokens(tokens)
+        return x if self.config.embed_scale is None else x * self.config.embed_scale
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What the last block gives, (B, L, E) -> (B, L, V)."""
+        x = self.model.norm(x)
+        y = self.model.embed_tokens.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
+        cap = self.config.logit_softcap
+        return y if cap is None else mx.tanh(y / cap) * cap
+
+    def make_caches(
+        self,
+        *,
+        window: int | None = None,
+        keep: int = 0,
+        slack: int = 0,
+        bits: int | None = None,
+        capacity: int | None = None,
+        padding: Sequence[int] | None = None,
+    ) -> list[KVCache]:
+        """A cache for each layer. A layer's own window goes before a larger one, and keeps no first positions."""
+        caches = []
+        for index in range(self.config.num_layers):
+            own, kept = self.config.layer_window(index), keep
+            if own is not None and (window is None or own <= window):
+                kept = 0
+            else:
+                own = window
+            caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
+        return caches
+
+
+def quantize(model: nn.Module, quantization: Quantization) -> None:
+    """Makes quantized layers of the matrices. ValueError for rows that the groups do not divide."""
+
+    def choice(name: str, module: nn.Module) -> bool | dict[str, int]:
+        pair = quantization.of(name) if hasattr(module, "to_quantized") else None
+        if pair is None:
+            return False
+        bits, group_size = pair
+        if module.weight.shape[-1] % group_size:
+            raise ValueError(f"group_size must divide the rows of {name}, {module.weight.shape[-1]}, got {group_size}")
+        return {"bits": bits, "group_size": group_size}
+
+    nn.quantize(model, class_predicate=choice)

@@ -1,0 +1,109 @@
+"""The families of models: from a checkpoint's configuration and weights to a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..storage.checkpoint import read_checkpoint
+from ..storage.files import misfit
+from .bert import Bert, BertConfig
+from .causal_lm.model import Decoder, DecoderConfig
+from .guides.ferrotorch import AttentionLayer, AttentionLayerConfig
+from .guides.llm_prep import SequenceCheckpoint
+from .guides.llm_prep import make as make_seq2seq
+from .guides.scratch import EncoderDecoder, EncoderDecoderConfig, StackConfig, TransformerStack
+from .htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
+from .t5 import T5, T5Config
+from .transformer import Transformer, TransformerConfig
+from .whisper import Whisper, WhisperConfig
+
+FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
+    "htdemucs": (HTDemucsConfig, HTDemucs),
+    "htdemucs_bag": (BagConfig, Bag),
+    "decoder": (DecoderConfig, Decoder),
+    "bert": (BertConfig, Bert),
+    "t5": (T5Config, T5),
+    "whisper": (WhisperConfig, Whisper),
+    "attention_layer": (AttentionLayerConfig, AttentionLayer),
+    "transformer_stack": (StackConfig, TransformerStack),
+    "stack_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
+    "seq2seq": (SequenceCheckpoint, make_seq2seq),
+    "transformer": (TransformerConfig, Transformer),
+}
+
+
+def make_config(family: str, config: Mapping[str, Any]) -> Any:
+    """The family's configuration from plain values. ValueError for an unknown family, or values that do not fit."""
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    return FAMILIES[family][0].from_dict(dict(config))
+
+
+def make_model(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """The family's module with fresh weights. ValueError for a configuration that makes no model."""
+    try:
+        own = make_config(family, config)
+        return FAMILIES[family][1](own)
+    except (ArithmeticError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"the configuration makes no model: {type(error).__name__}, {reason}") from None
+
+
+def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the family's module and its shape."""
+    return _shapes(make_model(family, config))
+
+
+def parameter_count(family: str, config: Mapping[str, Any]) -> int:
+    """How many numbers the model has; those in packed matrices count one by one."""
+    floats = {**config, "quantization": None} if family == "decoder" else config
+    return sum(math.prod(shape) for shape in parameter_shapes(family, floats).values())
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return {name: x.shape for name, x in parameters}
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The model of a checkpoint, ready to run, in float32 (a decoder: in its configuration's dtype, or as stored).
+    Names and shapes must fit exactly: one ValueError lists what is missing, unexpected or misshapen.
+
+    A bag's weights stay lazy, so that members which are never run are never read; evaluate `model.parameters()`
+    before handing a bag to another thread.
+    """
+    checkpoint = read_checkpoint(folder)
+    try:
+        model = make_model(checkpoint.family, checkpoint.config)
+        _check_fit(checkpoint.weights, _shapes(model))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    wanted = checkpoint.config.get("dtype") if checkpoint.family == "decoder" else "float32"
+    floats = {
+        name: x.astype(getattr(mx, wanted)) if wanted and mx.issubdtype(x.dtype, mx.floating) else x
+        for name, x in checkpoint.weights.items()
+    }
+    model.load_weights(list(floats.items()), strict=True)
+    model.eval()
+    if not isinstance(model, Bag):
+        mx.eval(model.parameters())
+    return model
+
+
+def _check_fit(weights: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [("missing", f"{name} {shapes[name]}") for name in shapes.keys() - weights.keys()]
+    problems += [("unexpected", f"{name} {weights[name].shape}") for name in weights.keys() - shapes.keys()]
+    problems += [
+        ("misshapen", f"{name} must be {shapes[name]}, got {weights[name].shape}")
+        for name in weights.keys() & shapes.keys()
+        if weights[name].shape != shapes[name]
+    ]
+    if problems:
+        raise ValueError(misfit(problems))

@@ -1,0 +1,1 @@
+"""Attention: the computation, and the layer around it."""

@@ -1,0 +1,242 @@
+"""attention(): scaled dot-product attention, whole, in blocks of rows, or in bands, and its weights.
+
+Axes: B batch, H query heads, G key/value heads, L queries, S keys, D head_dim, Dv value_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ...backend import dispatch, fused
+from ..cache import KeysOrValues, Quantized
+from .scores import Hidden, Softmax, check, filled, make_softmax, part_of
+
+_SCORES = 2**20  # scores that a block of rows holds at once
+_SMALL = 2**16  # scores up to which nothing is gained by blocks
+_ROWS = 64  # queries of a block, at least
+# Head widths that Metal's fused kernels take, for more than 8 queries and for up to 8 (MLX 0.32.4: 192 and 256 have a
+# kernel for many queries too, which its heuristics do not choose).
+_FUSED, _FUSED_FEW = (64, 72, 80, 96, 128), (64, 96, 128, 192, 256)
+_BLOCK = 2**17  # scores of a head's block of queries on a CPU
+_FEW = 8  # queries up to which quantized keys and values are not made floats, head by head
+_HALF = (mx.float16, mx.bfloat16)
+_FEW_ROWS = 16  # and on a CPU those of all heads that share them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How attention is computed: in blocks of `rows` queries; each by MLX's own function (with heads padded to `width`
+    if not None, on Metal) or, `explicit`, by products and a softmax of ours."""
+
+    rows: int
+    explicit: bool
+    width: int | None = None
+
+
+def plan(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    value_dim: int,
+    *,
+    vectorizes: bool,
+    gpu: bool,
+    causal: bool = False,
+    window: int | None = None,
+    explicit: bool = False,
+) -> Plan:
+    """The plan for shapes q (B, H, L, D) and k (B, G, S, D). vectorizes: our softmax outdoes MLX's (Linux's CPU);
+    explicit: MLX has no function for what is asked."""
+    B, H, L, D = q
+    S = k[2]
+    explicit = explicit or (vectorizes and B * H * L * S > _SMALL)
+    rows = L
+    if explicit:
+        rows = max(16, _SCORES // max(1, B * H * S))
+    if window is not None and 2 * window < S:
+        rows = max(_ROWS, window // 8) if not gpu else max(256, window // 4)
+    elif causal and not gpu and L > 2 * _ROWS:
+        rows = min(rows, max(_ROWS, L // 16))
+    width = None
+    if gpu and not explicit and L > 1:
+        sizes = _FUSED if L > 8 else _FUSED_FEW
+        if value_dim != D or D not in sizes:
+            wide = max(D, value_dim)
+            # Padded heads cost their width, unfused scores L x S: worth it for long sequences.
+            width = next((size for size in sizes if size >= wide), None) if L * S >= 2**20 else None
+    return Plan(min(rows, L), explicit, width)
+
+
+def attention(
+    q: mx.array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    *,
+    scale: float | None = None,
+    mask: mx.array | None = None,
+    bias: mx.array | None = None,
+    by_distance: mx.array | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    key: mx.array | None = None,
+) -> mx.array:
+    """softmax(softcap(q k^T * scale) + bias) v over the keys that mask, causal and window allow.
+
+    q (B, H, L, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, L, Dv); G divides H, and query head h reads key/value
+    head h // (H // G). `mask` is boolean, True = attend, and `bias` is an additive float; both broadcast to
+    (B, H, L, S). The queries are the last L of the S positions: `causal` hides the keys after a query's own, `window`
+    those `window` or more away to either side, and `by_distance` (H, S + L - 1) is a finite bias by how far a key is
+    ahead of the query, from -(S - 1) to L - 1: ALiBi and T5's, in little memory. `sinks` (H,) are the scores of a key
+    per head that has no value. `softcap` c bounds scores to c tanh(score / c). `dropout` is the probability that a
+    weight is dropped, by the random `key`. A row that may attend nothing gives 0, with gradient 0. `scale` defaults to
+    1 / sqrt(D). Softmax and sums are in float32. Causal and
+    banded attention skip what is hidden: with a window, time and memory are linear in L. Keys and values may both be
+    Quantized, without dropout; no more than one head of them is ever held as floats.
+    On a GPU, NaN in a hidden key shows where there is a bias.
+    """
+    check(q, k, v, mask, bias, by_distance, causal, window)
+    softmax = make_softmax(q, scale, sinks, softcap, dropout, key)
+    if isinstance(k, Quantized) or isinstance(v, Quantized):
+        if not (isinstance(k, Quantized) and isinstance(v, Quantized)) or dropout:
+            raise ValueError("quantized keys need quantized values, and no dropout")
+        hidden = Hidden(q.shape[2], k.shape[2], mask, bias, causal, window, by_distance)
+        return _quantized(q, k, v, softmax, hidden)
+    L, S, gpu = q.shape[2], k.shape[2], not dispatch.on_cpu()
+    if not S or not q.size:
+        return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
+    bias = bias if bias is None else bias.astype(q.dtype)
+    if not gpu and q.dtype in _HALF:  # which a CPU multiplies in scalar loops, and rounds every score to
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "key": key}
+        options |= {"mask": mask, "bias": bias, "by_distance": by_distance, "sinks": sinks}
+        options |= {"causal": causal, "window": window}
+        return attention(*(x.astype(mx.float32) for x in (q, k, v)), **options).astype(q.dtype)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    by_distance = by_distance if by_distance is None else by_distance.astype(q.dtype)
+    if L == 1:  # the last position
+        causal, window = False, None if window is not None and window >= S else window
+    hidden = Hidden(L, S, mask, bias, causal, window, by_distance)
+    if softmax.plain and hidden.nothing:
+        return fused.unmasked_attention(q, k, v, softmax.scale)
+    # MLX's function adds a bias to hidden scores too, where NaN would stay NaN.
+    shifted = bias is not None or by_distance is not None
+    explicit = softmax.softcap is not None or softmax.dropout > 0 or (shifted and not gpu)
+    how = plan(
+        q.shape,
+        k.shape,
+        v.shape[-1],
+        vectorizes=dispatch.vectorizes(q),
+        gpu=gpu,
+        causal=causal,
+        window=window,
+        explicit=explicit,
+    )
+    if how.explicit:  # a column of ones beside the values brings the denominators out of the same product
+        v = mx.concatenate([v.astype(mx.float32), mx.ones((*v.shape[:3], 1))], axis=-1)
+    starts = range(0, L, how.rows)
+    seeds = [None] * len(starts) if key is None else mx.random.split(key, len(starts))
+
+    def block(first: int, seed: mx.array | None) -> mx.array:
+        rows = range(first, min(first + how.rows, L))
+        keys = hidden.keys(rows)
+        some = slice(keys.start, keys.stop)
+        parts = q[:, :, first : rows.stop], k[:, :, some], v[:, :, some]
+        scores = hidden.block(rows, keys)
+        return softmax.explicit(parts, scores, seed) if how.explicit else softmax.fused(parts, scores, how.width)
+
+    if len(starts) == 1:
+        return block(0, seeds[0])
+    return mx.concatenate(
+        dispatch.side_by_side([partial(block, *given) for given in zip(starts, seeds, strict=True)]), 2
+    )
+
+
+def _quantized(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
+    """Attention to quantized keys and values: of few queries by quantized products, of many head by head of them."""
+    (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
+    group, gpu = H // max(G, 1), not dispatch.on_cpu()
+    if not S or not q.size:
+        return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
+    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= _SCORES:
+        hidden = replace(hidden, bias=hidden.bias if hidden.bias is None else hidden.bias.astype(q.dtype))
+        return softmax.explicit((q, k, v), hidden.block(range(L), range(S)), None)
+    heads: list[mx.array] = []
+    for row in range(B):
+        for head in range(G):
+            some = slice(row, row + 1), slice(head * group, (head + 1) * group)
+            keys, values = k.head(row, head), v.head(row, head)
+            if heads:  # one head after the other, so that no two are held as floats
+                keys, values = keys.after(heads[-1]), values.after(heads[-1])
+            own = replace(softmax, sinks=None if softmax.sinks is None else softmax.sinks[some[1]])
+            far = None if hidden.by_distance is None else hidden.by_distance[some[1]]
+            part = replace(hidden, mask=_of(hidden.mask, *some), bias=_of(hidden.bias, *some), by_distance=far)
+            heads.append(_of_head(q[some], keys, values, own, part))
+    return mx.concatenate(heads, axis=1).reshape(B, H, L, -1)  # (1, B H, L, Dv) before
+
+
+def _of_head(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
+    """Attention to one quantized head, (1, 1, S, D), of the queries that share it. On a CPU in blocks of queries, one
+    after the other, so that few scores are held at once."""
+    (_, group, L, _), S, causal = q.shape, k.shape[2], hidden.causal
+    gpu = not dispatch.on_cpu()
+    dtype = q.dtype if gpu else mx.float32  # a CPU's half-precision products are slow
+    keys, values = k.dequantized(dtype), v.dequantized(dtype)
+    placed = hidden.window is not None or hidden.by_distance is not None  # where a query is counts, causal or not
+    rows = L if gpu or (placed and not causal) else max(16, _BLOCK // (group * S))
+    out: list[mx.array] = []
+    for first in range(0, L, rows):
+        last = min(first + rows, L)
+        stop = S - L + last if causal else S
+        asked = q[:, :, first:last].astype(dtype)
+        if out:
+            (asked,) = mx.depends([asked], out[-1:])
+        options: dict[str, Any] = {"scale": softmax.scale, "sinks": softmax.sinks, "softcap": softmax.softcap}
+        for name, x in (("mask", hidden.mask), ("bias", hidden.bias)):
+            options[name] = x if x is None else part_of(x, range(first, last), range(stop))
+        if hidden.by_distance is not None:
+            options["by_distance"] = hidden.by_distance[:, S - stop : S + last - first - 1]
+        some = keys[:, :, :stop], values[:, :, :stop]
+        out.append(attention(asked, *some, causal=causal, window=hidden.window, **options))
+    return mx.concatenate(out, axis=2).astype(q.dtype)
+
+
+def _of(x: mx.array | None, row: slice, heads: slice) -> mx.array | None:
+    """What is for some heads of a row, of an array that broadcasts to (B, H, L, S)."""
+    if x is None or x.ndim < 3:
+        return x
+    x = x if x.shape[-3] == 1 else x[..., heads, :, :]
+    return x if x.ndim == 3 or x.shape[0] == 1 else x[row]
+
+
+def attention_weights(
+    q: mx.array,
+    k: mx.array,
+    *,
+    scale: float | None = None,
+    mask: mx.array | None = None,
+    bias: mx.array | None = None,
+    by_distance: mx.array | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    average: bool = False,
+) -> mx.array:
+    """The weights that attention() gives to the values, (B, H, L, S), or (B, L, S) averaged over the heads. Rows sum
+    to 1 (to less with `sinks`), or to 0 where nothing may be attended. Arguments as in attention()."""
+    check(q, k, k, mask, bias, by_distance, causal, window)
+    softmax = make_softmax(q, scale, sinks, softcap, 0.0, None)
+    L, S = q.shape[2], k.shape[2]
+    if not S or not q.size:
+        return mx.zeros((q.shape[0], L, S) if average else (*q.shape[:3], S), q.dtype)
+    bias = bias if bias is None else bias.astype(q.dtype)
+    block = Hidden(L, S, mask, bias, causal, window, by_distance).block(range(L), range(S))
+    weights, rest = softmax.weights(q, k, block)
+    total = weights @ mx.ones((S, 1)) + rest
+    weights = (weights / filled(total, 0.0, block.safe, 1.0)).astype(q.dtype)
+    return weights.mean(axis=1) if average else weights

@@ -1,0 +1,214 @@
+"""Norms, LayerScale, feed-forward networks and convolutions, all channels-last.
+
+Axes: B batch, T time, F frequencies, C channels, O output channels, K kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..backend import activations, dispatch, fused, norms
+from ..backend.products import quantized_product
+from .linear import Linear, applied, one_row
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis: eps inside the root, biased variance, weight and bias (E,)."""
+
+    def __init__(self, dims: int, eps: float = 1e-5):
+        super().__init__()
+        self.dims, self.eps = dims, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return norms.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467): eps inside the
+    root; weight (E,) is the gain or, with `plus_one`, what the gain is above 1."""
+
+    def __init__(self, dims: int, eps: float = 1e-5, plus_one: bool = False):
+        super().__init__()
+        self.dims, self.eps, self.plus_one = dims, eps, plus_one
+        self.weight = mx.zeros((dims,)) if plus_one else mx.ones((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gain = 1 + self.weight.astype(mx.float32) if self.plus_one else self.weight
+        return norms.rms_norm(x, gain, self.eps)
+
+
+class WholeRMSNorm(RMSNorm):
+    """RMSNorm of the queries or keys of all heads at once, (B, heads, L, D) by weight (heads * D,), as OLMoE has it
+    (Muennighoff et al. 2024, arXiv 2409.02060)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = super().__call__(mx.flatten(x.swapaxes(1, 2), 2, 3))  # (B, L, heads * D)
+        return mx.unflatten(y, -1, (x.shape[1], x.shape[3])).swapaxes(1, 2)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation as PyTorch's, channels last: consecutive channels form a group, which is normalised
+    together with `axes` of the input (by default all but the first and the last)."""
+
+    def __init__(self, num_groups: int, dims: int, eps: float = 1e-5):
+        super().__init__()
+        if num_groups < 1 or dims % num_groups:
+            raise ValueError(f"num_groups must divide dims, {dims}, got {num_groups}")
+        self.num_groups, self.eps = num_groups, eps
+        self.weight = mx.ones((dims,))
+        self.bias = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
+        axes = tuple(range(1, x.ndim - 1)) if axes is None else axes
+        return norms.normalize(x, self.weight, self.bias, axes=axes, num_groups=self.num_groups, eps=self.eps)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch. Source: Touvron et al. 2021, arXiv 2103.17239."""
+
+    def __init__(self, dims: int, init: float = 1e-4):
+        super().__init__()
+        self.scale = mx.full((dims,), init)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not x.size:  # MLX takes 20 s on a CPU to sum over nothing, for the gradient
+            return x
+        return x * self.scale
+
+
+def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    """x, each number 0 at this rate by a random key, and else larger by 1 / (1 - rate); x itself without a key."""
+    if key is None or not rate:
+        return x
+    return x * mx.random.bernoulli(1 - rate, x.shape, key).astype(x.dtype) * (1 / (1 - rate))
+
+
+class FeedForward(nn.Module):
+    """linear1, activation, linear2: (..., E) -> (..., hidden_dim) -> (..., E). Activation: "gelu" (exact),
+    "gelu_tanh" or "relu"."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, activation: str = "gelu", bias: bool = True):
+        super().__init__()
+        if activation not in activations.ACTIVATIONS:
+            known = ", ".join(activations.ACTIVATIONS)
+            raise ValueError(f"activation must be one of {known}, got {activation!r}")
+        self.activation, self.hidden_dim = activation, hidden_dim
+        self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias)
+        self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias)
+
+    def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
+        """dropout: the rate, by a random key, at which numbers in the middle become 0."""
+        if not x.size:
+            return x
+        activation = activations.ACTIVATIONS[self.activation]
+        if key is not None and dropout:
+            return self.linear2(dropped(activation(self.linear1(x)), dropout, key))
+        if one_row(x) and type(self.linear1) is type(self.linear2) is nn.Linear:  # neither is packed
+            return applied(self.linear2, activation(applied(self.linear1, x)))
+        tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+        network = lambda x: self.linear2(activation(self.linear1(x)))  # noqa: E731
+        return dispatch.by_rows(network, tokens, self.hidden_dim).reshape(x.shape)
+
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202): (..., E) -> (..., hidden_dim) -> (..., E).
+    Activation: "silu" or "gelu_tanh"."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, activation: str = "silu", bias: bool = False):
+        super().__init__()
+        if activation not in activations.GATED:
+            raise ValueError(f"activation must be one of {', '.join(activations.GATED)}, got {activation!r}")
+        self.activation = activation
+        self.gate_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
+
+    def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
+        """dropout: the rate, by a random key, at which numbers in the middle become 0."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(dropped(activations.GATED[self.activation](gate, up), dropout, key))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose table also makes logits: as_linear(x) is x weight^T."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., E) -> (..., V)"""
+        return applied(self, x)
+
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
+        """The layer with its table quantized."""
+        return QuantizedEmbedding.from_embedding(self, group_size or 64, bits or 4)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """nn.QuantizedEmbedding in affine mode, likewise."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., E) -> (..., V)"""
+        packed: Any = (self.weight, self.scales, self.biases)
+        return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
+
+
+class DilatedConv1d(nn.Module):
+    """Dilated convolution along axis 1 of (B, T, ..., C) that keeps T: one product to K * O columns, then the K
+    columns are shifted and added. weight (O, K, C), odd K."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.dilation = dilation
+        self.weight = mx.random.uniform(-1, 1, (out_channels, kernel_size, in_channels)) * (
+            (in_channels * kernel_size) ** -0.5
+        )
+        self.bias = mx.zeros((out_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        O, K, C = self.weight.shape
+        T = x.shape[1]
+        weight = self.weight.transpose(2, 1, 0).reshape(C, K * O)
+        columns = dispatch.by_rows(lambda rows: rows @ weight, mx.flatten(x, 0, -2))
+        columns = columns.reshape(*x.shape[:-1], K * O)  # tap-major
+        reach = K // 2 * self.dilation
+        columns = mx.pad(columns, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
+        taps = mx.split(columns, K, axis=-1)
+        out = self.bias
+        for i, tap in enumerate(taps):
+            out = out + tap[:, i * self.dilation : i * self.dilation + T]
+        return out
+
+
+class ConvTranspose1d(nn.Module):
+    """Transposed convolution (B, L, C) -> (B, (L - 1) * stride + K, O), without padding: one product to K * O
+    columns, whose stretches of `stride` samples overlap and are added. weight (O, K, C)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.weight = mx.random.uniform(-1, 1, (out_channels, kernel_size, in_channels)) * (
+            (in_channels * kernel_size) ** -0.5
+        )
+        self.bias = mx.zeros((out_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        O, K, C = self.weight.shape
+        phases = -(-K // self.stride)
+        weight = mx.pad(self.weight, [(0, 0), (0, phases * self.stride - K), (0, 0)])
+        weight = weight.transpose(2, 1, 0).reshape(C, -1)  # (C, phases * stride * O)
+        bias = mx.tile(self.bias, self.stride)
+
+        def transposed(x: mx.array) -> mx.array:
+            B, L, _ = x.shape
+            columns = x @ weight if B > 1 else dispatch.by_rows(lambda rows: rows @ weight, x[0])
+            columns = columns.reshape(B, L, phases, self.stride * O)
+            # Stretch p of frame l lands on output stretch l + p.
+            out = fused.overlap_add(columns.swapaxes(1, 2)) + bias  # (B, L + phases - 1, stride * O)
+            return out.reshape(B, -1, O)[:, : (L - 1) * self.stride + K]
+
+        return dispatch.by_rows(transposed, x) if x.shape[0] > 1 else transposed(x)

@@ -1,0 +1,125 @@
+"""MoEConfig: what a MoE is."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+from ...backend import activations
+from .. import config
+
+ROUTERS, OVERFLOWS, BALANCES = ("softmax", "sigmoid"), ("drop", "expert"), ("switch", "document")
+
+
+def whole(name: str, value: object, least: int) -> None:
+    """ValueError unless the value is a whole number from `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _finite(name: str, value: object, *, zero: bool) -> None:
+    bounds = "finite and at least 0" if zero else "finite and above 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not abs(value) <= sys.float_info.max or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What a MoE is. ValueError names a field that does not fit.
+
+    activation, gated, bias: of the experts, GatedFeedForward's or FeedForward's. router: "softmax" over all experts, or
+    "sigmoid" of each. router_bias: whether the router's product has a bias. selection_bias: a bias (E,) of each
+    expert's score where experts are chosen, which the weights do not have (auxiliary-loss-free balancing, Wang et al.
+    2024, arXiv 2408.15664). groups, groups_per_tok: experts are chosen from the best of as many groups of neighbours; a
+    group's score is its best expert's (softmax, DeepSeek-V2, arXiv 2405.04434) or the sum of its two best (sigmoid,
+    DeepSeek-V3, arXiv 2412.19437). renormalize: whether a token's weights are divided by their sum; None: where k > 1,
+    as with k = 1 they would be 1 and the router would not learn. scale: of all weights. shared_dim: the width of an
+    expert that every token goes through, 0 for none; shared_gate: whether it is weighted by the sigmoid of a product
+    (Qwen2-MoE, arXiv 2407.10671). capacity: how many tokens an expert takes, the first ones in their order; a float is
+    a factor of T k / E; None: all. overflow: what becomes of the others, "drop" or "expert", which is one more. alpha:
+    of the balance loss; balance: "switch" (Fedus et al. 2021, arXiv 2101.03961) or "document", see Routing. z_alpha: of
+    the z-loss (Zoph et al. 2022, arXiv 2202.08906).
+    """
+
+    embed_dim: int
+    hidden_dim: int
+    num_experts: int
+    num_experts_per_tok: int = 1
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+    router: str = "softmax"
+    router_bias: bool = False
+    selection_bias: bool = False
+    groups: int = 1
+    groups_per_tok: int = 1
+    renormalize: bool | None = None
+    scale: float = 1.0
+    shared_dim: int = 0
+    shared_gate: bool = False
+    capacity: int | float | None = None
+    overflow: str = "drop"
+    alpha: float = 0.01
+    balance: str = "switch"
+    z_alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "hidden_dim", "num_experts", "num_experts_per_tok", "groups", "groups_per_tok"):
+            whole(name, getattr(self, name), 1)
+        whole("shared_dim", self.shared_dim, 0)
+        config.check_flags(self, "gated", "bias", "router_bias", "selection_bias", "shared_gate")
+        if self.renormalize is not None:
+            config.check_flags(self, "renormalize")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be at most num_experts, {self.num_experts}, got {self.num_experts_per_tok}"
+            )
+        config.check_one_of(self, "activation", activations.GATED if self.gated else activations.ACTIVATIONS)
+        config.check_one_of(self, "router", ROUTERS)
+        config.check_one_of(self, "overflow", OVERFLOWS)
+        config.check_one_of(self, "balance", BALANCES)
+        self._check_groups()
+        if self.shared_gate and not self.shared_dim:
+            raise ValueError(f"shared_gate must be False without shared_dim, got {self.shared_gate}")
+        if isinstance(self.capacity, int):
+            whole("capacity", self.capacity, 0)
+        elif self.capacity is not None:
+            _finite("capacity", self.capacity, zero=True)
+        _finite("scale", self.scale, zero=False)
+        _finite("alpha", self.alpha, zero=True)
+        _finite("z_alpha", self.z_alpha, zero=True)
+
+    def _check_groups(self) -> None:
+        if self.num_experts % self.groups:
+            raise ValueError(f"groups must divide num_experts, {self.num_experts}, got {self.groups}")
+        if self.groups_per_tok > self.groups:
+            raise ValueError(f"groups_per_tok must be at most groups, {self.groups}, got {self.groups_per_tok}")
+        if self.num_experts_per_tok > self.groups_per_tok * self.group_size:
+            raise ValueError(
+                f"groups_per_tok must hold num_experts_per_tok, {self.num_experts_per_tok}, got {self.groups_per_tok} "
+                f"of {self.group_size} experts"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Experts of a group."""
+        return self.num_experts // self.groups
+
+    @property
+    def renormalizes(self) -> bool:
+        """renormalize, resolved."""
+        return self.num_experts_per_tok > 1 if self.renormalize is None else self.renormalize
+
+    def slots(self, tokens: int) -> int:
+        """How many of so many tokens an expert takes at most."""
+        if self.capacity is None:
+            return tokens
+        if isinstance(self.capacity, int):
+            return min(tokens, self.capacity)
+        taken = self.capacity * tokens * self.num_experts_per_tok / self.num_experts
+        return math.ceil(min(tokens, taken))  # in this order: it may be infinite

@@ -1,0 +1,282 @@
+"""Position embeddings. The tables are computed in float64 on the host, once per shape, and handed out as float32.
+
+Axes: B batch, H heads, L queries, S keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from ..backend import dispatch
+
+
+def sinusoidal_1d(
+    length: int, dim: int, *, shift: int = 0, max_period: float = 10000.0, centered: bool = False
+) -> mx.array:
+    """(length, dim) table [cos | sin] with frequencies max_period^(-i / (dim/2 - 1)), i = 0 .. dim/2 - 1.
+
+    The positions are shift, shift + 1, ...; `centered` subtracts their mean (CAPE at inference).
+    Source: demucs/transformer.py, create_sin_embedding. ValueError unless dim is even and at least 4.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"dim must be even and at least 4, got {dim}")
+    return mx.array(_table_1d(length, dim, shift, float(max_period), centered))
+
+
+@lru_cache(maxsize=16)
+def _table_1d(length: int, dim: int, shift: int, max_period: float, centered: bool) -> np.ndarray:
+    positions = shift + np.arange(length, dtype=np.float64)[:, None]
+    if centered:
+        positions = positions - positions.mean()
+    half = dim // 2
+    phase = positions / max_period ** (np.arange(half) / (half - 1))
+    return np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32)
+
+
+def sinusoidal_2d(height: int, width: int, dim: int, *, max_period: float = 10000.0) -> mx.array:
+    """(width, height, dim) table: channels interleave sin and cos, the first half encodes the position along the
+    width (time), the second half along the height (frequency).
+
+    Source: demucs/transformer.py, create_2d_sin_embedding. ValueError unless dim is a multiple of 4.
+    """
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    return mx.array(_table_2d(height, width, dim, float(max_period)))
+
+
+@lru_cache(maxsize=16)
+def _table_2d(height: int, width: int, dim: int, max_period: float) -> np.ndarray:
+    half = dim // 2
+    rates = np.exp(np.arange(0, half, 2) * (-math.log(max_period) / half))
+
+    def interleaved(length: int) -> np.ndarray:
+        phase = np.arange(length, dtype=np.float64)[:, None] * rates
+        return np.stack([np.sin(phase), np.cos(phase)], axis=-1).reshape(length, half)
+
+    table = np.empty((width, height, dim), np.float32)
+    table[..., :half] = interleaved(width)[:, None]
+    table[..., half:] = interleaved(height)[None]
+    return table
+
+
+def sinusoidal(length: int, dim: int, *, offset: int = 0, max_period: float = 10000.0) -> mx.array:
+    """(length, dim) table of Vaswani et al. 2017: channel 2i is sin(p / max_period^(2i / dim)), 2i + 1 the cosine, for
+    the positions p = offset, offset + 1, ... Any dim of 1 or more."""
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    first = offset // _STRETCH * _STRETCH
+    stop = -(-(offset + length) // _STRETCH) * _STRETCH
+    return mx.array(_table(stop - first, dim, first, float(max_period))[offset - first :][:length])
+
+
+_STRETCH = 256  # positions that are computed at once, since generation asks for them one by one
+
+
+@lru_cache(maxsize=16)
+def _table(length: int, dim: int, offset: int, max_period: float) -> np.ndarray:
+    channel = np.arange(dim)
+    phase = (offset + np.arange(length, dtype=np.float64))[:, None] * max_period ** (-(channel // 2 * 2) / dim)
+    return np.where(channel % 2, np.cos(phase), np.sin(phase)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """What makes rotary positions reach further than a model was trained: pairs of channels turn more slowly.
+
+    "linear" (Chen et al. 2023, arXiv 2306.15595): all by `factor`. The others let alone what turns at least `high`
+    times in the `length` positions of the training, slow what turns at most `low` times by the factor, and go from one
+    to the other between: "llama3" (Llama 3.1) in proportion to the turns, "yarn" (Peng et al. 2023, arXiv 2309.00071)
+    to the index of the pair, from whole indices if `truncate`. Queries and keys are multiplied with `magnitude`.
+    """
+
+    kind: str
+    factor: float
+    length: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+    magnitude: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"kind must be one of linear, llama3, yarn, got {self.kind!r}")
+        if not (self.factor > 0 and self.magnitude > 0):
+            raise ValueError(f"factor and magnitude must be above 0, got {self.factor} and {self.magnitude}")
+        if self.kind != "linear" and not (self.length is not None and self.length > 0 and 0 < self.low < self.high):
+            raise ValueError(
+                f"{self.kind} needs a length and 0 < low < high, got {self.length}, {self.low} and {self.high}"
+            )
+
+    def rates(self, rates: np.ndarray, theta: float) -> np.ndarray:
+        """The rates (radians a position, dims / 2 of them, from theta^0 down) as slowed."""
+        if self.length is None or self.kind == "linear":
+            return rates / self.factor
+        turns = self.length * rates / (2 * math.pi)
+        if self.kind == "llama3":
+            kept: np.ndarray = (turns - self.low) / (self.high - self.low)
+        else:
+            first, last = (self._index(number, len(rates), theta) for number in (self.high, self.low))
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, 2 * len(rates) - 1)
+            kept = 1 - (np.arange(len(rates)) - first) / (last - first if last != first else 0.001)
+        kept = np.clip(kept, 0, 1)
+        return rates * kept + rates / self.factor * (1 - kept)
+
+    def _index(self, turns: float, pairs: int, theta: float) -> float:
+        """Of the pair that would turn so many times."""
+        assert self.length is not None  # rates() has asked
+        return pairs * math.log(self.length / (2 * math.pi * turns)) / math.log(theta)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of the first `dims` channels of a head turn by
+    position * theta^(-2i / dims), or slower by `scaling`. Pairs are (i, i + dims / 2), as in Llama, or (2i, 2i + 1) if
+    `interleaved`."""
+
+    dims: int
+    theta: float = 10000.0
+    interleaved: bool = False
+    scaling: RotaryScaling | None = None
+
+    def __post_init__(self) -> None:
+        if self.dims < 2 or self.dims % 2:
+            raise ValueError(f"dims must be even and at least 2, got {self.dims}")
+        if not self.theta > 0:
+            raise ValueError(f"theta must be above 0, got {self.theta}")
+
+    def __call__(self, x: mx.array, *, offset: int | mx.array = 0, positions: mx.array | None = None) -> mx.array:
+        """x (B, H, L, D) at the positions offset, offset + 1, ... (one offset, or (B,) of them), or at explicit
+        `positions` (L,) or (B, L), in any order."""
+        if self.dims > x.shape[-1]:
+            raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
+        if not x.size:  # MLX's kernel takes no empty array on CUDA
+            return x
+        if positions is None and self._by_table(x, offset):
+            turn = _turned_few if x.shape[2] <= _FEW else _turned
+            return turn(x, *_turns(self, offset, x.shape[2])).astype(x.dtype)
+        rates = self.rates()  # MLX's own, in float32, are good to 3e-7 only
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        if positions is None:
+            freqs = mx.array(1 / rates, mx.float32)
+            turned = mx.fast.rope(
+                x, self.dims, traditional=self.interleaved, base=None, scale=1.0, offset=offset, freqs=freqs
+            )
+            return turned if magnitude == 1 else self._grown(turned, magnitude)
+        if positions.shape[-1] != x.shape[2] or positions.ndim > 2:
+            raise ValueError(f"positions must be (L,) or (B, L) with L = {x.shape[2]}, got {positions.shape}")
+        # (L, dims / 2) or (B, L, dims / 2)
+        phase = positions[..., None].astype(mx.float32) * mx.array(rates, mx.float32)
+        phase = phase if phase.ndim == 2 else phase[:, None]
+        cos, sin = mx.cos(phase) * magnitude, mx.sin(phase) * magnitude
+        turned, rest = mx.split(x, [self.dims], axis=-1)
+        parts = mx.unflatten(turned, -1, (-1, 2) if self.interleaved else (2, -1))
+        axis = -1 if self.interleaved else -2
+        a, b = (mx.squeeze(part, axis) for part in mx.split(parts, 2, axis=axis))
+        turned = mx.flatten(mx.stack([a * cos - b * sin, a * sin + b * cos], axis=axis), -2, -1)
+        return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+    def _by_table(self, x: mx.array, offset: int | mx.array) -> bool:
+        """Whether cosines and sines come from the host: a CPU computes them one by one, and layers can share them."""
+        whole = self.dims == x.shape[-1] and not self.interleaved and x.shape[2] <= _TABLE
+        return whole and isinstance(offset, int) and dispatch.on_cpu()
+
+    def rates(self) -> np.ndarray:
+        """(dims / 2,) float64: radians that a pair turns from one position to the next."""
+        rates: np.ndarray = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)
+        return rates if self.scaling is None else self.scaling.rates(rates, self.theta)
+
+    def _grown(self, x: mx.array, magnitude: float) -> mx.array:
+        """x with its turned channels multiplied."""
+        if self.dims == x.shape[-1]:
+            return x * magnitude
+        turned, rest = mx.split(x, [self.dims], axis=-1)
+        return mx.concatenate([turned * magnitude, rest], axis=-1)
+
+
+_TABLE = 1024  # positions of a table, at most
+_FEW = 8  # positions for which each operation counts
+
+
+def _turned(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    a, b = mx.split(x, 2, axis=-1)
+    return x * cos + mx.concatenate([b, a], axis=-1) * sin
+
+
+_turned_few = mx.compile(_turned)
+
+
+@lru_cache(maxsize=8)
+def _turns(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.array]:
+    """(length, dims) each: cosines of pairs (i, i + dims / 2), and sines, those of the first half negative."""
+    phase = (offset + np.arange(length, dtype=np.float64))[:, None] * rotary.rates()
+    cos, sin = np.cos(phase), np.sin(phase)
+    magnitude = 1.0 if rotary.scaling is None else rotary.scaling.magnitude
+    tables = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+    return mx.array((tables[0] * magnitude).astype(np.float32)), mx.array((tables[1] * magnitude).astype(np.float32))
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """(num_heads,) slopes of ALiBi (Press et al. 2022, arXiv 2108.12409): 2^(-8 h / H), h = 1 .. H, for a power of two;
+    else those of the power below, and every second one of the power above."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    power = 2 ** int(math.log2(num_heads))
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    more = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    return np.concatenate([slopes, more[: num_heads - power]])
+
+
+def alibi_bias(num_heads: int, L: int, S: int) -> mx.array:
+    """(H, L, S) bias: minus the slope of a head times the distance of a key; the queries are the last L of S."""
+    distance = mx.abs(mx.arange(L)[:, None] + (S - L) - mx.arange(S)[None])
+    return -mx.array(alibi_slopes(num_heads), mx.float32)[:, None, None] * distance
+
+
+def alibi_by_distance(num_heads: int, L: int, S: int) -> mx.array:
+    """(H, S + L - 1): alibi_bias by how far a key is ahead of the query, from -(S - 1) to L - 1."""
+    return -mx.array(alibi_slopes(num_heads), mx.float32)[:, None] * mx.abs(mx.arange(1 - S, L))
+
+
+def relative_buckets(
+    L: int, S: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> mx.array:
+    """(L, S) numbers of T5's relative-position buckets (Raffel et al. 2020, arXiv 1910.10683): the near distances one
+    each, the far ones in logarithmic steps up to max_distance; keys after the query have the upper half if
+    `bidirectional`, and share bucket 0 if not. The queries are the last L of the S positions."""
+    _check_buckets(num_buckets, max_distance, bidirectional)
+    ahead = np.arange(S)[None] - (np.arange(L)[:, None] + S - L)  # of the query, where positive
+    return mx.array(_buckets(ahead, num_buckets, max_distance, bidirectional))
+
+
+def buckets_by_distance(
+    L: int, S: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> mx.array:
+    """(S + L - 1,): relative_buckets by how far a key is ahead of the query, from -(S - 1) to L - 1."""
+    _check_buckets(num_buckets, max_distance, bidirectional)
+    return mx.array(_buckets(np.arange(1 - S, L), num_buckets, max_distance, bidirectional))
+
+
+def _check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
+    least = 4 if bidirectional else 2
+    if num_buckets < least or num_buckets % (2 if bidirectional else 1):
+        raise ValueError(f"num_buckets must be at least {least}, and even if bidirectional, got {num_buckets}")
+    exact = num_buckets // (4 if bidirectional else 2)
+    if max_distance <= exact:
+        raise ValueError(f"max_distance must be above {exact}, got {max_distance}")
+
+
+def _buckets(ahead: np.ndarray, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    count = num_buckets // 2 if bidirectional else num_buckets
+    base = np.where(ahead > 0, count, 0) if bidirectional else 0
+    distance = np.abs(ahead) if bidirectional else np.maximum(-ahead, 0)
+    exact = count // 2
+    steps = np.log(np.maximum(distance, 1) / exact) / math.log(max_distance / exact) * (count - exact)
+    far = np.minimum(exact + steps.astype(np.int64), count - 1)
+    return (base + np.where(distance < exact, distance, far)).astype(np.int32)

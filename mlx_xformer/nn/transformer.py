@@ -1,0 +1,222 @@
+"""Layers of encoders and decoders and stacks of them: post-norm or pre-norm, with any feed-forward network.
+
+Sources: Vaswani et al. 2017, arXiv 1706.03762; where norms and dropouts stand is torch.nn.TransformerEncoderLayer's and
+torch.nn.TransformerDecoderLayer's. Axes: B batch, H heads, L positions, S positions of a memory, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..backend.activations import ACTIVATIONS, GATED
+from . import config as fields
+from .attention.layer import Attention
+from .cache import CrossCache, KVCache
+from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, dropped
+from .moe.layer import MoE, MoEConfig, Routing
+
+_NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What a Layer is. ValueError names a field that does not fit.
+
+    num_kv_heads, head_dim, causal, window, scale, bias (of projections): see AttentionConfig; bias and scale are those
+    of both attentions. gated: a GatedFeedForward. norm: "layer" or "rms"; norm_first: each step is on a norm of what
+    came in (pre-norm), else the sum is normed (post-norm). cross: attends to a memory too, memory_dim wide. dropout: of
+    attention weights, inside the feed-forward network and after every step. moe: a mixture instead of the network.
+    """
+
+    embed_dim: int
+    num_heads: int
+    hidden_dim: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    activation: str = "relu"
+    gated: bool = False
+    norm: str = "layer"
+    norm_first: bool = False
+    norm_eps: float = 1e-5
+    bias: bool | tuple[str, ...] = True
+    ffn_bias: bool = True
+    scale: float | None = None
+    causal: bool = False
+    window: int | None = None
+    cross: bool = False
+    memory_dim: int | None = None
+    dropout: float = 0.0
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        fields.check_one_of(self, "norm", _NORMS)
+        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
+        fields.check_whole(self, {"hidden_dim": (1, 10 * fields.WIDTH)})
+        fields.check_rate(self, "dropout")
+        if self.memory_dim is not None and not self.cross:
+            raise ValueError(f"memory_dim must come with cross, got {self.memory_dim} alone")
+        if self.moe is not None and self.moe.embed_dim != self.embed_dim:
+            raise ValueError(f"embed_dim of the moe must be the layer's, {self.embed_dim}, got {self.moe.embed_dim}")
+
+    def make_norm(self) -> nn.Module:
+        """A norm of the layer's kind."""
+        return _NORMS[self.norm](self.embed_dim, self.norm_eps)
+
+    def make_network(self) -> nn.Module:
+        """Its feed-forward network, or mixture."""
+        if self.moe is not None:
+            return MoE(self.moe)
+        if self.gated:
+            return GatedFeedForward(self.embed_dim, self.hidden_dim, self.activation, bias=self.ffn_bias)
+        return FeedForward(self.embed_dim, self.hidden_dim, self.activation, bias=self.ffn_bias)
+
+
+class Layer(nn.Module):
+    """Attention of x to itself, with `cross` to a memory, and a feed-forward network; each is added to what came in,
+    with a norm before it or after the sum."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.config = config
+        sizes = config.embed_dim, config.num_heads
+        shared: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "bias": config.bias}
+        shared |= {"scale": config.scale, "dropout": config.dropout}
+        self.self_attn = Attention(*sizes, causal=config.causal, window=config.window, **shared)
+        self.norm1 = config.make_norm()
+        if config.cross:
+            self.cross_attn = Attention(*sizes, kv_dim=config.memory_dim, **shared)
+            self.norm2 = config.make_norm()
+        self.mlp = config.make_network()
+        self.norm3 = config.make_norm()
+
+    def __call__(
+        self,
+        x: mx.array,
+        memory: mx.array | None = None,
+        *,
+        mask: mx.array | None = None,
+        memory_mask: mx.array | None = None,
+        bias: mx.array | None = None,
+        cache: KVCache | None = None,
+        cross_cache: CrossCache | None = None,
+        key: mx.array | None = None,
+        routings: list[Routing] | None = None,
+    ) -> mx.array:
+        """x (B, L, E), memory (B, S, memory_dim) -> (B, L, E). mask, memory_mask: which positions of x and of the
+        memory may be attended to, True = attend, broadcast to (B, H, L, L) and (B, H, L, S). bias: added to the scores
+        of self-attention. cache, cross_cache: of self-attention (with `causal` only) and of the memory. key: random,
+        for dropout in training. routings gets where a mixture's tokens went."""
+        if self.config.cross and memory is None:
+            raise ValueError("memory must be given to a layer with cross-attention, got none")
+        if not self.config.cross and memory is not None:
+            raise ValueError("memory must not be given to a layer without cross-attention")
+        if cache is not None and not self.config.causal:
+            raise ValueError("a cache must be given to causal layers only, got causal=False")
+        keys = _keys(key, 6) if self.training and self.config.dropout else [None] * 6
+        x = self._step(
+            x, self.norm1, lambda y: self.self_attn(y, mask=mask, bias=bias, cache=cache, key=keys[0]), keys[1]
+        )
+        if memory is not None:
+            x = self._step(
+                x,
+                self.norm2,
+                lambda y: self.cross_attn(y, memory, mask=memory_mask, cache=cross_cache, key=keys[2]),
+                keys[3],
+            )
+        return self._step(x, self.norm3, lambda y: self._feed(y, keys[4], routings), keys[5])
+
+    def _step(
+        self, x: mx.array, norm: nn.Module, form: Callable[[mx.array], mx.array], key: mx.array | None
+    ) -> mx.array:
+        """x and what `form` makes of it."""
+        y = form(norm(x) if self.config.norm_first else x)
+        y = x + dropped(y, self.config.dropout, key)
+        return y if self.config.norm_first else norm(y)
+
+    def _feed(self, x: mx.array, key: mx.array | None, routings: list[Routing] | None) -> mx.array:
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x, dropout=0.0 if key is None else self.config.dropout, key=key)
+        y, routing = self.mlp(x)
+        if routings is not None:
+            routings.append(routing)
+        return y
+
+
+class Stack(nn.Module):
+    """Layers of one kind in a row, with a norm after the last if `final_norm`."""
+
+    def __init__(self, config: LayerConfig, num_layers: int, *, final_norm: bool = False):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        self.config = config
+        self.layers = [Layer(config) for _ in range(num_layers)]
+        if final_norm:
+            self.norm = config.make_norm()
+
+    def __call__(
+        self,
+        x: mx.array,
+        memory: mx.array | None = None,
+        *,
+        mask: mx.array | None = None,
+        memory_mask: mx.array | None = None,
+        bias: mx.array | None = None,
+        caches: Sequence[KVCache] | None = None,
+        cross_caches: Sequence[CrossCache] | None = None,
+        key: mx.array | None = None,
+        routings: list[Routing] | None = None,
+    ) -> mx.array:
+        """As Layer, with a cache of each kind for every layer."""
+        count = len(self.layers)
+        for name, given in (("caches", caches), ("cross_caches", cross_caches)):
+            if given is not None and len(given) != count:
+                raise ValueError(f"{name} must be one a layer, {count}, got {len(given)}")
+        keys = [None] * count if key is None else list(mx.random.split(key, count))
+        for index, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                memory,
+                mask=mask,
+                memory_mask=memory_mask,
+                bias=bias,
+                cache=None if caches is None else caches[index],
+                cross_cache=None if cross_caches is None else cross_caches[index],
+                key=keys[index],
+                routings=routings,
+            )
+        return self.norm(x) if "norm" in self else x
+
+    def make_caches(
+        self,
+        *,
+        window: int | None = None,
+        keep: int = 0,
+        slack: int = 0,
+        bits: int | None = None,
+        capacity: int | None = None,
+        padding: Sequence[int] | None = None,
+    ) -> list[KVCache]:
+        """A cache of self-attention for each layer. The layers' own window goes before a larger one, and keeps no first
+        positions."""
+        own = self.config.window
+        if own is not None and (window is None or own <= window):
+            window, keep = own, 0
+        options = {"window": window, "keep": keep, "slack": slack, "bits": bits, "capacity": capacity}
+        return [KVCache(**options, padding=padding) for _ in self.layers]  # type: ignore[arg-type]
+
+
+def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:
+    """What training adds to the loss of a model: the sum of the losses of its mixtures."""
+    return sum((routing.loss for routing in routings), mx.array(0.0))
+
+
+def _keys(key: mx.array | None, count: int) -> list[mx.array]:
+    if key is None:
+        raise ValueError("dropout in training needs a random key, got none")
+    return list(mx.random.split(key, count))

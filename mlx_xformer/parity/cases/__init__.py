@@ -1,0 +1,1 @@
+"""Samples of operations and layers."""

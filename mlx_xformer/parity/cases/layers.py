@@ -1,0 +1,359 @@
+"""Samples of activations, statistics, norms, feed-forward networks and convolutions.
+
+Axes: B batch, T time, F frequencies, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ...backend import activations, fused, norms
+from ...backend.linux.blas import products_in_turn
+from ...nn import layers
+from ...reference import backend as twin_kernels
+from ...reference.nn import layers as twin
+from ..samples import (
+    NO_QUOTIENT,
+    Arrays,
+    Case,
+    Options,
+    Rng,
+    Sample,
+    described,
+    drawn,
+    function,
+    layer,
+    signal,
+    with_params,
+)
+
+_KINK = "relu has no derivative at 0"
+
+
+# Activations
+
+
+def _elementwise(rng: Rng, *, special: np.ndarray, kink: bool = False) -> Iterator[Sample]:
+    shapes = [(2,), (7, 22), (1, 2), (0, 6), (3, 0, 4), (2, 3, 5, 8), (1, 1, 2, 1, 4), (13, 38), (101, 26), (3001, 14)]
+    for shape in shapes:
+        for width in (1.0, 4.0):
+            yield Sample(described(shape=shape, spread=width), {"x": rng.normal(size=shape) * width})
+    yield Sample("shape=(5,6) (views with gaps)", {"x": rng.normal(size=(5, 6))}, strided=True)
+    yield Sample("-40 .. 40", {"x": np.linspace(-40, 40, 4002).reshape(-1, 6) + 1e-3})
+    why = _KINK if kink else NO_QUOTIENT
+    yield Sample("NaN, infinities, zeros, 1e4", {"x": special}, skip_vjp=why)
+
+
+_SPECIAL = np.array([[np.nan, np.inf, 0.0, -0.0, 1e4, -1e4]])
+# The gated half of the last pairs decides: infinity times 0 is NaN on one side and large on the other.
+_SPECIAL_GLU = np.array([[np.nan, 1.0, -1e4, 3.0, np.inf, 1.0, 2.0, np.nan, -1e4, 1.0, 0.0, 1e4]])
+
+
+def _of(special: np.ndarray, kink: bool = False) -> Callable[[Rng], Iterator[Sample]]:
+    return lambda rng: _elementwise(rng, special=special, kink=kink)
+
+
+# Statistics and norms
+
+
+def _mean_var(rng: Rng) -> Iterator[Sample]:
+    for shape, axes in [
+        ((3, 5, 7), (1,)),
+        ((3, 5, 7), (-1, 0)),
+        ((1,), (0,)),
+        ((2, 1025, 3), (1, 2)),
+        ((2, 3001, 5, 3), (1, 3)),
+        ((2, 65, 7), (1,)),
+        ((40_013, 3), (0,)),
+        ((5, 2, 3, 7), (1, 2, 3)),
+        ((100_003,), (0,)),
+    ]:
+        for level in (0.3, -7.0):
+            facts = described(shape=shape, axes=axes, level=level)
+            yield Sample(facts, {"x": rng.normal(size=shape) * 0.5 + level}, {"axes": axes})
+    yield Sample("all the same", {"x": np.full((2, 67, 3), 1.7)}, {"axes": (1,)})
+    yield Sample("views with gaps", {"x": signal(rng, 2, 67, 3)}, {"axes": (1,)}, strided=True)
+    odd = signal(rng, 5, 67)
+    odd[0, 3], odd[2, 66] = np.nan, np.inf
+    yield Sample("NaN and infinity", {"x": odd}, {"axes": (1,)}, skip_vjp=NO_QUOTIENT)
+
+
+def _layer_norm(rng: Rng) -> Iterator[Sample]:
+    for dims in (1, 3, 5, 7, 48, 64, 96, 255, 511, 1024, 1025, 1537):
+        for shape in ((2, 5), (1,), (3, 2, 1, 2)):
+            yield _of_module(rng, layers.LayerNorm, {"dims": dims}, *shape, dims)
+    yield _of_module(rng, layers.LayerNorm, {"dims": 7}, 3, 0, 7)
+    yield _of_module(rng, layers.LayerNorm, {"dims": 48, "eps": 0.1}, 7, 48)
+    yield _of_module(rng, layers.LayerNorm, {"dims": 48}, 7, 48, strided=True)
+    odd = _of_module(rng, layers.LayerNorm, {"dims": 48}, 7, 48, what="NaN", skip_vjp=NO_QUOTIENT)
+    odd.arrays["x"][3, 5] = np.nan
+    yield odd
+    yield _of_module(rng, layers.LayerNorm, {"dims": 1537}, 7, 1537, what="mean 10", level=10)
+
+
+def _rms_norm(rng: Rng) -> Iterator[Sample]:
+    for dims in (1, 3, 48, 255, 1024, 1025, 1537):
+        for shape in ((2, 5), (1,), (3, 2, 1, 2)):
+            for plus_one in (False, True):
+                yield _of_module(rng, layers.RMSNorm, {"dims": dims, "plus_one": plus_one}, *shape, dims)
+    yield _of_module(rng, layers.RMSNorm, {"dims": 7}, 3, 0, 7)
+    yield _of_module(rng, layers.RMSNorm, {"dims": 48, "eps": 0.1}, 7, 48)
+    yield _of_module(rng, layers.RMSNorm, {"dims": 48}, 7, 48, strided=True)
+    odd = _of_module(rng, layers.RMSNorm, {"dims": 48}, 7, 48, what="NaN", skip_vjp=NO_QUOTIENT)
+    odd.arrays["x"][3, 5] = np.nan
+    yield odd
+
+
+def _whole_rms_norm(rng: Rng) -> Iterator[Sample]:
+    for heads, dims in ((1, 7), (2, 3), (5, 48), (3, 350)):
+        for B, L in ((2, 5), (1, 1), (3, 0)):
+            options = {"dims": heads * dims, "eps": 1e-2 if heads == 2 else 1e-6}
+            yield _of_module(rng, layers.WholeRMSNorm, options, B, heads, L, dims)
+    yield _of_module(rng, layers.WholeRMSNorm, {"dims": 33}, 2, 3, 5, 11, strided=True)
+
+
+def _group_norm(rng: Rng) -> Iterator[Sample]:
+    for groups in (1, 2, 6):
+        for axes in (None, (1,), (1, 2)):
+            options = {"num_groups": groups, "dims": 6, "axes": axes}
+            yield _of_module(rng, layers.GroupNorm, options, 2, 7, 5, 6, called=("axes",))
+            yield _of_module(rng, layers.GroupNorm, options, 1, 211, 3, 6, called=("axes",))
+    yield _of_module(rng, layers.GroupNorm, {"num_groups": 1, "dims": 5}, 1, 40_013, 5)
+    yield _of_module(rng, layers.GroupNorm, {"num_groups": 5, "dims": 5, "eps": 0.1}, 3, 5)
+    yield _of_module(rng, layers.GroupNorm, {"num_groups": 2, "dims": 6}, 2, 11, 6, strided=True)
+
+
+def _of_module(
+    rng: Rng,
+    make: Callable[..., Any],
+    options: dict[str, Any],
+    *shape: int,
+    called: tuple[str, ...] = (),
+    what: str = "",
+    level: float = 0.4,
+    **flags: Any,
+) -> Sample:
+    """A sample of a module that takes one array of this shape."""
+    made = make(**{name: value for name, value in options.items() if name not in called})
+    facts = described(shape=shape, **options, strided=flags.get("strided"))
+    arrays = {"x": rng.normal(size=shape) * 1.7 + level}
+    return Sample(f"{facts} ({what})" if what else facts, arrays, options, drawn(made, rng), **flags)
+
+
+def _twin_group_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    kept = {name: value for name, value in options.items() if name != "dims"}
+    return twin.group_norm(params, arrays["x"], **kept)
+
+
+# Feed-forward networks and convolutions
+
+
+def _layer_scale(rng: Rng) -> Iterator[Sample]:
+    for dims in (1, 7, 48):
+        for shape in ((2, 5), (), (1,), (3, 11, 2), (1, 1, 13), (197,), (2, 67)):
+            yield _of_module(rng, layers.LayerScale, {"dims": dims}, *shape, dims)
+    yield _of_module(rng, layers.LayerScale, {"dims": 7}, 0, 7)
+    yield _of_module(rng, layers.LayerScale, {"dims": 7}, 2, 5, 7, strided=True)
+
+
+def _feed_forward(rng: Rng) -> Iterator[Sample]:
+    for activation in ("gelu", "gelu_tanh", "relu"):
+        options = {"embed_dim": 7, "hidden_dim": 13, "activation": activation}
+        samples = [
+            _of_module(rng, layers.FeedForward, options, *shape, 7)
+            for shape in ((2, 5), (1,), (101,), (), (3, 2, 1, 2), (13, 3))
+        ]
+        samples.append(_of_module(rng, layers.FeedForward, options, 2, 5, 7, strided=True))
+        if activation == "relu":  # far from 0, where rounding would change the sign and with it the derivative
+            for sample in samples:
+                sample.params["linear1.bias"] = rng.uniform(12, 13, 13) * rng.choice([-1, 1], 13)
+        else:
+            samples.append(_of_module(rng, layers.FeedForward, {**options, "bias": False}, 2, 5, 7))
+        yield from samples
+    yield _of_module(rng, layers.FeedForward, options, 0, 7)
+
+
+def _gated(rng: Rng) -> Iterator[Sample]:
+    for activation in activations.GATED:
+        options = {"embed_dim": 7, "hidden_dim": 13, "activation": activation}
+        for shape in ((2, 5), (1,), (101,), (), (3, 2, 1, 2)):
+            yield _of_module(rng, layers.GatedFeedForward, options, *shape, 7)
+        yield _of_module(rng, layers.GatedFeedForward, {**options, "bias": True}, 2, 5, 7)
+        yield _of_module(rng, layers.GatedFeedForward, options, 2, 5, 7, strided=True)
+    wide = {"embed_dim": 67, "hidden_dim": 131}
+    yield _of_module(rng, layers.GatedFeedForward, wide, 211, 67)
+
+
+def _gated_row(rng: Rng) -> Iterator[Sample]:
+    for activation in activations.GATED:
+        for biased in (False, True):
+            options = {"embed_dim": 7, "hidden_dim": 13, "activation": activation, "bias": biased}
+            for shape in ((1,), (), (1, 1)):
+                yield _of_module(rng, layers.GatedFeedForward, options, *shape, 7)
+
+
+def _embedding(rng: Rng) -> Iterator[Sample]:
+    for shape in ((2, 5), (1,), (101,), (), (3, 2, 1, 2)):
+        yield _of_module(rng, layers.Embedding, {"num_embeddings": 13, "dims": 7}, *shape, 7)
+
+
+def _dilated(rng: Rng) -> Iterator[Sample]:
+    for kernel_size, dilation in ((3, 1), (3, 2), (3, 5), (5, 3), (1, 1)):
+        options = {"in_channels": 5, "out_channels": 2, "kernel_size": kernel_size, "dilation": dilation}
+        for shape in ((2, 17), (1, 1), (2, 3), (2, 11, 3)):
+            yield _of_module(rng, layers.DilatedConv1d, options, *shape, 5)
+    yield _of_module(rng, layers.DilatedConv1d, options, 2, 17, 5, strided=True)
+
+
+def _twin_dilated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    """Every row of (B, T, F, C) is a sequence of its own."""
+    x, dilation = arrays["x"], options["dilation"]
+    rows = x[:, :, None] if x.ndim == 3 else x
+    reach = options["kernel_size"] // 2 * dilation
+    done = [twin.conv1d(params, rows[:, :, f], padding=reach, dilation=dilation) for f in range(rows.shape[2])]
+    return done[0] if x.ndim == 3 else np.stack(done, axis=2)
+
+
+def _transposed(rng: Rng) -> Iterator[Sample]:
+    for kernel_size, stride in ((8, 4), (4, 2), (7, 3), (2, 5), (1, 1), (4, 4)):
+        options = {"in_channels": 5, "out_channels": 3, "kernel_size": kernel_size, "stride": stride}
+        for shape in ((2, 11), (1, 1), (1, 101)):
+            yield _of_module(rng, layers.ConvTranspose1d, options, *shape, 5)
+    yield _of_module(rng, layers.ConvTranspose1d, options, 2, 11, 5, strided=True)
+
+
+# The fused chains of kernels.py
+
+
+def _pairs(rng: Rng) -> Iterator[Sample]:
+    for shape in ((3, 5, 7), (1,), (101,), (), (2, 0), (41, 67)):
+        arrays = {"x": signal(rng, *shape), "y": signal(rng, *shape)}
+        yield Sample(described(x=shape), arrays)
+        yield Sample(described(x=shape, strided=True), arrays, strided=True)
+
+
+def _conv_glu(rng: Rng) -> Iterator[Sample]:
+    for weight, shape in [
+        ((6, 5), (2, 7, 5)),
+        ((6, 1, 5), (2, 7, 5)),
+        ((6, 3, 5), (2, 7, 5)),
+        ((6, 5, 5), (1, 211, 5)),
+        ((6, 3, 3, 5), (2, 7, 11, 5)),
+        ((6, 3, 3, 5), (1, 1, 1, 5)),
+        ((46, 3, 3, 23), (1, 61, 29, 23)),
+    ]:
+        arrays = {
+            "x": signal(rng, *shape),
+            "weight": rng.normal(size=weight) * np.prod(weight[1:]) ** -0.5,
+            "bias": rng.uniform(-0.2, 0.2, weight[0]),
+        }
+        yield Sample(described(x=shape, weight=weight), arrays)
+
+
+def _twin_conv_glu(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    params = {"weight": weight, "bias": bias}
+    if weight.ndim == 2:
+        return twin_kernels.glu(twin.linear(params, x))
+    convolve = twin.conv1d if weight.ndim == 3 else twin.conv2d
+    return twin_kernels.glu(convolve(params, x, padding=weight.shape[1] // 2))
+
+
+_CHAIN = ("weight", "bias", "norm_weight", "norm_bias", "scale")
+
+
+def _expand(rng: Rng) -> Iterator[Sample]:
+    for shape in ((2, 13, 4), (1, 1, 4), (1, 701, 4), (2, 67, 3, 4), (1, 211, 7, 4)):
+        H, C = shape[-1], 3
+        arrays = {
+            "x": signal(rng, *shape),
+            "weight": rng.normal(size=(2 * C, H)) * H**-0.5,
+            "bias": rng.uniform(-0.2, 0.2, 2 * C),
+            "norm_weight": rng.uniform(0.7, 1.3, 2 * C),
+            "norm_bias": rng.uniform(-0.2, 0.2, 2 * C),
+            "scale": rng.uniform(0.3, 0.9, C),
+            "residual": signal(rng, *shape[:-1], C),
+        }
+        yield Sample(described(x=shape, channels=C), arrays, {"eps": 1e-5})
+
+
+def _twin_expand(x: np.ndarray, residual: np.ndarray, *, eps: float, **arrays: np.ndarray) -> np.ndarray:
+    weight, bias, norm_weight, norm_bias, scale = (arrays[name] for name in _CHAIN)
+    y = twin.linear({"weight": weight, "bias": bias}, x)
+    y = twin.group_norm({"weight": norm_weight, "bias": norm_bias}, y, num_groups=1, axes=(1,), eps=eps)
+    return residual + scale * twin_kernels.glu(y)
+
+
+def _activation(name: str) -> Case:
+    special = _SPECIAL_GLU if name == "glu" else _SPECIAL
+    return Case(
+        _of(special, name == "relu"),
+        function(getattr(activations, name)),
+        function(getattr(twin_kernels, name)),
+        half=2.0,
+        by_input=True,
+    )
+
+
+def _gating(name: str, ours: Callable[..., Any]) -> Case:
+    activation = getattr(twin_kernels, name)
+    return Case(_pairs, function(ours), lambda p, x, _: activation(x["x"]) * x["y"], half=2.0, by_input=True)
+
+
+def _twin_layer_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.layer_norm(params, arrays["x"], eps=options.get("eps", 1e-5))
+
+
+def _twin_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.rms_norm(params, arrays["x"], options.get("eps", 1e-5), options.get("plus_one", False))
+
+
+def _twin_whole_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.whole_rms_norm(params, arrays["x"], options.get("eps", 1e-5))
+
+
+def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    activation = getattr(twin_kernels, options.get("activation", "silu"))
+    return twin.gated_feed_forward(params, arrays["x"], activation=activation)
+
+
+def _gated_step(params: dict, arrays: dict, options: Options) -> Any:
+    with products_in_turn(shared=False):
+        return with_params(layers.GatedFeedForward(**options), params)(**arrays)
+
+
+def _as_linear(params: dict, arrays: dict, options: Options) -> Any:
+    return with_params(layers.Embedding(**options), params).as_linear(**arrays)
+
+
+def _twin_feed_forward(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    return twin.feed_forward(params, arrays["x"], activation=getattr(twin_kernels, options["activation"]))
+
+
+CASES = {
+    **{name: _activation(name) for name in ("gelu", "gelu_tanh", "relu", "silu", "glu")},
+    "swiglu": _gating("silu", activations.swiglu),
+    "geglu_tanh": _gating("gelu_tanh", activations.geglu_tanh),
+    "mean_var": Case(
+        _mean_var, function(norms.mean_var), function(twin_kernels.mean_var), result="float32", by_input=True
+    ),
+    "conv_glu": Case(_conv_glu, function(fused.conv_glu), function(_twin_conv_glu)),
+    "expand_norm_glu_add": Case(_expand, function(fused.expand_norm_glu_add), function(_twin_expand), result="float32"),
+    "LayerNorm": Case(_layer_norm, layer(layers.LayerNorm), _twin_layer_norm),
+    "RMSNorm": Case(_rms_norm, layer(layers.RMSNorm), _twin_rms_norm),
+    "WholeRMSNorm": Case(_whole_rms_norm, layer(layers.WholeRMSNorm), _twin_whole_rms_norm),
+    "GroupNorm": Case(_group_norm, layer(layers.GroupNorm, "axes"), _twin_group_norm),
+    "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
+    "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
+    "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
+    "GatedFeedForward.step": Case(_gated_row, _gated_step, _twin_gated),
+    "Embedding": Case(_embedding, _as_linear, lambda p, x, _: twin.linear(p, **x)),
+    "DilatedConv1d": Case(_dilated, layer(layers.DilatedConv1d), _twin_dilated),
+    "ConvTranspose1d": Case(
+        _transposed,
+        layer(layers.ConvTranspose1d),
+        lambda p, x, options: twin.conv_transpose1d(p, **x, stride=options["stride"]),
+    ),
+}

@@ -1,0 +1,1 @@
+"""Samples of models, with the weights of a checkpoint."""

@@ -1,0 +1,1 @@
+"""Families of the source documents (docs/sources.md)."""

@@ -1,0 +1,1 @@
+"""The models of the source documents in NumPy (docs/sources.md)."""

@@ -1,0 +1,1 @@
+"""Music source separation: a song in, its stems out."""

@@ -1,0 +1,87 @@
+"""Files of tensors in the safetensors format, and the messages about tensors that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {  # in the words of safetensors
+    "F64": mx.float64,
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "I64": mx.int64,
+    "I32": mx.int32,
+    "I16": mx.int16,
+    "I8": mx.int8,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "BOOL": mx.bool_,
+}
+
+
+_LISTED = 20
+
+
+def misfit(problems: Sequence[tuple[str, str]]) -> str:
+    """The message for (kind, line) pairs: how many there are of each kind, then the lines, twenty at most."""
+    counts = Counter(kind for kind, _ in problems)
+    lines = [f"  {kind}: {line}" for kind, line in sorted(problems)]
+    if len(lines) > _LISTED:
+        lines[_LISTED:] = [f"  ... and {len(lines) - _LISTED} more"]
+    summary = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    return "\n".join([f"the tensors do not fit the model: {summary}", *lines])
+
+
+def write_extras(folder: Path, extras: Mapping[str, bytes]) -> None:
+    """Files of EXTRAS, some of which have a folder of their own."""
+    for name, content in extras.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    arrays: Iterable[tuple[str, mx.array]] | None = None,
+) -> None:
+    """Writes a file, a tensor after the other, and checks that it is whole. OSError if it is not.
+
+    `arrays` brings the tensors one by one, in the order of `tensors`, whose shapes and dtypes are then all that counts:
+    no more than one of them need be held.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, x in tensors.items() if arrays is None else arrays:
+            like = tensors[name]
+            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != 8 + len(text) + header[name][
+                "data_offsets"
+            ][0]:
+                raise ValueError(f"{name} must be {like.shape} {like.dtype} and in its turn, got {x.shape} {x.dtype}")
+            file.write(_bytes_of(x))
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written whole: {error}") from None
+
+
+def _bytes_of(x: mx.array) -> memoryview:
+    cpu = mx.cpu  # the one device that has float64
+    flat = mx.contiguous(x, stream=cpu).reshape(-1, stream=cpu)
+    return memoryview(cast(Any, mx.view(flat, mx.uint8, stream=cpu)))

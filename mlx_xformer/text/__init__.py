@@ -1,0 +1,1 @@
+"""Text: tokenizers, samplers, generation, sentence vectors."""

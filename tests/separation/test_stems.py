@@ -1,0 +1,302 @@
+"""Stems' files, read back with other readers; clipping, quantisation, faults."""
+
+import os
+import stat
+import wave
+
+import av
+import mlx.core as mx
+import numpy as np
+import pytest
+import soundfile
+
+from mlx_xformer.audio import recording
+from mlx_xformer.separation import stems
+from mlx_xformer.separation.stems import Output, StemFiles
+
+
+def noise(channels=2, samples=1000, seed=0, peak=0.9):
+    x = np.random.default_rng(seed).uniform(-peak, peak, (channels, samples))
+    return x.astype(np.float32)
+
+
+def write(folder, tracks, output, rate=44100, cuts=(1000,)):
+    """The files of some tracks, written in stretches that end at `cuts`, and their gains."""
+    paths = {stem: folder / f"{stem}.{output.format}" for stem in tracks}
+    channels, samples = next(iter(tracks.values())).shape
+    with StemFiles(paths, rate, channels, samples, output) as files:
+        for parts in zip(*(np.split(x, cuts, axis=1) for x in tracks.values()), strict=True):
+            files.write(dict(zip(tracks, parts, strict=True)))
+        gains = files.commit()
+    return paths, gains
+
+
+def read_back(path):
+    """(rate, channels, sample format, bits, bit rate, (C, N) in the file's own numbers), by FFmpeg's libraries."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        frames = [
+            f.to_ndarray().reshape(-1, stream.channels if f.format.is_packed else f.samples)
+            for f in container.decode(stream)
+        ]
+        planar = stream.format.is_planar
+        samples = np.concatenate(frames, axis=1).astype(float) if planar else np.concatenate(frames).T
+        context = stream.codec_context
+        return stream.rate, stream.channels, context.format.name, stream.bit_rate, samples
+
+
+@pytest.mark.parametrize("bits", [16, 24])
+def test_integer_files(tmp_path, bits):
+    """The standard library reads back what the formula says: truncated towards zero."""
+    x = noise()
+    x[0, :4] = [1.0, -1.0, 1.7, -1.7]
+    stems.write(tmp_path / "x.wav", x, 22050, bits=bits)
+    with wave.open(str(tmp_path / "x.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 22050, 1000)
+        assert file.getsampwidth() == bits // 8
+        raw = np.frombuffer(file.readframes(1000), np.uint8).reshape(-1, bits // 8)
+    padded = np.concatenate([np.zeros((len(raw), 4 - bits // 8), np.uint8), raw], axis=1)
+    samples = (padded.reshape(-1).view("<i4") >> (32 - bits)).reshape(-1, 2).T
+    full = np.float32(2 ** (bits - 1) - 1)
+    assert (samples == np.trunc(np.clip(x, -1, 1) * full).astype(int)).all()
+
+
+def test_float_files_keep_every_bit(tmp_path):
+    x = noise(peak=3)
+    stems.write(tmp_path / "x.wav", x, 48000, bits=32)
+    info = soundfile.info(tmp_path / "x.wav")
+    assert (info.subtype, info.samplerate, info.channels, info.frames) == ("FLOAT", 48000, 2, 1000)
+    back, rate = recording.read(tmp_path / "x.wav")
+    assert rate == 48000 and back.dtype == np.float32 and (back == x).all()
+
+
+def test_write_refuses(tmp_path):
+    for bits in (8, 17):
+        with pytest.raises(ValueError, match=f"bits must be 16, 24 or 32, got {bits}"):
+            stems.write(tmp_path / "x.wav", noise(), 44100, bits=bits)
+    with pytest.raises(ValueError, match=r"audio must be \(channels, samples\) .*, got \(2000, 2\)"):
+        stems.write(tmp_path / "x.wav", noise(samples=2000).T, 44100)
+    assert list(tmp_path.iterdir()) == []
+    stems.write(tmp_path / "x.wav", mx.array(noise()), 44100, bits=32)
+    assert (recording.read(tmp_path / "x.wav")[0] == noise()).all()
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        stems.write(tmp_path / "a.wav", noise(), 44100)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a.wav").stat().st_mode) == 0o640
+
+
+def test_check_writable(tmp_path, monkeypatch):
+    stems.check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is not a directory"):
+        stems.check_writable(tmp_path / "file" / "b")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="no permission to write in"):
+        stems.check_writable(tmp_path / "a")
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (97, 98, 700), (1000,)], ids=str)
+@pytest.mark.parametrize("clip", ["rescale", "joint", "clamp", "none"])
+def test_clipping(tmp_path, clip, cuts):
+    """Each mode by its formula, however the samples arrive; the gains are those that were applied."""
+    tracks = {"loud": noise(peak=2, seed=1), "louder": noise(peak=3, seed=2), "soft": noise(peak=0.3, seed=3)}
+    paths, gains = write(tmp_path, tracks, Output(bits=32, clip=clip), cuts=cuts)
+    divisors = {stem: max(np.float32(1.01) * np.abs(x).max(), np.float32(1)) for stem, x in tracks.items()}
+    if clip == "joint":
+        divisors = dict.fromkeys(divisors, max(divisors.values()))
+    for stem, x in tracks.items():
+        expected = {"clamp": np.clip(x, -0.99, 0.99), "none": x}.get(clip, x / divisors[stem])
+        assert (expected == soundfile.read(paths[stem], dtype="float32")[0].T).all()
+        assert gains[stem] == pytest.approx(1 / divisors[stem] if clip in ("rescale", "joint") else 1, rel=1e-6)
+    assert len(set(gains.values())) == {"rescale": 3, "joint": 1, "clamp": 1, "none": 1}[clip]
+
+
+@pytest.mark.parametrize("bits", [16, 24])
+def test_joint_stems_add_up(tmp_path, bits):
+    """Within quantisation: each stem is truncated by less than one step."""
+    mix = noise(peak=1.9)
+    part = noise(peak=0.8, seed=5)
+    paths, gains = write(tmp_path, {"a": part, "b": mix - part}, Output(bits=bits, clip="joint"))
+    total = sum(soundfile.read(path, dtype="float64")[0].T for path in paths.values())
+    assert gains["a"] == gains["b"] < 1
+    # A stem of full scale 2^(bits-1) - 1, read as parts of 2^(bits-1), is truncated by less than a step.
+    budget = sum((1 + np.abs(x)) * 2.0 ** (1 - bits) + 2.0**-22 for x in (part, mix - part))
+    assert (np.abs(total - gains["a"] * mix.astype(float)) < budget).all()
+
+
+@pytest.mark.parametrize(("bits", "kind", "unit"), [(16, "s16", 2**15), (24, "s32", 2**31)])
+def test_flac(tmp_path, bits, kind, unit):
+    x = noise(samples=70_001)
+    paths, _ = write(tmp_path, {"a": x}, Output("flac", bits=bits, clip="none"), rate=48000, cuts=(9,))
+    rate, channels, found, _, samples = read_back(paths["a"])
+    assert (rate, channels, found, samples.shape) == (48000, 2, kind, x.shape)
+    assert (samples == stems.quantize(x, bits)).all()
+    assert soundfile.info(paths["a"]).subtype == f"PCM_{bits}"
+    assert np.abs(samples / unit - x).max() < 2.0 ** (2 - bits)
+
+
+@pytest.mark.parametrize(
+    ("rate", "kbps"), [(44100, 320), (44100, 128), (48000, 192), (32000, 64), (22050, 160), (16000, 64), (8000, 24)]
+)
+def test_mp3(tmp_path, rate, kbps):
+    t = np.arange(5 * rate + 7) / rate
+    tone = (0.4 * np.sin(2 * np.pi * 440 * t) * np.array([[1], [0.5]])).astype(np.float32)
+    paths, _ = write(tmp_path, {"a": tone}, Output("mp3", mp3_bitrate=kbps), rate=rate, cuts=(5000,))
+    found_rate, channels, _, bit_rate, samples = read_back(paths["a"])
+    assert (found_rate, channels, bit_rate) == (rate, 2, 1000 * kbps)
+    assert (
+        abs(samples.shape[1] - tone.shape[1]) <= 1
+    )  # the padding is noted in the header (not at the lowest bit rates)
+    back, _ = soundfile.read(paths["a"], always_2d=True)
+    assert len(back) == tone.shape[1] and np.abs(back.T - tone)[:, 3000:-3000].max() < 0.05
+
+
+@pytest.mark.parametrize("rate", [44100, 22050, 8000])
+def test_every_mp3_bitrate(tmp_path, rate):
+    for kbps in (None, *stems._MP3_RATES[rate]):
+        paths, _ = write(tmp_path, {"a": noise(samples=rate)}, Output("mp3", mp3_bitrate=kbps), rate=rate)
+        assert read_back(paths["a"])[3] == 1000 * (kbps or {44100: 320, 22050: 160, 8000: 64}[rate])
+
+
+def test_loud_mp3_is_cut(tmp_path):
+    t = np.arange(44100) / 44100
+    loud = (3 * np.sin(2 * np.pi * 440 * t))[None].astype(np.float32)
+    write(tmp_path, {"a": loud, "b": np.clip(loud, -1, 1)}, Output("mp3", clip="none"))
+    assert (tmp_path / "a.mp3").read_bytes() == (tmp_path / "b.mp3").read_bytes()
+
+
+def test_long_wav_files_are_rf64(tmp_path, monkeypatch):
+    """A WAV header counts 4 GiB; the limit is lowered here."""
+    monkeypatch.setattr(stems, "_WAV_LIMIT", 3999)
+    write(tmp_path, {"over": noise()}, Output())
+    monkeypatch.setattr(stems, "_WAV_LIMIT", 4000)
+    write(tmp_path, {"under": noise()}, Output())
+    assert [soundfile.info(tmp_path / f"{n}.wav").format for n in ("over", "under")] == ["RF64", "WAV"]
+    assert (recording.read(tmp_path / "over.wav")[0] == recording.read(tmp_path / "under.wav")[0]).all()
+
+
+def test_equal_samples_make_equal_files(tmp_path, monkeypatch):
+    """libsndfile's PEAK chunk would note the second: of 0 here, so that no clock is needed to see it gone."""
+    write(tmp_path, {"a": noise(samples=1003)}, Output(bits=32))
+    raw = (tmp_path / "a.wav").read_bytes()
+    assert raw[raw.index(b"PEAK") + 12 :][:4] == bytes(4)
+    assert (noise(samples=1003) == soundfile.read(tmp_path / "a.wav", dtype="float32")[0].T).all()
+
+
+class Failing:
+    """soundfile.SoundFile, but the second file that is opened fails at its first samples."""
+
+    def __init__(self, error):
+        self.real, self.error, self.opened = soundfile.SoundFile, error, 0
+
+    def __call__(self, *arguments, **options):
+        self.opened += 1
+        file = self.real(*arguments, **options)
+        if self.opened == 2:
+
+            def write(_):
+                raise self.error
+
+            file.write = write
+        return file
+
+
+@pytest.mark.parametrize("clip", ["rescale", "clamp"])
+@pytest.mark.parametrize("error", [soundfile.LibsndfileError(2), AssertionError(), KeyboardInterrupt()], ids=repr)
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch, clip, error):
+    """The second file fails: neither it, nor the first, nor a temporary file, nor a folder is left."""
+    out = tmp_path / "new" / "deep"
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(stems.soundfile, "SoundFile", failing := Failing(error))
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError
+    with pytest.raises(expected):
+        write(out, {"a": noise(), "b": noise()}, Output(clip=clip))
+    assert failing.opened == 2 and sorted(p.name for p in tmp_path.rglob("*")) == ["old"]
+
+
+def test_older_files_survive_a_failure(tmp_path, monkeypatch):
+    write(tmp_path, {"a": noise(seed=1), "b": noise(seed=2)}, Output())
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(stems.soundfile, "SoundFile", Failing(soundfile.LibsndfileError(2)))
+    with pytest.raises(OSError, match=r"could not write .*/[ab]\.wav: "):
+        write(tmp_path, {"a": noise(seed=3), "b": noise(seed=4)}, Output())
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    (tmp_path / ".a.wav.dead.part").write_text("left by a kill")
+    (tmp_path / ".b.wav.dead.part").write_text("of another stem")
+    paths = {"a": tmp_path / "a.wav"}
+    with StemFiles(paths, 44100, 2, 10, Output(clip="none")) as one:
+        assert not (tmp_path / ".a.wav.dead.part").exists() and (tmp_path / ".b.wav.dead.part").exists()
+        with StemFiles(paths, 44100, 2, 10, Output(clip="none")) as other:
+            other.write({"a": noise(samples=10, seed=1)})
+            other.commit()
+        one.write({"a": noise(samples=10, seed=2)})
+        one.commit()
+    assert np.abs(recording.read(paths["a"])[0] - noise(samples=10, seed=2)).max() < 2.0**-14
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.wav.dead.part", "a.wav"]
+
+
+def test_names(tmp_path):
+    song = tmp_path / "My.song.v2.flac"
+    assert Output().path(tmp_path, song, "bass") == tmp_path / "My.song.v2" / "bass.wav"
+    flat = Output("mp3", filename="{stem}/{track} ({trackext}).{ext}")
+    assert flat.path(tmp_path, song, "bass") == tmp_path / "bass" / "My.song.v2 (flac).mp3"
+    assert flat.path(tmp_path, tmp_path / "plain", "bass").name == "plain ().mp3"
+    for name in ("..wav", "...wav", ".wav"):
+        with pytest.raises(ValueError, match="its name leaves none for its stems"):
+            Output().path(tmp_path, tmp_path / name, "bass")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"format": "ogg"}, "format must be one of wav, flac, mp3, got 'ogg'"),
+        ({"clip": "tanh"}, "clip must be one of rescale, joint, clamp, none, got 'tanh'"),
+        ({"rate": 48000}, 'rate must be "model" or "keep", got 48000'),
+        ({"bits": 8}, "bits must be 16, 24 or 32, got 8"),
+        ({"format": "flac", "bits": 32}, "bits must be 16 or 24 for flac, got 32"),
+        ({"format": "mp3", "mp3_bitrate": 100}, "mp3_bitrate must be one of 8, 16, .*, 320 kbit/s, got 100"),
+        ({"filename": "{track}.{ext}"}, r"filename must hold \{stem\} and only .*, got '\{track\}.\{ext\}'"),
+        (
+            {"filename": "{stem}{album}"},
+            r"filename must hold \{stem\} and only \{track\}, \{trackext\}, \{stem\}, \{ext\}, got",
+        ),
+        ({"filename": "{stem"}, "filename must hold"),
+        ({"filename": "{}{stem}"}, "filename must hold"),
+        ({"filename": "{stem.__class__}{stem}"}, "filename must hold"),
+        ({"filename": "/tmp/{stem}"}, "filename must name files below the output folder"),
+        ({"filename": "../{stem}"}, "filename must name files below the output folder"),
+        ({"filename": "{stem}/"}, "filename must name files below the output folder"),
+    ],
+)
+def test_output_refuses(given, message):
+    with pytest.raises(ValueError, match=message):
+        Output(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "rate", "channels", "message"),
+    [
+        ({"format": "mp3"}, 96000, 2, "mp3 holds 1 or 2 channels at 8000, .* Hz, got 2 at 96000 Hz"),
+        ({"format": "mp3"}, 44100, 3, "mp3 holds 1 or 2 channels at .*, got 3 at 44100 Hz"),
+        (
+            {"format": "mp3", "mp3_bitrate": 320},
+            22050,
+            2,
+            "mp3_bitrate must be one of 8, .*, 160 kbit/s at 22050 Hz, got 320",
+        ),
+        ({"format": "flac"}, 44100, 9, "flac holds at most 8 channels and 655350 Hz, got 9 at 44100 Hz"),
+    ],
+)
+def test_what_a_format_cannot_hold(tmp_path, given, rate, channels, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, {"a": noise(channels)}, Output(**given), rate=rate)
+    assert list(tmp_path.iterdir()) == []
