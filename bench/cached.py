@@ -22,7 +22,7 @@ from report import append
 from run import BENCH, RESULTS, commit, machine, settle
 
 from mlx_xformer.backend import device
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 
 mx = device.mx
 BEGIN, END = "<!-- cached: begin (written by bench/cached.py) -->", "<!-- cached: end -->"
@@ -30,12 +30,12 @@ KINDS = {"MHA": 8, "GQA": 2, "MQA": 1}  # key/value heads
 STRIDE = 32
 
 
-def model_of(kv_heads: int) -> Decoder:
+def model_of(kv_heads: int) -> CausalLM:
     """With matrices of unit gain."""
-    config = DecoderConfig(
+    config = CausalLMConfig(
         vocab_size=256, embed_dim=64, num_layers=2, num_heads=8, num_kv_heads=kv_heads, hidden_dim=192
     )
-    model = Decoder(config)
+    model = CausalLM(config)
     rng = np.random.default_rng(0)
     shapes = {name: x.shape for name, x in _flat(model)}
     drawn = {
@@ -47,7 +47,7 @@ def model_of(kv_heads: int) -> Decoder:
     return model
 
 
-def _flat(model: Decoder) -> Any:
+def _flat(model: CausalLM) -> Any:
     from mlx.utils import tree_flatten
 
     return tree_flatten(model.parameters())
@@ -58,7 +58,7 @@ def sampled(length: int) -> range:
     return range(1, length + 1) if length <= 128 else range(STRIDE // 2, length + 1, STRIDE)
 
 
-def with_cache(model: Decoder, tokens: Any) -> tuple[float, dict[int, np.ndarray]]:
+def with_cache(model: CausalLM, tokens: Any) -> tuple[float, dict[int, np.ndarray]]:
     """Seconds, and the logits of the sampled steps."""
     caches, wanted, found = model.make_caches(), set(sampled(tokens.shape[1])), {}
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def with_cache(model: Decoder, tokens: Any) -> tuple[float, dict[int, np.ndarray
     return seconds, {n: np.array(logits) for n, logits in found.items()}
 
 
-def without_cache(model: Decoder, tokens: Any) -> tuple[float, dict[int, np.ndarray]]:
+def without_cache(model: CausalLM, tokens: Any) -> tuple[float, dict[int, np.ndarray]]:
     """Seconds of all steps by the sampled ones, and their logits."""
     found, steps = {}, sampled(tokens.shape[1])
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Trains document 1's autoregressive model to say what comes next of two waves: python examples/autoregressive.py OUT
+"""Trains llm_prep's autoregressive model to say what comes next of two waves: python examples/autoregressive.py OUT
 
 What it reads is x[:, :-1] and what it says x[:, 1:]. See examples/README.md."""
 

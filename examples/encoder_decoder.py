@@ -1,4 +1,4 @@
-"""Trains document 1's encoder-decoder to give a sequence backwards: python examples/encoder_decoder.py OUT
+"""Trains llm_prep's encoder-decoder to give a sequence backwards: python examples/encoder_decoder.py OUT
 
 The decoder reads the target one step late, after zeros (teacher forcing). See examples/README.md."""
 

@@ -1,4 +1,4 @@
-"""Trains document 1's regression, on the sum of all numbers of a sequence: python examples/regression.py OUT
+"""Trains llm_prep's regression, on the sum of all numbers of a sequence: python examples/regression.py OUT
 
 The sum is over the root of how many there are, so that guessing 0 has a loss of 1. See examples/README.md."""
 

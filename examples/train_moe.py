@@ -23,7 +23,7 @@ import tokenizers
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig, auxiliary_loss
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, auxiliary_loss
 from mlx_xformer.nn.moe.layer import MoEConfig
 from mlx_xformer.storage.checkpoint import save_checkpoint
 
@@ -54,7 +54,7 @@ def read(path: Path) -> list[np.ndarray]:
     return np.split(tokens, [len(tokens) * 9 // 10])
 
 
-def losses(model: Decoder, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def losses(model: CausalLM, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Bytes (B, L + 1) -> what is made small, the cross-entropy alone, how many bytes chose each expert (layers, E)."""
     routings = []
     logits = model(rows[:, :-1], routings=routings)
@@ -62,7 +62,7 @@ def losses(model: Decoder, rows: mx.array) -> tuple[mx.array, mx.array, mx.array
     return entropy + auxiliary_loss(routings), entropy, mx.stack([routing.load for routing in routings])
 
 
-def measure(model: Decoder, tokens: np.ndarray) -> dict:
+def measure(model: CausalLM, tokens: np.ndarray) -> dict:
     """The loss on a text, and for each layer the load of its busiest expert over the mean load."""
     rows = mx.array(tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1))
     parts = [losses(model, part)[1:] for part in mx.split(rows, list(range(64, len(rows), 64)))]
@@ -72,10 +72,10 @@ def measure(model: Decoder, tokens: np.ndarray) -> dict:
     return {"held_out": float(entropy), "imbalance": (load.max(axis=1) / load.mean(axis=1)).tolist()}
 
 
-def prepare(alpha: float, steps: int) -> tuple[Decoder, optim.AdamW]:
+def prepare(alpha: float, steps: int) -> tuple[CausalLM, optim.AdamW]:
     """A fresh model, and what trains it."""
     moe = MoEConfig(SIZES["embed_dim"], SIZES["hidden_dim"], num_experts=8, num_experts_per_tok=2, alpha=alpha)
-    model = Decoder(DecoderConfig(vocab_size=256, tie_embeddings=True, moe=moe, **SIZES))
+    model = CausalLM(CausalLMConfig(vocab_size=256, tie_embeddings=True, moe=moe, **SIZES))
     warm, fall = optim.linear_schedule(0, RATE, WARMUP), optim.cosine_decay(RATE, max(1, steps - WARMUP), RATE / 10)
     optimizer = optim.AdamW(optim.join_schedules([warm, fall], [WARMUP]), weight_decay=0.01)
     optimizer.init(model.trainable_parameters())
@@ -104,7 +104,7 @@ def train(out: Path, text: Path, alpha: float, seed: int, steps: int) -> dict:
     record |= measure(model, held)
     extras = {"tokenizer.json": byte_tokenizer().to_str().encode()}
     weights, config = dict(tree_flatten(model.parameters())), model.config.to_dict()
-    save_checkpoint(out / "model", weights, family="decoder", config=config, provenance=given, extras=extras)
+    save_checkpoint(out / "model", weights, family="causal_lm", config=config, provenance=given, extras=extras)
     (out / NOTES).write_text(json.dumps(record))
     (out / STATE).unlink()
     return record
@@ -127,7 +127,7 @@ def begun(out: Path, given: dict) -> tuple[dict, Any]:
     return record, tree_unflatten(list(state.items())) if state else None
 
 
-def keep(out: Path, model: Decoder, optimizer: optim.AdamW, record: dict) -> None:
+def keep(out: Path, model: CausalLM, optimizer: optim.AdamW, record: dict) -> None:
     """Writes where training stands, in one file, which is whole or as it was."""
     fresh, state = out / f"new-{STATE}", {"model": model.parameters(), "optimizer": optimizer.state}
     try:
@@ -137,7 +137,7 @@ def keep(out: Path, model: Decoder, optimizer: optim.AdamW, record: dict) -> Non
     fresh.replace(out / STATE)
 
 
-def advance(model: Decoder, optimizer: optim.AdamW, seen: np.ndarray, record: dict, out: Path) -> None:
+def advance(model: CausalLM, optimizer: optim.AdamW, seen: np.ndarray, record: dict, out: Path) -> None:
     """The steps that a record lacks, or those before Ctrl-C, and keeps what became of them. Which texts a step sees is
     drawn from seed and step."""
     stopped: list[int] = []

@@ -69,7 +69,7 @@ def no_cache(folder: Path) -> dict[str, Any]:
 
 
 def memory_kept(folder: Path) -> dict[str, Any]:
-    """The memory alone, to which every step decodes all tokens so far, as document 1's loop does."""
+    """The memory alone, to which every step decodes all tokens so far, as llm_prep's loop does."""
     model, source = _model(folder)
 
     def run() -> np.ndarray:

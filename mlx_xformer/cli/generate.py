@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..backend import device
 
 if TYPE_CHECKING:
-    from ..models.causal_lm.model import Decoder
+    from ..models.causal_lm.model import CausalLM
     from ..nn.cache import KVCache
     from ..text.generation import Token
     from ..text.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ def _between_steps(held_back: bool) -> Iterator[Callable[[], None]]:
 
 
 def _generate(
-    model: Decoder, caches: list[KVCache], given: dict[str, Any], result: _Run, options: argparse.Namespace
+    model: CausalLM, caches: list[KVCache], given: dict[str, Any], result: _Run, options: argparse.Namespace
 ) -> None:
     """Shows the text and renews the prompt cache, also where Ctrl-C or a reader who is gone ends it."""
     from tqdm import tqdm
@@ -272,18 +272,18 @@ def _language_model(name: str) -> Path:
 
     folder = resolve(name)
     family = read_checkpoint(folder).family
-    if family != "decoder":
+    if family != "causal_lm":
         hint = " (mlx-xformer separate?)" if family.startswith("htdemucs") else ""
         raise ValueError(f"{name}: must be a language model, got one of family {family}{hint}")
     return folder
 
 
-def _load(folder: Path) -> Decoder:
-    from ..models.causal_lm.model import Decoder
+def _load(folder: Path) -> CausalLM:
+    from ..models.causal_lm.model import CausalLM
     from ..models.families import load_model
 
     model = load_model(folder)
-    assert isinstance(model, Decoder)
+    assert isinstance(model, CausalLM)
     return model
 
 
@@ -300,7 +300,7 @@ def _cache_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"window": options.window, "keep": options.keep, "bits": options.kv_bits, "slack": AHEAD}
 
 
-def _caches(model: Decoder, options: argparse.Namespace) -> tuple[list[KVCache], Sequence[int]]:
+def _caches(model: CausalLM, options: argparse.Namespace) -> tuple[list[KVCache], Sequence[int]]:
     """The caches, and the tokens that they hold already."""
     from ..text.prompt_cache import load_prompt
 

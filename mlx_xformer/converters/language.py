@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from .._version import __version__
-from ..models.causal_lm.model import DTYPES, DecoderConfig, Quantization
+from ..models.causal_lm.model import DTYPES, CausalLMConfig, Quantization
 from ..models.families import parameter_count, parameter_shapes
 from ..storage.checkpoint import EXTRAS, Checkpoint, new_folder, save_checkpoint
 from ..storage.files import misfit, write_extras, write_safetensors
@@ -28,7 +28,7 @@ from .formats.torch_pickle import short
 from .report import Report, make_rows, totals
 from .rules import Move, Rule, apply_rules, invert, plan
 
-FAMILY = "decoder"
+FAMILY = "causal_lm"
 Progress = Callable[[int, int], None]  # tensors written, and how many there are
 Pair = tuple[int, int] | None  # bits and group size of a packed matrix, or None for floats
 
@@ -140,7 +140,7 @@ def to_mlx(
     return Report(source, out, FAMILY, rows, files, not dry_run, *counts, (*original.warnings, *warnings))
 
 
-def _target(config: DecoderConfig, made: Mapping[str, mx.array], precision: Precision) -> DecoderConfig:
+def _target(config: CausalLMConfig, made: Mapping[str, mx.array], precision: Precision) -> CausalLMConfig:
     """The configuration with the packing that is asked for. Rows that groups do not divide stay floats."""
     if precision.dtype is not None:
         config = dataclasses.replace(config, dtype=None)
@@ -154,7 +154,7 @@ def _target(config: DecoderConfig, made: Mapping[str, mx.array], precision: Prec
     return dataclasses.replace(config, quantization=Quantization(precision.quantize, precision.group_size, layers))
 
 
-def _check_shapes(after: Mapping[str, mx.array], config: DecoderConfig) -> None:
+def _check_shapes(after: Mapping[str, mx.array], config: CausalLMConfig) -> None:
     """What is to be written fits what will be loaded."""
     shapes = parameter_shapes(FAMILY, config.to_dict())
     wrong = [
@@ -173,7 +173,7 @@ def _layers(names: Mapping[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def _pair(config: DecoderConfig, layer: str, arrays: Mapping[str, mx.array]) -> Pair:
+def _pair(config: CausalLMConfig, layer: str, arrays: Mapping[str, mx.array]) -> Pair:
     """How a layer is packed."""
     return config.quantization.of(layer) if config.quantization is not None and arrays["weight"].ndim > 1 else None
 
@@ -194,7 +194,7 @@ def _repacked(arrays: Mapping[str, mx.array], now: Pair, then: Pair, dtype: str 
 
 
 def _packed(
-    arrays: Mapping[str, mx.array], now: DecoderConfig, then: DecoderConfig, dtype: str | None
+    arrays: Mapping[str, mx.array], now: CausalLMConfig, then: CausalLMConfig, dtype: str | None
 ) -> dict[str, mx.array]:
     """All layers repacked; of blanks this computes nothing."""
     after: dict[str, mx.array] = {}
@@ -219,8 +219,8 @@ def _stream(
     rules: list[Rule],
     tensors: Mapping[str, Stored],
     after: Mapping[str, mx.array],
-    now: DecoderConfig,
-    then: DecoderConfig,
+    now: CausalLMConfig,
+    then: CausalLMConfig,
     dtype: str | None,
     warnings: list[str],
 ) -> Iterator[tuple[str, mx.array]]:
@@ -244,7 +244,7 @@ def _made(move: Move, tensors: Mapping[str, Stored], name: str) -> mx.array:
 
 def to_hugging_face(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: bool) -> Report:
     """A decoder's checkpoint in Hugging Face's layout, bit for bit; packed matrices become floats."""
-    config = DecoderConfig.from_dict(checkpoint.config)
+    config = CausalLMConfig.from_dict(checkpoint.config)
     floats = dataclasses.replace(config, quantization=None)
     values, known, metadata = _original_of(checkpoint, floats)
     stored, _ = open_safetensors(source / "model.safetensors")
@@ -280,7 +280,7 @@ def _moved(moves: list[Move], stream: Iterator[tuple[str, mx.array]]) -> Iterato
             yield from zip(move.targets, move([waiting.pop(source) for source in move.sources]), strict=True)
 
 
-def _original_of(checkpoint: Checkpoint, floats: DecoderConfig) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+def _original_of(checkpoint: Checkpoint, floats: CausalLMConfig) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     """Hugging Face's config.json, the one of before where it still means the same, names that tell of the table and of
     fused experts, and the metadata of the safetensors, which may tell of a tie."""
     before = checkpoint.provenance.get("original")

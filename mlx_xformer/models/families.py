@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from ..storage.checkpoint import read_checkpoint
 from ..storage.files import misfit
 from .bert import Bert, BertConfig
-from .causal_lm.model import Decoder, DecoderConfig
+from .causal_lm.model import CausalLM, CausalLMConfig
 from .guides.ferrotorch import AttentionLayer, AttentionLayerConfig
 from .guides.llm_prep import SequenceCheckpoint
 from .guides.llm_prep import make as make_seq2seq
@@ -27,14 +27,14 @@ from .whisper import Whisper, WhisperConfig
 FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "htdemucs": (HTDemucsConfig, HTDemucs),
     "htdemucs_bag": (BagConfig, Bag),
-    "decoder": (DecoderConfig, Decoder),
+    "causal_lm": (CausalLMConfig, CausalLM),
     "bert": (BertConfig, Bert),
     "t5": (T5Config, T5),
     "whisper": (WhisperConfig, Whisper),
-    "attention_layer": (AttentionLayerConfig, AttentionLayer),
-    "transformer_stack": (StackConfig, TransformerStack),
-    "stack_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
-    "seq2seq": (SequenceCheckpoint, make_seq2seq),
+    "ferrotorch": (AttentionLayerConfig, AttentionLayer),
+    "scratch": (StackConfig, TransformerStack),
+    "scratch_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
+    "llm_prep": (SequenceCheckpoint, make_seq2seq),
     "transformer": (TransformerConfig, Transformer),
 }
 
@@ -63,7 +63,7 @@ def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[
 
 def parameter_count(family: str, config: Mapping[str, Any]) -> int:
     """How many numbers the model has; those in packed matrices count one by one."""
-    floats = {**config, "quantization": None} if family == "decoder" else config
+    floats = {**config, "quantization": None} if family == "causal_lm" else config
     return sum(math.prod(shape) for shape in parameter_shapes(family, floats).values())
 
 
@@ -85,7 +85,7 @@ def load_model(folder: str | Path) -> nn.Module:
         _check_fit(checkpoint.weights, _shapes(model))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    wanted = checkpoint.config.get("dtype") if checkpoint.family == "decoder" else "float32"
+    wanted = checkpoint.config.get("dtype") if checkpoint.family == "causal_lm" else "float32"
     floats = {
         name: x.astype(getattr(mx, wanted)) if wanted and mx.issubdtype(x.dtype, mx.floating) else x
         for name, x in checkpoint.weights.items()

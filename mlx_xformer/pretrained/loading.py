@@ -15,7 +15,7 @@ from .hub import NAME, NAMESPACE, convert_original, download_language_model, dow
 
 if TYPE_CHECKING:
     from ..models.bert import Bert
-    from ..models.causal_lm.model import Decoder
+    from ..models.causal_lm.model import CausalLM
     from ..models.htdemucs import Bag, HTDemucs
     from ..models.t5 import T5
 
@@ -26,9 +26,9 @@ NAMES = ("htdemucs", "htdemucs_ft", "htdemucs_6s", "htdemucs_mini")
 EMBEDDED = {"htdemucs_mini": Path(__file__).parents[1] / "data" / "htdemucs_mini"}
 
 
-def load(path_or_name: str | Path) -> HTDemucs | Bag | Decoder | Bert | T5:
+def load(path_or_name: str | Path) -> HTDemucs | Bag | CausalLM | Bert | T5:
     """The model, ready to run. Takes what `resolve` takes."""
-    return cast("HTDemucs | Bag | Decoder | Bert | T5", load_model(resolve(path_or_name)))
+    return cast("HTDemucs | Bag | CausalLM | Bert | T5", load_model(resolve(path_or_name)))
 
 
 def resolve(path_or_name: str | Path) -> Path:

@@ -72,7 +72,7 @@ class Separator:
         found = model if isinstance(model, (HTDemucs, Bag)) else load(model)
         if not isinstance(found, (HTDemucs, Bag)):
             kind = type(found).__name__
-            hint = " (mlx-xformer generate?)" if kind == "Decoder" else ""
+            hint = " (mlx-xformer generate?)" if kind == "CausalLM" else ""
             raise ValueError(f"{model}: must be a model that separates, got a {kind}{hint}")
         self.model = found
         for member in members(self.model)[0]:

@@ -34,6 +34,13 @@ EXTRAS = (
 )
 
 
+FORMER_FAMILIES = {  # names in files that were written before, and today's
+    "decoder": "causal_lm",
+    "attention_layer": "ferrotorch",
+    "transformer_stack": "scratch",
+    "stack_encoder_decoder": "scratch_encoder_decoder",
+    "seq2seq": "llm_prep",
+}
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -151,7 +158,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     config, provenance = content.get("config"), content.get("provenance", {})
     if not isinstance(config, dict) or not isinstance(provenance, dict):
         raise ValueError(f"{folder / _CONFIG}: config and provenance must be objects")
-    return Checkpoint(content["family"], config, _read_weights(folder / _WEIGHTS), provenance)
+    family = FORMER_FAMILIES.get(content["family"], content["family"])
+    return Checkpoint(family, config, _read_weights(folder / _WEIGHTS), provenance)
 
 
 def _read_weights(path: Path) -> dict[str, mx.array]:

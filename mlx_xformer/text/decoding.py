@@ -19,7 +19,7 @@ from ..nn.linear import release
 from .samplers import Sampler
 
 if TYPE_CHECKING:
-    from ..models.causal_lm.model import Decoder
+    from ..models.causal_lm.model import CausalLM
     from ..nn.cache import KVCache
 
 Steps = Generator["tuple[int, float | None]", None, None]
@@ -40,7 +40,7 @@ class Settings:
 
 
 @contextmanager
-def stepping(*models: Decoder, single: bool = True) -> Iterator[None]:
+def stepping(*models: CausalLM, single: bool = True) -> Iterator[None]:
     """For steps of a few tokens, or a `single` one: one product at a time is computed, on all cores where there are
     several tokens or many weights, and layers keep the views of their matrices that they take."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
@@ -56,7 +56,7 @@ def stepping(*models: Decoder, single: bool = True) -> Iterator[None]:
 _SHARED = 2**28  # bytes; on two cores threads gained nothing below it, and cost half as much CPU time again
 
 
-def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
+def one_by_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
     """(token, logprob) in turn. The next step is queued before a token is read."""
     history = mx.array(list(prompt), mx.int32)[None]
 
@@ -77,7 +77,7 @@ def one_by_one(model: Decoder, caches: list[KVCache], prompt: Sequence[int], set
 
 
 def together(
-    model: Decoder,
+    model: CausalLM,
     caches: list[KVCache],
     prompts: Sequence[Sequence[int]],
     settings: Settings,
@@ -109,9 +109,9 @@ def together(
 
 
 def with_draft(
-    model: Decoder,
+    model: CausalLM,
     caches: list[KVCache],
-    draft: Decoder,
+    draft: CausalLM,
     draft_caches: list[KVCache],
     prompt: Sequence[int],
     settings: Settings,
@@ -150,7 +150,7 @@ def with_draft(
             tokens, scores = tokens[right:], scores[right:]
 
 
-def _guessed(draft: Decoder, caches: list[KVCache], known: list[int], guesses: int, settings: Settings) -> mx.array:
+def _guessed(draft: CausalLM, caches: list[KVCache], known: list[int], guesses: int, settings: Settings) -> mx.array:
     """What is known, and as many tokens more as the draft model guesses: (1, n + guesses)."""
     history = mx.array(known, mx.int32)[None]
     for _ in range(guesses):
@@ -172,7 +172,7 @@ def _drawn(logits: mx.array, history: mx.array, settings: Settings) -> tuple[lis
 
 
 def read_prompt(
-    model: Decoder, tokens: mx.array, caches: list[KVCache], chunk: int, progress: Progress | None = None
+    model: CausalLM, tokens: mx.array, caches: list[KVCache], chunk: int, progress: Progress | None = None
 ) -> mx.array:
     """Appends (B, n) tokens to the caches, `chunk` at a time; the logits after the last, (B, V). progress(done, n) is
     told after each chunk, when the caches hold it."""

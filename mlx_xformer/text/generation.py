@@ -17,7 +17,7 @@ from .samplers import Sampler, greedy
 from .tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from ..models.causal_lm.model import Decoder
+    from ..models.causal_lm.model import CausalLM
     from ..nn.cache import KVCache
 
 
@@ -33,7 +33,7 @@ class Token:
 
 
 def generate(
-    model: Decoder,
+    model: CausalLM,
     prompt: Sequence[int],
     *,
     max_tokens: int = 256,
@@ -43,7 +43,7 @@ def generate(
     stop: Sequence[str] = (),
     caches: list[KVCache] | None = None,
     prefill: int = 512,
-    draft: Decoder | None = None,
+    draft: CausalLM | None = None,
     draft_caches: list[KVCache] | None = None,
     ahead: int = 4,
     logprobs: bool = False,
@@ -85,7 +85,7 @@ def _read(steps: Steps, reader: _Reader) -> Generator[Token, None, None]:
 
 
 def batch_generate(
-    model: Decoder,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int = 256,
@@ -170,7 +170,7 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def _check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
+def _check_prompt(model: CausalLM, prompt: Sequence[int]) -> None:
     """MLX reads beyond the end of a table without a word."""
     if not len(prompt):
         raise ValueError("prompt must hold at least one token, got none")
@@ -180,7 +180,7 @@ def _check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
         raise ValueError(f"prompt must hold tokens from 0 to {size - 1}, got {wrong[0]}")
 
 
-def _checked(name: str, model: Decoder, caches: list[KVCache] | None, slack: int) -> list[KVCache]:
+def _checked(name: str, model: CausalLM, caches: list[KVCache] | None, slack: int) -> list[KVCache]:
     """These caches, or new ones, if they can take one prompt."""
     fresh = model.make_caches(slack=slack)
     if caches is None:
@@ -199,7 +199,7 @@ def _checked(name: str, model: Decoder, caches: list[KVCache] | None, slack: int
     return caches
 
 
-def _check_draft(model: Decoder, draft: Decoder, caches: Sequence[KVCache], ahead: int) -> None:
+def _check_draft(model: CausalLM, draft: CausalLM, caches: Sequence[KVCache], ahead: int) -> None:
     sizes = model.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(f"draft must have the vocabulary of the model, {sizes[0]} tokens, got {sizes[1]}")

@@ -16,12 +16,12 @@ from mlx.utils import tree_flatten
 from ..nn.cache import KVCache, RewindError, load_caches, save_caches
 
 if TYPE_CHECKING:
-    from ..models.causal_lm.model import Decoder
+    from ..models.causal_lm.model import CausalLM
 
 _SAMPLES = 64  # values of each parameter that go into a fingerprint
 
 
-def fingerprint(model: Decoder) -> str:
+def fingerprint(model: CausalLM) -> str:
     """A digest of a model's configuration, of its parameters' names, shapes and dtypes, and of 64 values of each."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, value in sorted(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))):
@@ -32,7 +32,7 @@ def fingerprint(model: Decoder) -> str:
     return digest.hexdigest()
 
 
-def save_prompt(path: str | Path, model: Decoder, caches: Sequence[KVCache], tokens: Sequence[int]) -> None:
+def save_prompt(path: str | Path, model: CausalLM, caches: Sequence[KVCache], tokens: Sequence[int]) -> None:
     """Writes what the caches hold of `tokens`, the text so far: its first caches[0].length. Whole or not at all."""
     held = list(tokens[: caches[0].length])
     if len(held) < caches[0].length:
@@ -40,7 +40,7 @@ def save_prompt(path: str | Path, model: Decoder, caches: Sequence[KVCache], tok
     save_caches(path, caches, {"model": fingerprint(model), "tokens": json.dumps(held)})
 
 
-def load_prompt(path: str | Path, model: Decoder) -> tuple[list[KVCache], list[int]]:
+def load_prompt(path: str | Path, model: CausalLM) -> tuple[list[KVCache], list[int]]:
     """The caches of a file and the tokens that they hold. ValueError, in one line, for those of another model."""
     caches, metadata = load_caches(path)
     if "model" not in metadata or "tokens" not in metadata:

@@ -281,7 +281,7 @@ def test_a_language_model_does_not_separate(folder, tmp_path, capsys):
     soundfile.write(tmp_path / "song.wav", [[0.1, 0.2]] * 3000, 8000)
     assert main(["separate", str(tmp_path / "song.wav"), "-n", str(folder), "-o", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "must be a model that separates, got a Decoder" in captured.err
+    assert captured.err.count("\n") == 1 and "must be a model that separates, got a CausalLM" in captured.err
     assert not (tmp_path / "out").exists()
 
 

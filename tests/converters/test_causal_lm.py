@@ -23,7 +23,7 @@ from mlx_xformer.converters.families import causal_lm as names
 from mlx_xformer.converters.formats import gguf
 from mlx_xformer.converters.layouts import Pairs
 from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
-from mlx_xformer.models.causal_lm.model import Decoder, Quantization
+from mlx_xformer.models.causal_lm.model import CausalLM, Quantization
 from mlx_xformer.models.families import load_model, parameter_shapes
 from mlx_xformer.nn.moe.layer import MoEConfig
 from mlx_xformer.pretrained import loading
@@ -38,7 +38,7 @@ def test_there_and_back(tmp_path, name, dtype):
     own = config(name)
     state = write_folder(tmp_path / "hf", own, dtype=dtype, torch_dtype="float16")
     report = convert(tmp_path / "hf", tmp_path / "mlx")
-    assert report.family == "decoder" and report.parameters == sum(x.size for x in state.values())
+    assert report.family == "causal_lm" and report.parameters == sum(x.size for x in state.values())
     checkpoint = read_checkpoint(tmp_path / "mlx")
     again = type(own).from_dict(checkpoint.config)
     assert dataclasses.replace(again, attention_scale=own.attention_scale) == own
@@ -408,7 +408,7 @@ def test_rows_that_groups_do_not_divide_stay_floats(tmp_path):
     kept = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert checkpoint.config["quantization"]["layers"] == dict.fromkeys(kept)
     assert checkpoint.weights[f"{kept[0]}.weight"].dtype == mx.float16
-    assert isinstance(load_model(tmp_path / "mlx"), Decoder)
+    assert isinstance(load_model(tmp_path / "mlx"), CausalLM)
 
 
 def test_packed_by_mlx_lm(tmp_path):
@@ -516,7 +516,7 @@ def test_pairs_of_rows():
         Pairs(4)(x)
     own = config("llama")
     table = gguf.rules(own, "llama")
-    shapes = parameter_shapes("decoder", own.to_dict())
+    shapes = parameter_shapes("causal_lm", own.to_dict())
     back = apply_rules(invert(table), {n: mx.zeros(s) for n, s in shapes.items()}, inverse_shapes(table, shapes))
     assert "blk.1.attn_q.weight" in back
 
@@ -634,7 +634,7 @@ def test_the_wrong_folder(tmp_path):
     write_folder(tmp_path / "hf", config("llama"))
     with pytest.raises(ValueError, match="family must be htdemucs, got decoder"):
         convert(tmp_path / "hf", tmp_path / "out", family="htdemucs")
-    convert(tmp_path / "hf", tmp_path / "mlx", family="decoder")
+    convert(tmp_path / "hf", tmp_path / "mlx", family="causal_lm")
     for given in ({}, {"quantize": 8}, {"dtype": "float16"}):
         again = partial(convert, tmp_path / "mlx", tmp_path / "out", **given)
         refused(again, "this is a checkpoint already", tmp_path / "mlx", tmp_path)
@@ -700,13 +700,13 @@ def test_load_converts_a_folder(tmp_path, monkeypatch):
     own = config("gemma 3")
     write_folder(tmp_path / "hf", own)
     first = loading.resolve(tmp_path / "hf")
-    assert first.is_relative_to(tmp_path / "cache") and isinstance(loading.load(tmp_path / "hf"), Decoder)
+    assert first.is_relative_to(tmp_path / "cache") and isinstance(loading.load(tmp_path / "hf"), CausalLM)
     stamp = (first / "config.json").stat().st_mtime_ns
     assert loading.resolve(tmp_path / "hf") == first and (first / "config.json").stat().st_mtime_ns == stamp
     (tmp_path / "hf/tokenizer.json").write_text("{}")
     assert (loading.resolve(tmp_path / "hf") / "tokenizer.json").exists()
     write_gguf(tmp_path / "a.gguf", config("llama"), "llama")
-    assert isinstance(loading.load(tmp_path / "a.gguf"), Decoder)
+    assert isinstance(loading.load(tmp_path / "a.gguf"), CausalLM)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells")

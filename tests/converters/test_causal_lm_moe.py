@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from support import decoder_folders
 from support.decoder_folders import CHILD, SIZES, check_logits, edited, ours, refused, tensors, written
 from support.decoders import config, write_folder
-from support.language import tiny_decoder
+from support.language import tiny_causal_lm
 from support.tensors import same_tensors
 
 
@@ -31,7 +31,7 @@ from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import causal_lm as names
 from mlx_xformer.converters.families import causal_lm_moe
 from mlx_xformer.converters.rules import inverse_shapes, plan
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig, Quantization
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization
 from mlx_xformer.models.families import load_model, parameter_shapes
 from mlx_xformer.nn.moe.layer import MoEConfig
 from mlx_xformer.storage.checkpoint import read_checkpoint, save_checkpoint
@@ -189,7 +189,7 @@ def test_rows_of_experts_that_groups_do_not_divide_stay_floats(tmp_path):
     convert(tmp_path / "hf", tmp_path / "mlx", quantize=4, group_size=32)
     layers = read_checkpoint(tmp_path / "mlx").config["quantization"]["layers"]
     assert layers == {f"model.layers.{index}.mlp.experts.down_proj": None for index in range(2)}
-    assert isinstance(load_model(tmp_path / "mlx"), Decoder)
+    assert isinstance(load_model(tmp_path / "mlx"), CausalLM)
 
 
 def test_half_precision(tmp_path):
@@ -284,7 +284,7 @@ def test_mixtures_without_an_original():
 
 def test_a_large_mixture_is_planned_in_no_time():
     """Qwen3-30B-A3B's names: 48 layers of 128 experts."""
-    own = DecoderConfig(11, 6, 48, 1, 5, head_dim=2, qk_norm=True, moe=MoEConfig(6, 3, 128, 8, renormalize=True))
+    own = CausalLMConfig(11, 6, 48, 1, 5, head_dim=2, qk_norm=True, moe=MoEConfig(6, 3, 128, 8, renormalize=True))
     table = names.rules(own)
     parts = [f"mlp.experts.{e}.{p}_proj.weight" for e in range(128) for p in ("gate", "up", "down")]
     every = [f"model.layers.{i}.{part}" for i in range(48) for part in [*parts, "mlp.gate.weight"]]
@@ -331,10 +331,10 @@ def test_the_commands(tmp_path, capsys):
 
 def test_a_capacity_is_proven(tmp_path):
     """What overflows is the twin's; caches are left out, since chunks overflow otherwise."""
-    model = tiny_decoder(moe={"embed_dim": 40, "hidden_dim": 23, "num_experts": 5, "num_experts_per_tok": 2,
+    model = tiny_causal_lm(moe={"embed_dim": 40, "hidden_dim": 23, "num_experts": 5, "num_experts_per_tok": 2,
                               "capacity": 0.75, "overflow": "expert"}, dense_layers=[1])  # fmt: skip
     weights = dict(tree_flatten(model.parameters()))
-    save_checkpoint(tmp_path / "mlx", weights, family="decoder", config=model.config.to_dict(), provenance={})
+    save_checkpoint(tmp_path / "mlx", weights, family="causal_lm", config=model.config.to_dict(), provenance={})
     report = parity.run(folder=tmp_path / "mlx", seeds=1)
     assert not report.failed, report.table()
     assert "model.layers.2" in report.table() and "cached" not in report.table()
@@ -387,7 +387,7 @@ BILLIONS = {"Mixtral-8x7B-v0.1": 46.7, "Qwen1.5-MoE-A2.7B": 14.3, "Qwen3-30B-A3B
 def test_released_models(name):
     """They are understood, have as many parameters as their names tell, and their names are planned at once."""
     own = names.config(RELEASED[name])
-    shapes = parameter_shapes("decoder", own.to_dict())
+    shapes = parameter_shapes("causal_lm", own.to_dict())
     assert round(sum(map(math.prod, shapes.values())) / 1e9, 1) == BILLIONS[name]
     start = time.process_time()
     sources = inverse_shapes(names.rules(own), shapes)
@@ -442,7 +442,7 @@ MUTANTS = {  # bug -> (file, source, what it becomes, the test that must see it)
         lambda _: test_causal_lm.test_absent_keys("mixtral"),
     ),
     "windows below the last layers": (
-        "decoder",
+        "causal_lm",
         "_FULL if index % 2 or index >= first",
         "_FULL if index % 2 or index < first",
         lambda _: assert_means(

@@ -1,4 +1,4 @@
-"""The experiments of document 1 (S1-28): losses fall, a stopped run ends as any other, what is refused."""
+"""The experiments of llm_prep (S1-28): losses fall, a stopped run ends as any other, what is refused."""
 
 import dataclasses
 import os

@@ -17,7 +17,7 @@ from support.tensors import signal
 
 from mlx_xformer.models.causal_lm import config as decoder_config
 from mlx_xformer.models.causal_lm import model as decoder_module
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig, Quantization, quantize
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization, quantize
 from mlx_xformer.nn import layers, linear
 from mlx_xformer.nn.attention.core import attention
 from mlx_xformer.nn.positions import Rotary, RotaryScaling
@@ -30,7 +30,7 @@ from mlx_xformer.reference.nn import layers as twin_layers
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_and_gradients(name):
-    class Bound(Decoder):
+    class Bound(CausalLM):
         def __call__(self):
             return super().__call__(mx.array(TOKENS))
 
@@ -38,7 +38,7 @@ def test_logits_and_gradients(name):
     check_module(Bound(own), lambda params: twin(params, own, TOKENS), gradient=False)
     short = mx.array(TOKENS[:1, :5])
 
-    class Short(Decoder):
+    class Short(CausalLM):
         def __call__(self):
             return super().__call__(short)
 
@@ -156,11 +156,11 @@ def test_planted_bug_is_caught(monkeypatch, name):
         copy.__package__ = module.__package__
         monkeypatch.setitem(sys.modules, module.__name__, copy)  # where dataclasses and the other look for it
         exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
-    own = copy.DecoderConfig(
-        **{f.name: getattr(config(architecture), f.name) for f in dataclasses.fields(DecoderConfig)}
+    own = copy.CausalLMConfig(
+        **{f.name: getattr(config(architecture), f.name) for f in dataclasses.fields(CausalLMConfig)}
     )
     with pytest.raises((AssertionError, ValueError)):
-        model = copy.Decoder(own)
+        model = copy.CausalLM(own)
         params = drawn(architecture)[1]
         set_params(model, params)
         truth, single = truths(params, config(architecture))
@@ -190,10 +190,10 @@ def test_a_smaller_window_than_the_model_s():
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma 3"])
 def test_packed_matrices_are_their_dequantised_values(name, bits):
     own = config(name, **WIDE, quantization=Quantization(bits, 32, {"model.layers.1.mlp.up_proj": None}))
-    model = Decoder(dataclasses.replace(own, quantization=None))
+    model = CausalLM(dataclasses.replace(own, quantization=None))
     draw(model, 0)
     quantize(model, own.quantization)
-    shapes = {name: x.shape for name, x in mx_flat(Decoder(own)).items()}
+    shapes = {name: x.shape for name, x in mx_flat(CausalLM(own)).items()}
     assert shapes == {name: x.shape for name, x in mx_flat(model).items()}
     assert isinstance(model.model.layers[1].mlp.up_proj, linear.Linear)
     assert isinstance(model.model.embed_tokens, layers.QuantizedEmbedding)
@@ -210,7 +210,7 @@ def mx_flat(model):
 
 def test_rows_that_groups_do_not_divide():
     with pytest.raises(ValueError, match=r"group_size must divide the rows of model\.embed_tokens, 23, got 32"):
-        Decoder(config("llama", quantization=Quantization(4, 32)))
+        CausalLM(config("llama", quantization=Quantization(4, 32)))
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 3), (6, 2), (6, 1)])
@@ -288,14 +288,14 @@ def test_configurations_that_are_refused(changes, reason):
 def test_plain_values_there_and_back(name):
     own = config(name, dtype="bfloat16", quantization=Quantization(4, 32, {"lm_head": None, "x": (8, 64)}))
     values = json.loads(json.dumps(own.to_dict()))
-    again = DecoderConfig.from_dict(values)
+    again = CausalLMConfig.from_dict(values)
     assert again.quantization.of("lm_head") is None and tuple(again.quantization.of("x")) == (8, 64)
-    assert DecoderConfig.from_dict(json.loads(json.dumps(again.to_dict()))) == again
+    assert CausalLMConfig.from_dict(json.loads(json.dumps(again.to_dict()))) == again
     assert dataclasses.replace(again, quantization=None) == dataclasses.replace(own, quantization=None)
     with pytest.raises(ValueError, match="the decoder has no option named colour"):
-        DecoderConfig.from_dict(values | {"colour": 1})
+        CausalLMConfig.from_dict(values | {"colour": 1})
     with pytest.raises(ValueError, match="the decoder must be given vocab_size"):
-        DecoderConfig.from_dict({k: v for k, v in values.items() if k != "vocab_size"})
+        CausalLMConfig.from_dict({k: v for k, v in values.items() if k != "vocab_size"})
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 from support.decoder_twins import TOKENS, WIDE, drawn, truths
 from support.decoders import config
 from support.harness import as32, assert_within_budget, draw
-from support.language import language_model, tiny_decoder
+from support.language import language_model, tiny_causal_lm
 
 from mlx_xformer.cli import main
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig, Quantization, auxiliary_loss, quantize
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization, auxiliary_loss, quantize
 from mlx_xformer.models.families import load_model
 from mlx_xformer.nn.moe.layer import MoE
 from mlx_xformer.parity.families.causal_lm import floats
@@ -29,7 +29,7 @@ def capped(name, capacity, seed=0, **changes):
     """A model whose experts take so many tokens."""
     own = config(name)
     own = dataclasses.replace(own, moe=dataclasses.replace(own.moe, capacity=capacity, **changes))
-    model = Decoder(own)
+    model = CausalLM(own)
     return model, draw(model, seed)
 
 
@@ -127,7 +127,7 @@ def test_what_overflows_is_the_twin_s(capacity, overflow):
 def test_generation(tmp_path, capsys):
     """Token by token, with a draft, in a batch and by the command: what a pass over all tokens says comes next."""
     moe = {"embed_dim": 40, "hidden_dim": 23, "num_experts": 5, "num_experts_per_tok": 2, "renormalize": True}
-    model, prompt = tiny_decoder(moe=moe), list(b"hello")
+    model, prompt = tiny_causal_lm(moe=moe), list(b"hello")
     expected = list(prompt)
     for _ in range(20):
         expected.append(int(model(mx.array([expected]), last=1)[0, -1].argmax().item()))
@@ -155,7 +155,7 @@ def test_packed_experts_are_their_dequantised_values(name, bits):
         own.moe, hidden_dim=32, shared_dim=96 if own.moe.shared_dim else 0))  # fmt: skip
     for layers in ({}, {"model.layers.0.mlp.router": (8, 64), "model.layers.0.mlp.experts.up_proj": None}):
         quantization = Quantization(bits, 32, layers)
-        model = Decoder(own)
+        model = CausalLM(own)
         draw(model, 0)
         quantize(model, quantization)
         mixture = model.model.layers[0].mlp
@@ -166,7 +166,7 @@ def test_packed_experts_are_their_dequantised_values(name, bits):
             assert "scales" in mixture.shared_expert.gate_proj and "scales" not in mixture.shared_expert_gate
         shapes = [
             {n: x.shape for n, x in nn.utils.tree_flatten(m.parameters())}
-            for m in (model, Decoder(dataclasses.replace(own, quantization=quantization)))
+            for m in (model, CausalLM(dataclasses.replace(own, quantization=quantization)))
         ]
         assert shapes[0] == shapes[1]
         params = {n: x.astype(np.float64) for n, x in floats(model).items()}
@@ -213,13 +213,13 @@ def test_sizes_beyond_any_model(name, value, reason):
 
 def test_plain_values_of_a_mixture():
     values = json.loads(json.dumps(config("qwen2 moe").to_dict()))
-    assert DecoderConfig.from_dict(values) == config("qwen2 moe")
+    assert CausalLMConfig.from_dict(values) == config("qwen2 moe")
     for change, reason in (
         ({"colour": 1}, "moe has no option named colour"),
         ({"num_experts": None}, "num_experts must be a whole number, got None"),
         ({"num_experts_per_tok": 8}, "num_experts_per_tok must be at most num_experts, 7, got 8"),
     ):
         with pytest.raises(ValueError, match=reason):
-            DecoderConfig.from_dict({**values, "moe": {**values["moe"], **change}})
+            CausalLMConfig.from_dict({**values, "moe": {**values["moe"], **change}})
     with pytest.raises(ValueError, match="moe must be given hidden_dim"):
-        DecoderConfig.from_dict({**values, "moe": {n: x for n, x in values["moe"].items() if n != "hidden_dim"}})
+        CausalLMConfig.from_dict({**values, "moe": {n: x for n, x in values["moe"].items() if n != "hidden_dim"}})

@@ -1,4 +1,4 @@
-"""Bugs planted into layers, document 1's models and the Transformer: parity catches each and names the operation."""
+"""Bugs planted into layers, llm_prep's models and the Transformer: parity catches each and names the operation."""
 
 import pytest
 from support.planted import outcomes, source_of, task

@@ -1,4 +1,4 @@
-"""Planted bugs in document 2's models: the test named must fail on each, and passes on the unchanged source."""
+"""Planted bugs in scratch's models: the test named must fail on each, and passes on the unchanged source."""
 
 import pytest
 from support.planted import outcomes, source_of, task

@@ -1,5 +1,5 @@
 """Caches, one claim at a time, with what defects of others would show: those of mlx-lm 0.32.2, and the traps T1.4 to
-T1.15 of document 1. tests/test_cache_properties.py has every combination."""
+T1.15 of llm_prep. tests/test_cache_properties.py has every combination."""
 
 import threading
 

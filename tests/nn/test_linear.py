@@ -13,7 +13,7 @@ from support.tensors import signal
 from mlx_xformer.backend import device, products
 from mlx_xformer.backend.linux import blas
 from mlx_xformer.backend.linux import products as linux_products
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 from mlx_xformer.nn import layers, linear
 from mlx_xformer.text.generation import generate
 
@@ -93,7 +93,7 @@ def test_a_layer_in_steps_with_other_numbers(monkeypatch, name):
 
 def small():
     sizes = {"vocab_size": 31, "embed_dim": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 37}
-    return Decoder(DecoderConfig(**sizes))
+    return CausalLM(CausalLMConfig(**sizes))
 
 
 def test_nothing_is_kept_of_a_step():

@@ -423,7 +423,7 @@ def test_balancing_without_a_loss_evens_the_load():
     assert np.allclose(new, [0.55, -0.05, -0.15])
 
 
-# The traps of document 1
+# The traps of llm_prep
 
 
 def test_t1_12_the_documents_loss_does_not_balance():

@@ -1,4 +1,4 @@
-"""Models put together from PyTorch's own layers: those of document 1 under its names, and Vaswani's Transformer."""
+"""Models put together from PyTorch's own layers: those of llm_prep under its names, and Vaswani's Transformer."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import mlx_xformer
 from mlx_xformer import parity
 from mlx_xformer.backend import activations, fused
 from mlx_xformer.converters.conversion import convert
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 from mlx_xformer.models.htdemucs import layers as htdemucs_layers
 from mlx_xformer.nn import layers, masks, mel, positions, spectral
 from mlx_xformer.nn.attention import core, scores, torch_layout
@@ -396,7 +396,7 @@ def test_windows_and_caches_of_a_decoder(sliding):
 def test_planted_windows(sliding, monkeypatch, wrong):
     """Ignored, or off by one, where attention is computed, and where the layers are made."""
     folder, local = sliding
-    module, layer_window = sys.modules["mlx_xformer.nn.attention.layer"], DecoderConfig.layer_window
+    module, layer_window = sys.modules["mlx_xformer.nn.attention.layer"], CausalLMConfig.layer_window
     plain = module.attention
 
     def other(window):
@@ -408,13 +408,13 @@ def test_planted_windows(sliding, monkeypatch, wrong):
     monkeypatch.setattr(module, "attention", attend)
     assert named(folder) == local | WHOLE
     monkeypatch.undo()
-    monkeypatch.setattr(DecoderConfig, "layer_window", lambda self, index: other(layer_window(self, index)))
+    monkeypatch.setattr(CausalLMConfig, "layer_window", lambda self, index: other(layer_window(self, index)))
     assert local | WHOLE <= named(folder)
 
 
 def test_a_window_in_all_layers(sliding, monkeypatch):
     folder, local = sliding
-    monkeypatch.setattr(DecoderConfig, "layer_window", lambda self, _: self.window)
+    monkeypatch.setattr(CausalLMConfig, "layer_window", lambda self, _: self.window)
     both = {"model.layers.0", "model.layers.1"}
     assert named(folder) == (both - local | WHOLE if both - local else set())
 
@@ -429,7 +429,7 @@ def few(view, lines, n, window):
 def test_planted_caches(sliding, monkeypatch):
     """One key too few, or an error: named by the case with caches alone."""
     folder, _ = sliding
-    view, make = KVCache._view, Decoder.make_caches
+    view, make = KVCache._view, CausalLM.make_caches
 
     def refuse(*_, **__):
         raise ValueError("the cache is full")
@@ -437,7 +437,7 @@ def test_planted_caches(sliding, monkeypatch):
     plants = [
         (KVCache, "_view", lambda self, *given: few(view(self, *given), *given)),
         (KVCache, "append", refuse),
-        (Decoder, "make_caches", lambda self: make(self, window=4)),
+        (CausalLM, "make_caches", lambda self: make(self, window=4)),
     ]
     for owner, name, planted in plants:
         monkeypatch.setattr(owner, name, planted)

@@ -311,7 +311,7 @@ def test_a_language_model_from_the_hub_and_then_without_it(tmp_path, cache, hub,
     share(hub, "Some-one/Llama-3.2-1B", tmp_path / "llama")
     answer = ask("Some-one/Llama-3.2-1B", hub.url, tmp_path / "hf")
     folder = cache / "hub" / "Some-one--Llama-3.2-1B" / "model" / COMMIT
-    assert answer == {"folder": str(folder), "kind": "Decoder"}
+    assert answer == {"folder": str(folder), "kind": "CausalLM"}
     assert files(cache / "downloads") == [] and "tokenizer.json" in files(folder)
     assert not any("pytorch_model" in request for request in hub.requests)
     checkpoint = read_checkpoint(folder)
@@ -332,7 +332,7 @@ def test_a_language_model_that_the_hub_has_in_part(tmp_path, cache, hub):
     hub.digests[f"me/llama/{gone}"] = "0" * 64
     refused(ask("me/llama", hub.url, tmp_path / "hf"), "ValueError", f"{gone} of me/llama", "must be 0000", "try again")
     hub.digests[f"me/llama/{gone}"] = right
-    assert ask("me/llama", hub.url, tmp_path / "hf")["kind"] == "Decoder"
+    assert ask("me/llama", hub.url, tmp_path / "hf")["kind"] == "CausalLM"
 
 
 def test_an_index_on_the_hub_cannot_name_a_path(tmp_path, cache, hub):
@@ -389,10 +389,10 @@ SEQUENCE = {"input_dim": 3, "output_dim": 2, "embed_dim": 10, "num_layers": 2, "
         ("whisper", whispers.SIZES, "2 + 3 of width 22, 53 tokens"),
         ("transformer", {"vocab_size": None, "embed_dim": 16, "num_decoder_layers": 0}, "6 of width 16"),
         ("transformer", {"vocab_size": 31, "embed_dim": 8, "num_encoder_layers": 2}, "2 + 6 of width 8, 31 tokens"),
-        ("seq2seq", {"model": "regression", **SEQUENCE}, "2 of width 10"),
-        ("seq2seq", {"model": "encoder_decoder", **SEQUENCE}, "2 + 2 of width 10"),
-        ("transformer_stack", {"model_dim": 10, "key_dim": 3, "hidden_dim": 7, "num_stack": 3}, "3 of width 10"),
-        ("attention_layer", {"embed_dim": 10, "num_heads": 5}, "1 of width 10"),
+        ("llm_prep", {"model": "regression", **SEQUENCE}, "2 of width 10"),
+        ("llm_prep", {"model": "encoder_decoder", **SEQUENCE}, "2 + 2 of width 10"),
+        ("scratch", {"model_dim": 10, "key_dim": 3, "hidden_dim": 7, "num_stack": 3}, "3 of width 10"),
+        ("ferrotorch", {"embed_dim": 10, "num_heads": 5}, "1 of width 10"),
     ],
 )
 def test_what_a_model_is_made_of(tmp_path, family, config, line):

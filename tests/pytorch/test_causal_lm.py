@@ -13,7 +13,7 @@ from support.torch_oracle import Oracle
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families.causal_lm import ABSENT, config, original
 from mlx_xformer.converters.formats.source import read_source
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig, auxiliary_loss
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, auxiliary_loss
 from mlx_xformer.models.families import load_model
 from mlx_xformer.storage.checkpoint import read_checkpoint
 
@@ -115,7 +115,7 @@ def test_logits(oracle, tmp_path, name):
     theirs = oracle.call("language_logits", {"tokens": TOKENS}, folder=str(tmp_path / "hf"), **given)
     convert(tmp_path / "hf", tmp_path / "mlx")
     model = load_model(tmp_path / "mlx")
-    assert isinstance(model, Decoder)
+    assert isinstance(model, CausalLM)
     assert_within_budget(model(mx.array(TOKENS)), theirs["float64"], theirs["float32"])
     caches = model.make_caches()
     parts = [model(mx.array(TOKENS[:, a : a + 7]), caches=caches) for a in range(0, 41, 7)]
@@ -126,7 +126,7 @@ def test_logits(oracle, tmp_path, name):
         (tmp_path / "mlx/config.json").read_text().replace('"original": {', '"before": {')
     )
     convert(tmp_path / "mlx", tmp_path / "back", to="pytorch")
-    assert original(DecoderConfig.from_dict(checkpoint.config))
+    assert original(CausalLMConfig.from_dict(checkpoint.config))
     again = oracle.call("language_logits", {"tokens": TOKENS}, folder=str(tmp_path / "back"), **given)
     assert (again["float64"] == theirs["float64"]).all() or np.abs(again["float64"] - theirs["float64"]).max() < 1e-12
 
@@ -140,7 +140,7 @@ def test_routing(oracle, tmp_path, name):
     theirs = oracle.call("language_routing", {"tokens": TOKENS}, folder=str(tmp_path / "hf"))
     convert(tmp_path / "hf", tmp_path / "mlx")
     model = load_model(tmp_path / "mlx")
-    assert isinstance(model, Decoder) and model.config.moe is not None
+    assert isinstance(model, CausalLM) and model.config.moe is not None
     moe, routings = model.config.moe, []
     model(mx.array(TOKENS), routings=routings)
     assert len(routings) == len(theirs["logits"]) == len(model.model.layers) - len(model.config.dense_layers)
@@ -189,7 +189,7 @@ def test_gemma_3_270m(oracle, tmp_path):
     theirs = oracle.call("language_logits", {"tokens": tokens}, **given)["float32"]
     convert(tmp_path / "hf", tmp_path / "mlx")
     model = load_model(tmp_path / "mlx")
-    assert isinstance(model, Decoder) and model.config.local_rope_theta == 1e4
+    assert isinstance(model, CausalLM) and model.config.local_rope_theta == 1e4
     whole = model.model(model.embed(mx.array(tokens)))
     caches = model.make_caches()
     parts = [model.model(model.embed(mx.array(tokens[:, a : a + 200])), caches) for a in range(0, 620, 200)]

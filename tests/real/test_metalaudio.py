@@ -90,7 +90,7 @@ def test_cross_attention_whose_values_are_not_its_keys(facts):
     q, k, v = heads(module.q_proj(query)), heads(module.k_proj(key)), heads(module.v_proj(value))
     near(module.out_proj(merged(attention(q, k, v))), fact["output"])
     near(module(query, key, value_source=value), fact["output"])
-    keys_as_values = module(query, key)  # all that document 0's own interface can say
+    keys_as_values = module(query, key)  # all that MetalAudio's own interface can say
     assert np.abs(np.array(keys_as_values) - np.array(fact["output"])).max() > 0.1
 
 

@@ -11,7 +11,7 @@ from support.harness import data_folder
 
 from mlx_xformer.cli import main
 from mlx_xformer.converters.conversion import convert
-from mlx_xformer.models.causal_lm.model import Decoder
+from mlx_xformer.models.causal_lm.model import CausalLM
 from mlx_xformer.models.families import load_model
 from mlx_xformer.text.generation import batch_generate, generate
 from mlx_xformer.text.prompt_cache import load_prompt, reuse, save_prompt
@@ -107,7 +107,7 @@ def test_speculation_equals_plain_decoding(model, tokenizer, options, other):
 
 def random_draft(model):
     mx.random.seed(0)
-    draft = Decoder(model.config)
+    draft = CausalLM(model.config)
     mx.eval(draft.parameters())
     return draft
 
@@ -116,7 +116,7 @@ def test_a_window_is_an_uncached_pass_with_its_mask(model, tokenizer):
     """The command's --window 64, token for token."""
     prompt = tokenizer.encode(PROMPT)
     config = type(model.config).from_dict(model.config.to_dict() | {"window": 64})
-    windowed = Decoder(config)
+    windowed = CausalLM(config)
     windowed.update(model.parameters())
     tokens = list(prompt)
     for _ in range(150):

@@ -24,7 +24,7 @@ def tensors(path):
 def ours(own, state):
     """Tensors of Hugging Face under our names, as float64."""
     arrays = {name: mx.array(x) for name, x in state.items()}
-    out = apply_rules(names.rules(own, state), arrays, parameter_shapes("decoder", own.to_dict()))
+    out = apply_rules(names.rules(own, state), arrays, parameter_shapes("causal_lm", own.to_dict()))
     return {name: np.array(x, np.float64) for name, x in out.items()}
 
 

@@ -4,14 +4,14 @@ import numpy as np
 from support.decoders import config
 from support.harness import as32, draw
 
-from mlx_xformer.models.causal_lm.model import Decoder
+from mlx_xformer.models.causal_lm.model import CausalLM
 from mlx_xformer.reference.models.causal_lm import decoder as twin
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 11))
 
 
 def drawn(name, seed=0, **changes):
-    model = Decoder(config(name, **changes))
+    model = CausalLM(config(name, **changes))
     return model, draw(model, seed)
 
 

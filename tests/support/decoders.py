@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from mlx_xformer.converters.families import causal_lm as names
 from mlx_xformer.converters.rules import inverse_shapes
-from mlx_xformer.models.causal_lm.model import DecoderConfig
+from mlx_xformer.models.causal_lm.model import CausalLMConfig
 from mlx_xformer.models.families import parameter_shapes
 from mlx_xformer.nn.moe.layer import MoEConfig
 from mlx_xformer.nn.positions import RotaryScaling
@@ -71,20 +71,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def config(name: str, **changes: Any) -> DecoderConfig:
+def config(name: str, **changes: Any) -> CausalLMConfig:
     """A small decoder of an architecture."""
     values = {**SIZES, **ARCHITECTURES[name], **changes}
     if "moe" in values:
         values["moe"] = MoEConfig(values["embed_dim"], **values["moe"])
     if "embed_scale" in values:
         values["embed_scale"] = values["embed_dim"] ** 0.5
-    return DecoderConfig(**values)
+    return CausalLMConfig(**values)
 
 
-def state_of(own: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+def state_of(own: CausalLMConfig, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Random tensors under Hugging Face's names."""
     rng = np.random.default_rng(seed)
-    shapes = inverse_shapes(names.rules(own), parameter_shapes("decoder", own.to_dict()))
+    shapes = inverse_shapes(names.rules(own), parameter_shapes("causal_lm", own.to_dict()))
     return {
         name: (rng.normal(size=s) * s[1] ** -0.5 if len(s) > 1 else rng.uniform(0.7, 1.3, s)).astype(dtype)
         for name, s in shapes.items()
@@ -93,7 +93,7 @@ def state_of(own: DecoderConfig, seed: int = 0, dtype: Any = np.float32) -> dict
 
 def write_folder(
     path: Path,
-    own: DecoderConfig,
+    own: CausalLMConfig,
     *,
     seed: int = 0,
     shards: int = 1,

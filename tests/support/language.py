@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from support.harness import draw, set_params
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from mlx_xformer.models.causal_lm.model import Decoder, DecoderConfig
+from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 from mlx_xformer.storage.checkpoint import save_checkpoint
 
 END, START = 256, 257  # the special tokens of byte_tokenizer
@@ -125,9 +125,9 @@ def word_tokenizer(folder: Path) -> Path:
 TINY = {"vocab_size": 263, "embed_dim": 40, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 53}
 
 
-def tiny_decoder(seed: int = 1, **changes) -> Decoder:
-    """A Decoder of drawn weights, for the tokens of byte_tokenizer, that has something to say."""
-    model = Decoder(DecoderConfig.from_dict(TINY | {"attention_bias": ["q", "k", "v"]} | changes))
+def tiny_causal_lm(seed: int = 1, **changes) -> CausalLM:
+    """A CausalLM of drawn weights, for the tokens of byte_tokenizer, that has something to say."""
+    model = CausalLM(CausalLMConfig.from_dict(TINY | {"attention_bias": ["q", "k", "v"]} | changes))
     params = draw(model, seed)
     params["model.embed_tokens.weight"] *= 6
     set_params(model, params)
@@ -135,8 +135,8 @@ def tiny_decoder(seed: int = 1, **changes) -> Decoder:
 
 
 def language_model(folder: Path, seed: int = 1, *, chat=False, **changes) -> Path:
-    """A checkpoint folder with a tiny Decoder and its tokenizer."""
-    model = tiny_decoder(seed, **changes)
+    """A checkpoint folder with a tiny CausalLM and its tokenizer."""
+    model = tiny_causal_lm(seed, **changes)
     weights, config = dict(tree_flatten(model.parameters())), model.config.to_dict()
-    save_checkpoint(folder, weights, family="decoder", config=config, provenance={})
+    save_checkpoint(folder, weights, family="causal_lm", config=config, provenance={})
     return byte_tokenizer(folder, chat=chat)

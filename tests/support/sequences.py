@@ -1,4 +1,4 @@
-"""Models of document 1 and Transformers of prime sizes, with drawn weights, their twins, and what they are fed."""
+"""Models of llm_prep and Transformers of prime sizes, with drawn weights, their twins, and what they are fed."""
 
 import mlx.core as mx
 import numpy as np

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from support.harness import Params, draw
-from support.language import tiny_decoder
+from support.language import tiny_causal_lm
 
 from mlx_xformer.nn.moe.layer import MoE, MoEConfig
 from mlx_xformer.nn.moe.sharded import spread
@@ -59,7 +59,7 @@ def inputs(kind: str) -> list[np.ndarray]:
 
 
 def decoder() -> nn.Module:
-    model = tiny_decoder(moe=DECODER, dense_layers=[1])
+    model = tiny_causal_lm(moe=DECODER, dense_layers=[1])
     model.eval()
     return model
 

@@ -5,7 +5,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.language import END, Rule, byte_tokenizer, tiny_decoder
+from support.language import END, Rule, byte_tokenizer, tiny_causal_lm
 
 from mlx_xformer.text.generation import batch_generate, generate
 from mlx_xformer.text.samplers import greedy, make_sampler
@@ -301,12 +301,12 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(options, message)
     assert model.calls == []
 
 
-# A small Decoder with real caches, against passes over the whole text without one.
+# A small CausalLM with real caches, against passes over the whole text without one.
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return tiny_decoder()
+    return tiny_causal_lm()
 
 
 def draw_prompts(*lengths, seed=0):
@@ -327,7 +327,7 @@ def plainly(model, prompt, count):
 def test_generation_is_the_argmax_of_whole_passes(decoder, prefill, window):
     """The uncached pass has the window in its configuration."""
     (prompt,) = draw_prompts(31)
-    expected = plainly(tiny_decoder(window=window), prompt, 60)
+    expected = plainly(tiny_causal_lm(window=window), prompt, 60)
     assert len(set(expected)) > 20
     caches = decoder.make_caches(window=window)
     assert ids(generate(decoder, prompt, max_tokens=60, caches=caches, prefill=prefill)) == expected
@@ -349,7 +349,7 @@ def test_batches_of_a_decoder(decoder, options):
 @pytest.mark.parametrize("other", [False, True], ids=["itself", "two random layers"])
 def test_speculation_equals_plain_decoding(decoder, options, other):
     """Over 200 tokens, so that a window of 64 has moved on."""
-    draft = tiny_decoder(seed=2, num_layers=2) if other else decoder
+    draft = tiny_causal_lm(seed=2, num_layers=2) if other else decoder
     (prompt,) = draw_prompts(37, seed=3)
     caches = decoder.make_caches(**options)
     expected = ids(generate(decoder, prompt, max_tokens=200, caches=caches))
@@ -374,7 +374,7 @@ def test_batches_with_a_penalty(decoder):
 def test_draft_caches_that_just_suffice(decoder, count):
     (prompt,) = draw_prompts(31)
     plain = ids(generate(decoder, prompt, max_tokens=count))
-    for draft in (decoder, tiny_decoder(seed=2, num_layers=2)):
+    for draft in (decoder, tiny_causal_lm(seed=2, num_layers=2)):
         given = {"draft": draft, "max_tokens": count}
         draft_caches = draft.make_caches(capacity=31 + count - 2)
         assert ids(generate(decoder, prompt, draft_caches=draft_caches, **given)) == plain

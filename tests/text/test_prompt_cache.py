@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.language import tiny_decoder
+from support.language import tiny_causal_lm
 
 from mlx_xformer.nn.cache import save_caches
 from mlx_xformer.text.generation import generate
@@ -15,7 +15,7 @@ KINDS = [{}, {"window": 16, "slack": 4}, {"window": 16, "keep": 3, "slack": 4}, 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return tiny_decoder()
+    return tiny_causal_lm()
 
 
 def tokens_of(model, prompt, caches, count=30):
@@ -74,7 +74,7 @@ def test_a_prompt_that_is_held_as_a_whole(decoder, end):
 
 def test_rewinding_is_all_or_nothing(decoder):
     """Layers with windows of their own: one that cannot go back empties all."""
-    model = tiny_decoder(window=11, layer_types=["local", "global", "local"])
+    model = tiny_causal_lm(window=11, layer_types=["local", "global", "local"])
     caches = model.make_caches()
     text = PROMPT + tokens_of(model, PROMPT, caches)
     prompt = [*text[:20], 1, 2]
@@ -83,11 +83,11 @@ def test_rewinding_is_all_or_nothing(decoder):
 
 
 def test_fingerprints(decoder):
-    assert fingerprint(decoder) == fingerprint(tiny_decoder())
-    others = [tiny_decoder(seed=2), tiny_decoder(norm_eps=1e-5), tiny_decoder(rope_theta=5000.0)]
-    changed = tiny_decoder()
+    assert fingerprint(decoder) == fingerprint(tiny_causal_lm())
+    others = [tiny_causal_lm(seed=2), tiny_causal_lm(norm_eps=1e-5), tiny_causal_lm(rope_theta=5000.0)]
+    changed = tiny_causal_lm()
     changed.model.norm.weight = changed.model.norm.weight + 0.01
-    half = tiny_decoder()
+    half = tiny_causal_lm()
     half.set_dtype(mx.bfloat16)
     assert len({fingerprint(model) for model in [decoder, changed, half, *others]}) == 6
 
@@ -97,7 +97,7 @@ def test_files_that_are_refused(decoder, tmp_path):
     text = PROMPT + tokens_of(decoder, PROMPT, caches)
     save_prompt(tmp_path / "prompt", decoder, caches, text)
     with pytest.raises(ValueError, match="prompt: the prompt cache of another model"):
-        load_prompt(tmp_path / "prompt", tiny_decoder(seed=2))
+        load_prompt(tmp_path / "prompt", tiny_causal_lm(seed=2))
     save_caches(tmp_path / "plain", caches, {})
     with pytest.raises(ValueError, match="plain: not a prompt cache, it names no model and tokens"):
         load_prompt(tmp_path / "plain", decoder)

@@ -35,7 +35,7 @@ def write(folder, name, **values):
 def test_tokens_that_end_a_text(tmp_path):
     folder = byte_tokenizer(tmp_path)
     write(folder, "generation_config.json", eos_token_id=[3, 7])
-    write(folder, "config.json", family="decoder", config={"eos_token_id": 5})
+    write(folder, "config.json", family="causal_lm", config={"eos_token_id": 5})
     assert Tokenizer(folder).eos == (3, 5, 7, END)
     write(folder, "generation_config.json", eos_token_id=None)
     write(folder, "config.json", eos_token_id=2)

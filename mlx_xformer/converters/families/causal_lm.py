@@ -13,7 +13,7 @@ import math
 from collections.abc import Container, Mapping
 from typing import Any
 
-from ...models.causal_lm.model import DecoderConfig, Quantization
+from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ..formats.torch_pickle import short
 from ..rules import Rule
 from . import causal_lm_moe
@@ -124,7 +124,7 @@ _MOST_LAYERS = 1000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def rules(config: DecoderConfig, names: Container[str] = (TABLE_NAME,)) -> list[Rule]:
+def rules(config: CausalLMConfig, names: Container[str] = (TABLE_NAME,)) -> list[Rule]:
     """The table from Hugging Face's names, with packed matrices under mlx-lm's. A tied head is dropped where the table
     of embeddings is among the `names`, and is that table where not."""
     tied = [Rule(TABLE, TABLE), Rule(HEAD, None)] if TABLE_NAME in names else [Rule(HEAD, TABLE)]
@@ -145,7 +145,7 @@ def _same(template: str) -> Rule:
     return Rule(template, template)
 
 
-def config(values: Mapping[str, Any]) -> DecoderConfig:
+def config(values: Mapping[str, Any]) -> CausalLMConfig:
     """The configuration that a config.json of Hugging Face means. ValueError names what is not understood."""
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
@@ -166,7 +166,7 @@ def config(values: Mapping[str, Any]) -> DecoderConfig:
         given["embed_scale"] = math.sqrt(values["hidden_size"])
         given["attention_scale"] = values["query_pre_attn_scalar"] ** -0.5
     packing = values.get("quantization") or values.get("quantization_config")
-    return DecoderConfig(**given, quantization=None if packing is None else _quantization(packing))
+    return CausalLMConfig(**given, quantization=None if packing is None else _quantization(packing))
 
 
 def _check_keys(values: Mapping[str, Any], kind: str) -> None:
@@ -189,7 +189,7 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
     for key in ("hidden_size", "query_pre_attn_scalar"):
         if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
             raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
-    count = values["num_hidden_layers"]  # lists of so many are made before a DecoderConfig can refuse it
+    count = values["num_hidden_layers"]  # lists of so many are made before a CausalLMConfig can refuse it
     if type(count) is not int or not 1 <= count <= _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers must be a whole number from 1 to {_MOST_LAYERS}, got {short(str(count))}")
     if kind in causal_lm_moe.KEYS:
@@ -281,7 +281,7 @@ def _quantization(given: Any) -> Quantization:
     return Quantization(given["bits"], given["group_size"], layers)
 
 
-def original(own: DecoderConfig) -> dict[str, Any]:
+def original(own: CausalLMConfig) -> dict[str, Any]:
     """A config.json of Hugging Face that means the same, floats throughout. ValueError if none of theirs does."""
     kind = _kind(own)
     theirs = {theirs: getattr(own, ours) for theirs, ours in _SAME.items()}
@@ -312,13 +312,13 @@ def original(own: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def _alike(a: DecoderConfig, b: DecoderConfig) -> bool:
+def _alike(a: CausalLMConfig, b: CausalLMConfig) -> bool:
     """Whether two configurations are one, but for the rounding of a square root."""
     scales = (a.attention_scale or 0.0), (b.attention_scale or 0.0)
     return math.isclose(*scales) and dataclasses.replace(a, attention_scale=b.attention_scale) == b
 
 
-def _kind(config: DecoderConfig) -> str:
+def _kind(config: CausalLMConfig) -> str:
     if config.moe is not None:
         return causal_lm_moe.kind_of(config)
     if config.sandwich_norms:

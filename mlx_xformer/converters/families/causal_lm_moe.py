@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Container, Mapping
 from typing import Any
 
-from ...models.causal_lm.model import DecoderConfig, Quantization
+from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ...nn.moe.layer import MoEConfig
 from ..formats.torch_pickle import short
 from ..layouts import Halves, Stack
@@ -114,14 +114,14 @@ def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, A
     return {**own, "moe": moe, "dense_layers": dense}
 
 
-def kind_of(config: DecoderConfig) -> str:
+def kind_of(config: CausalLMConfig) -> str:
     """The model_type of a mixture."""
     if config.moe is not None and config.moe.shared_dim:
         return "qwen2_moe"
     return next((kind for kind, own in _ATTENTION.items() if own["qk_norm"] == config.qk_norm), "mixtral")
 
 
-def original(config: DecoderConfig, moe: MoEConfig) -> dict[str, Any]:
+def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
     """The keys of a mixture that mean the configuration, as far as they can say it."""
     kind = kind_of(config)
     values: dict[str, Any] = {
@@ -138,7 +138,7 @@ def original(config: DecoderConfig, moe: MoEConfig) -> dict[str, Any]:
     return values if kind.startswith("qwen") else {**values, "intermediate_size": moe.hidden_dim}
 
 
-def plain(config: DecoderConfig) -> DecoderConfig:
+def plain(config: CausalLMConfig) -> CausalLMConfig:
     """The configuration, with what makes no difference to it as others would have it."""
     if config.moe is None:
         return config
@@ -148,16 +148,16 @@ def plain(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(config, moe=moe, hidden_dim=hidden_dim)
 
 
-def fused_name(config: DecoderConfig) -> str:
+def fused_name(config: CausalLMConfig) -> str:
     """The tensor whose presence tells that transformers has saved experts as it computes with them."""
     return f"model.layers.{_first(config)}.mlp.experts.gate_up_proj"
 
 
-def _first(config: DecoderConfig) -> int:
+def _first(config: CausalLMConfig) -> int:
     return next(index for index in range(config.num_layers) if config.has_mixture(index))
 
 
-def rules(config: DecoderConfig, moe: MoEConfig, names: Container[str]) -> list[Rule]:
+def rules(config: CausalLMConfig, moe: MoEConfig, names: Container[str]) -> list[Rule]:
     """The table of experts and routers: fused or packed where the `names` tell so, else expert by expert."""
     fused, mixtral = fused_name(config) in names, kind_of(config) == "mixtral"
     block = _LAYER + ("block_sparse_moe." if mixtral and not fused else "mlp.")
@@ -188,7 +188,7 @@ def our_name(layer: str) -> str:
     return layer.removesuffix(".gate") + ".router" if layer.endswith(".mlp.gate") else layer
 
 
-def with_packed_routers(config: DecoderConfig, names: Container[str]) -> DecoderConfig:
+def with_packed_routers(config: CausalLMConfig, names: Container[str]) -> CausalLMConfig:
     """The configuration of packed tensors, whose routers may be packed too: their scales tell."""
     packing = config.quantization
     if packing is None or config.moe is None:

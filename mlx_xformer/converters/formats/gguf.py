@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ...models.causal_lm.model import DecoderConfig, Quantization
+from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ..layouts import Pairs
 from ..rules import Rule
 from .gguf_tokenizer import extras_of
@@ -52,7 +52,7 @@ def find(path: Path) -> Path | None:
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
-def rules(config: DecoderConfig, architecture: str) -> list[Rule]:
+def rules(config: CausalLMConfig, architecture: str) -> list[Rule]:
     """The table from GGUF's names. A llama's queries and keys have the rows of each head as neighbouring pairs."""
     assert config.num_kv_heads is not None  # for the type checker: it has been set
     turned = architecture == "llama"
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
     return float(str(np.float32(cast(float, value.item())))) if value.dtype == mx.float32 else value.item()
 
 
-def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, mx.array]) -> DecoderConfig:
+def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, mx.array]) -> CausalLMConfig:
     own = {key.removeprefix(architecture + "."): x for key, x in metadata.items() if key.startswith(architecture + ".")}
     if unknown := sorted(own.keys() - _KEYS.keys() - _ALSO):
         raise ValueError(f"the metadata has keys that are not handled: {short(', '.join(unknown))}")
@@ -122,7 +122,7 @@ def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str
         raise ValueError(f"rope.scaling.type must be none, got {short(str(own['rope.scaling.type']))}")
     if "token_embd.weight" not in tensors:
         raise ValueError("there is no token_embd.weight")
-    config = DecoderConfig(
+    config = CausalLMConfig(
         vocab_size=tensors["token_embd.weight"].shape[0],
         tie_embeddings="output.weight" not in tensors,
         dtype="float32",  # scales are float16, norms float32
@@ -138,7 +138,7 @@ def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str
 
 def _ours(architecture: str) -> list[tuple[str, str]]:
     """(beginning of GGUF's name, of ours) of the matrices, numbers left out."""
-    blank = DecoderConfig(1, 2, 1, 1, 1)
+    blank = CausalLMConfig(1, 2, 1, 1, 1)
     pairs = [(rule.sources[0], rule.targets[0]) for rule in rules(blank, architecture)]
     return [(a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in pairs if "{leaf:" in a]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...models.causal_lm.model import DecoderConfig
+from ...models.causal_lm.model import CausalLMConfig
 from ...storage.checkpoint import EXTRAS, is_checkpoint
 from ..rules import Rule
 from .source import Stored, open_safetensors, plain_name
@@ -24,7 +24,7 @@ class Original:
     """
 
     name: str
-    config: DecoderConfig
+    config: CausalLMConfig
     rules: list[Rule]
     tensors: dict[str, Stored]
     files: tuple[Path, ...]

@@ -1,4 +1,4 @@
-"""DecoderConfig: what a Decoder is, and Quantization: what is packed in it."""
+"""CausalLMConfig: what a CausalLM is, and Quantization: what is packed in it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """What a Decoder is. ValueError names the field that is unknown, of the wrong type or out of range.
+class CausalLMConfig:
+    """What a CausalLM is. ValueError names the field that is unknown, of the wrong type or out of range.
 
     window: positions that the "local" layers of layer_types see, the token's own among them; without layer_types, all
     are. local_rope_theta: their rotary base, without scaling, if they have their own. attention_bias: names among q, k,
@@ -173,7 +173,7 @@ class DecoderConfig:
         return Rotary(self.head_dim, self.rope_theta, scaling=self.rope_scaling)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> CausalLMConfig:
         """The configuration from plain values."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         for name, kind in _PARTS.items():
@@ -187,4 +187,4 @@ class DecoderConfig:
 
 
 _PARTS: dict[str, type] = {"rope_scaling": RotaryScaling, "moe": MoEConfig, "quantization": Quantization}
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(CausalLMConfig)}

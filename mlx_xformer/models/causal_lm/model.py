@@ -18,16 +18,16 @@ from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
 from ...nn.linear import Linear
 from ...nn.moe.layer import MoE, Routing
 from ...nn.transformer import auxiliary_loss
-from .config import DTYPES, DecoderConfig, Quantization
+from .config import DTYPES, CausalLMConfig, Quantization
 
-__all__ = ["DTYPES", "Decoder", "DecoderConfig", "Quantization", "auxiliary_loss", "quantize"]
+__all__ = ["DTYPES", "CausalLM", "CausalLMConfig", "Quantization", "auxiliary_loss", "quantize"]
 
 
 class Block(nn.Module):
     """Attention, then a gated feed-forward network or a mixture, each on a norm of its own (and, with sandwich norms,
     through another) and added to what came in."""
 
-    def __init__(self, config: DecoderConfig, index: int):
+    def __init__(self, config: CausalLMConfig, index: int):
         super().__init__()
         E, norm = config.embed_dim, lambda dims: RMSNorm(dims, config.norm_eps, plus_one=config.norm_plus_one)
         self.self_attn = Attention(
@@ -77,7 +77,7 @@ class Block(nn.Module):
 class Layers(nn.Module):
     """The embeddings' table, the blocks and the norm at the end."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: CausalLMConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.embed_dim)
         self.layers = [Block(config, index) for index in range(config.num_layers)]
@@ -92,10 +92,10 @@ class Layers(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
+class CausalLM(nn.Module):
     """Tokens to the logits of the tokens after them."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: CausalLMConfig):
         super().__init__()
         self.config = config
         self.model = Layers(config)

@@ -137,11 +137,11 @@ class MoE(nn.Module):
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """A feed-forward network with ReLU as document 1 has it, or with use_moe a MoE of such networks, whose weights sum
+    """A feed-forward network with ReLU as llm_prep has it, or with use_moe a MoE of such networks, whose weights sum
     to 1 where topk > 1. ValueError names a field that does not fit.
 
     capacity: tokens of an expert, or as a float a factor of what it gets on average (see MoEConfig): 1.25 of it, not
-    0.25, lets most tokens through. renormalize: see MoEConfig; true with topk 1 is what document 1's code does, whose
+    0.25, lets most tokens through. renormalize: see MoEConfig; true with topk 1 is what llm_prep's code does, whose
     router does not learn.
     """
 

@@ -51,7 +51,7 @@ class Routing:
         tokens. k alpha where both are uniform; alpha E where k = 1 and all go to one. Its gradient is that of P alone,
         as f counts.
 
-        balance="document" is document 1's alpha sum_i f_i p_i: f_i the share of the tokens that expert i took, p_i the
+        balance="document" is llm_prep's alpha sum_i f_i p_i: f_i the share of the tokens that expert i took, p_i the
         mean weight of those that chose it. It is kept to compare with and does not balance: without overflow it is
         alpha whatever the router does where weights sum to 1, and with overflow it falls as the routing collapses.
         """

@@ -51,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "overflow": {"capacity": 2, "overflow": "expert"},
     "overflow of several": {"num_experts_per_tok": 3, "capacity": 1.0, "overflow": "expert", "bias": True},
     "no capacity": {"num_experts_per_tok": 2, "capacity": 0, "overflow": "expert"},
-    "document 1": {
+    "llm_prep": {
         "num_experts_per_tok": 2,
         "capacity": 3,
         "overflow": "expert",

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from ...models.causal_lm.model import Block, Decoder
+from ...models.causal_lm.model import Block, CausalLM
 from ...reference.models import causal_lm as twin
 from ..samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
 
@@ -25,7 +25,7 @@ _CHUNKS = (4, 1, 5, 1, 2)  # positions that go through the caches at once, as ma
 _WINDOW = 5  # instead of one that hides nothing of the longest sample
 
 
-def decoder_cases(model: Decoder) -> dict[str, Case]:
+def causal_lm_cases(model: CausalLM) -> dict[str, Case]:
     """A case for the table, for every block, for the head, for what follows the table, and for that through caches. The
     model's floats become float32, which holds them exactly, and its window narrower where the samples are shorter."""
     model.update(
@@ -53,7 +53,7 @@ def decoder_cases(model: Decoder) -> dict[str, Case]:
     return cases
 
 
-def _narrow(model: Decoder) -> str:
+def _narrow(model: CausalLM) -> str:
     """Makes the window of a model _WINDOW if the samples are no longer than it. Says so, for their descriptions. Layers
     keep what theirs differ from the configuration's by, so that a wrong one stays wrong."""
     config = model.config
@@ -68,7 +68,7 @@ def _narrow(model: Decoder) -> str:
     return f", window {_WINDOW} instead of {config.window}"
 
 
-def _cached(model: Decoder, x: mx.array) -> mx.array:
+def _cached(model: CausalLM, x: mx.array) -> mx.array:
     """Embedded tokens (1, L, E), some at a time -> logits (1, L, V)."""
     caches, at, parts = model.make_caches(), 0, []
     for n in _CHUNKS:
@@ -90,7 +90,7 @@ def floats(module: nn.Module) -> Arrays:
     return params
 
 
-def _table(model: Decoder, weights: Arrays) -> Case:
+def _table(model: CausalLM, weights: Arrays) -> Case:
     """A look-up of tokens (2, L)."""
 
     def samples(rng: Rng) -> Iterator[Sample]:
@@ -106,7 +106,7 @@ def _table(model: Decoder, weights: Arrays) -> Case:
     )
 
 
-def _block(model: Decoder, layer: Block, index: int, note: str) -> Case:
+def _block(model: CausalLM, layer: Block, index: int, note: str) -> Case:
     """A block: its floats are differentiated by as well, packed matrices are not. `note`: see _fixed."""
     packed = any("scales" in part for _, part in layer.named_modules())
     weights, given = floats(layer), {} if packed else floats(layer)

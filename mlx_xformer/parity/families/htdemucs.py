@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...models.bert import Bert
-from ...models.causal_lm.model import Decoder
+from ...models.causal_lm.model import CausalLM
 from ...models.families import load_model
 from ...models.guides.ferrotorch import AttentionLayer
 from ...models.guides.scratch import EncoderDecoder, TransformerStack
@@ -29,11 +29,11 @@ from ...reference.models.htdemucs.transformer import cross_transformer, cross_tr
 from ...reference.nn.layers import linear
 from ..samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
 from .bert import bert_cases
-from .causal_lm import decoder_cases
-from .guides.scratch import attention_cases, stack_cases
+from .causal_lm import causal_lm_cases
+from .guides.scratch import attention_cases, scratch_cases
 from .t5 import t5_cases
 from .transformer import MODELS as SEQUENCE_MODELS
-from .transformer import sequence_folder_cases
+from .transformer import transformer_cases
 from .whisper import whisper_cases
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
@@ -199,11 +199,11 @@ def _whole(model: HTDemucs) -> Case:
 
 _CASES: dict[Any, Callable[[Any], dict[str, Case]]] = {  # a kind of model, or several -> the cases of one
     HTDemucs: _htdemucs_cases,
-    Decoder: decoder_cases,
+    CausalLM: causal_lm_cases,
     Bert: bert_cases,
     T5: t5_cases,
     Whisper: whisper_cases,
-    (TransformerStack, EncoderDecoder): stack_cases,
+    (TransformerStack, EncoderDecoder): scratch_cases,
     AttentionLayer: attention_cases,
-    SEQUENCE_MODELS: sequence_folder_cases,
+    SEQUENCE_MODELS: transformer_cases,
 }

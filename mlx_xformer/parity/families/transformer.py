@@ -1,4 +1,4 @@
-"""The layers of a converted model of document 1, or of a Transformer, with its own weights, then all of it, at once and
+"""The layers of a converted model of llm_prep, or of a Transformer, with its own weights, then all of it, at once and
 through caches.
 
 Axes: B batch, L positions, S positions of a memory, E embed_dim.
@@ -30,7 +30,7 @@ _TWINS: dict[type, Callable[..., np.ndarray]] = {
 }
 
 
-def sequence_folder_cases(model: Any) -> dict[str, Case]:
+def transformer_cases(model: Any) -> dict[str, Case]:
     """A case for every layer, for the whole, and for that through caches."""
     cases = {}
     for side in ("stack", "encoder", "decoder"):

@@ -111,7 +111,7 @@ def load(routing: Routing, *, kept: bool = False) -> np.ndarray:
 
 
 def balance_loss(routing: Routing, config: Any) -> np.ndarray:
-    """alpha E sum_i f_i P_i (Fedus et al. 2021), or document 1's alpha sum_i f_i p_i."""
+    """alpha E sum_i f_i P_i (Fedus et al. 2021), or llm_prep's alpha sum_i f_i p_i."""
     T, E = routing.logits.shape
     total = np.zeros((), routing.logits.dtype)
     counts, took = load(routing), load(routing, kept=True)

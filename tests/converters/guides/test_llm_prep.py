@@ -1,4 +1,4 @@
-"""State dicts of torch.nn.Transformer* and of document 1's models: recognised, converted, and led back bit by bit."""
+"""State dicts of torch.nn.Transformer* and of llm_prep's models: recognised, converted, and led back bit by bit."""
 
 import dataclasses
 import json

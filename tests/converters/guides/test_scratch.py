@@ -30,7 +30,7 @@ def attention(source=E):
 
 
 def stack_state(memory=M, prefix=""):
-    """A file of document 2, by hand."""
+    """A file of scratch, by hand."""
     state = {}
     for block in range(N):
         parts = {f"attention_layer.{name}": x + block for name, x in attention().items()}
@@ -77,7 +77,7 @@ def same(ours, theirs):
 def test_stack_there_and_back(tmp_path, memory, dtype):
     state = {name: x.astype(dtype) for name, x in stack_state(memory).items()}
     report = converted(tmp_path, state, {**HEADS, "causal": True, "ffn_dropout": 0.25})
-    assert report.family == "transformer_stack" and "W_Q" in report.reason and len(report.rows) == len(state)
+    assert report.family == "scratch" and "W_Q" in report.reason and len(report.rows) == len(state)
     config = load_model(tmp_path / "ours").config
     assert (config.model_dim, config.key_dim, config.hidden_dim, config.num_heads) == (E, D, HIDDEN, H)
     assert (config.enc_out_dim, config.num_stack, config.causal, config.ffn_dropout) == (memory, N, True, 0.25)
@@ -122,7 +122,7 @@ def test_model_there_and_back(tmp_path, buffers):
     """The buffers are dropped, by name in the report; pos.pe tells max_len."""
     state = model_state(buffers)
     report = converted(tmp_path, state, {**HEADS, "padding_idx": 3})
-    assert report.family == "stack_encoder_decoder" and report.reason.startswith("embed and unembed beside decoder.")
+    assert report.family == "scratch_encoder_decoder" and report.reason.startswith("embed and unembed beside decoder.")
     dropped = {name for row in report.rows if not row.targets for name in row.sources}
     assert dropped == ({"mask", "pos.pe"} if buffers else set())
     config = load_model(tmp_path / "ours").config
@@ -139,7 +139,7 @@ def test_model_there_and_back(tmp_path, buffers):
 def test_ferrotorch_there_and_back(tmp_path, bias, kv_heads):
     state = layer_state(bias, kv_heads)
     report = converted(tmp_path, state, {**HEADS, "causal": True})
-    assert report.family == "attention_layer" and "q_proj, k_proj, v_proj and out_proj" in report.reason
+    assert report.family == "ferrotorch" and "q_proj, k_proj, v_proj and out_proj" in report.reason
     layer = load_model(tmp_path / "ours")
     assert layer.config.kv_heads == kv_heads and layer.config.causal
     x = noise(2, 7, E, seed=9)
@@ -153,7 +153,7 @@ def test_ferrotorch_there_and_back(tmp_path, bias, kv_heads):
 
 @pytest.mark.parametrize("names", [("W_Q", "W_K", "W_V", "W_O"), ("q_proj", "k_proj", "v_proj", "out_proj")])
 def test_attention_layers_as_parts(names):
-    """Of document 2, with keys of their own width and a memory, and of ferrotorch, into an Attention and back."""
+    """Of scratch, with keys of their own width and a memory, and of ferrotorch, into an Attention and back."""
     layout, source = ("scratch", M) if names[0] == "W_Q" else ("plain", None)
     state = attention(M) if source else layer_state()
     sizes = {"head_dim": D, "value_dim": E // H, "kv_dim": M, "bias": False} if source else {}
@@ -264,7 +264,7 @@ def test_commands(tmp_path, capsys):
     assert cli.main(given) == 1
     assert "num_heads must be set" in capsys.readouterr().err
     assert cli.main([*given, "--set", "num_heads=3", "--set", "attention_dropout=0.2"]) == 0
-    assert "family      stack_encoder_decoder (embed and unembed beside" in capsys.readouterr().out
+    assert "family      scratch_encoder_decoder (embed and unembed beside" in capsys.readouterr().out
     assert load_model(tmp_path / "ours").config.stack.attention_dropout == 0.2
     assert cli.main(["parity", str(tmp_path / "ours"), "--seeds", "1"]) == 0
     assert cli.main(["info", str(tmp_path / "ours")]) == 0

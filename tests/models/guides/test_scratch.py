@@ -356,7 +356,7 @@ def test_checkpoint_and_its_proof(tmp_path):
     for norm in ("layer", "unbiased"):
         config = dataclasses.replace(CONFIG, stack=dataclasses.replace(STACK, norm=norm))
         made = EncoderDecoder(config)
-        loaded = saved(tmp_path / norm, "stack_encoder_decoder", made, config)
+        loaded = saved(tmp_path / norm, "scratch_encoder_decoder", made, config)
         assert loaded.config == config and not loaded.training
         assert mx.array_equal(loaded(tokens(B, L), array(B, S, M)), made(tokens(B, L), array(B, S, M)))
         names = {row.name for row in parity.run(folder=tmp_path / norm, seeds=1).rows}
@@ -369,20 +369,20 @@ def test_proof_of_a_stack_alone(tmp_path, width):
     from mlx_xformer.models.guides.scratch import TransformerStack
 
     config = dataclasses.replace(STACK, enc_out_dim=width, causal=False)
-    saved(tmp_path / "a", "transformer_stack", TransformerStack(config), config)
+    saved(tmp_path / "a", "scratch", TransformerStack(config), config)
     report = parity.run(folder=tmp_path / "a", seeds=1)
     assert not report.failed and {row.name for row in report.rows} == {"blocks.0", "blocks.1", "stack"}
 
 
 def test_proof_of_an_attention_layer(tmp_path):
     config = AttentionLayerConfig(21, 3, num_kv_heads=1, causal=True)
-    saved(tmp_path / "a", "attention_layer", AttentionLayer(config), config)
+    saved(tmp_path / "a", "ferrotorch", AttentionLayer(config), config)
     report = parity.run(folder=tmp_path / "a", seeds=1)
     assert not report.failed and {row.name for row in report.rows} == {"attention"}
 
 
 def test_a_proof_sees_a_bug(tmp_path, monkeypatch):
-    saved(tmp_path / "a", "stack_encoder_decoder", EncoderDecoder(CONFIG), CONFIG)
+    saved(tmp_path / "a", "scratch_encoder_decoder", EncoderDecoder(CONFIG), CONFIG)
     from mlx_xformer.models.guides.scratch import blocks
 
     real = blocks.TransformerBlock._attend

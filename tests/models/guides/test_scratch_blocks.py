@@ -105,7 +105,7 @@ def test_zero_weights_change_nothing():
     assert mx.array_equal(module(x, array(B, S, M)), x)
 
 
-# The traps of document 2
+# The traps of scratch
 
 
 def test_t2_2_dropout_is_of_weights_or_named_of_scores():

@@ -1,4 +1,4 @@
-"""What document 0's guide says in tables and notes of the parts that its cross-transformer is made of."""
+"""What MetalAudio's guide says in tables and notes of the parts that its cross-transformer is made of."""
 
 import mlx.core as mx
 import numpy as np
@@ -36,7 +36,7 @@ def test_the_score_bytes_are_those_of_an_array_of_scores():
 
 
 def test_how_far_the_tanh_form_is_from_the_exact_gelu():
-    """4.73e-4 near 2.7 on both sides, and nothing at 10: not at extreme values, as document 0's tests say."""
+    """4.73e-4 near 2.7 on both sides, and nothing at 10: not at extreme values, as MetalAudio's tests say."""
     x = np.linspace(-12, 12, 24_001)
     twin = np.abs(twin_kernels.gelu_tanh(x) - twin_kernels.gelu(x))
     ours = np.abs(np.array(activations.gelu_tanh(mx.array(x, mx.float32)) - activations.gelu(mx.array(x, mx.float32))))

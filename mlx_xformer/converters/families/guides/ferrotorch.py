@@ -14,7 +14,7 @@ import mlx.core as mx
 from ....models.guides.ferrotorch import AttentionLayerConfig
 from ...rules import Rule
 
-FAMILY = "attention_layer"
+FAMILY = "ferrotorch"
 MODEL_TYPES: tuple[str, ...] = ()
 Tensors = Mapping[str, mx.array]
 _WEIGHTS, _BIASES = ({f"{name}_proj.{leaf}" for name in ("q", "k", "v", "out")} for leaf in ("weight", "bias"))

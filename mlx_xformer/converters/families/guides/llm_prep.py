@@ -16,7 +16,7 @@ from ...layouts import Stack
 from ...rules import Rule
 from .. import config_keys
 
-FAMILY = "seq2seq"
+FAMILY = "llm_prep"
 MODEL_TYPES: tuple[str, ...] = ()
 Tensors = Mapping[str, mx.array]
 _LEAF = "{leaf:weight|bias}"

@@ -15,7 +15,7 @@ import mlx.core as mx
 from ....models.guides.scratch import StackConfig
 from ...rules import Rule
 
-FAMILY = "transformer_stack"
+FAMILY = "scratch"
 MODEL_TYPES: tuple[str, ...] = ()
 Tensors = Mapping[str, mx.array]
 _PARTS = {"attention_layer": "self_attn", "cross_attention_layer": "cross_attn"}

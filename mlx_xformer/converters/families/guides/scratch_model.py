@@ -16,7 +16,7 @@ from ....models.guides.scratch import EncoderDecoderConfig
 from ...rules import Rule, prefixed
 from . import scratch
 
-FAMILY = "stack_encoder_decoder"
+FAMILY = "scratch_encoder_decoder"
 MODEL_TYPES: tuple[str, ...] = ()
 Tensors = Mapping[str, mx.array]
 _OWN = ("padding_idx", "max_len", "embed_dropout")

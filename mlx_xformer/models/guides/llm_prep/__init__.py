@@ -1,4 +1,4 @@
-"""The models of document 1: a pooled regression, an autoregressive model of sequences, an encoder-decoder."""
+"""The models of llm_prep: a pooled regression, an autoregressive model of sequences, an encoder-decoder."""
 
 from ....nn.moe.layer import FFNConfig
 from ....nn.transformer import auxiliary_loss

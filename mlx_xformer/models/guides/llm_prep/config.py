@@ -1,4 +1,4 @@
-"""Configurations of document 1's models."""
+"""Configurations of llm_prep's models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPTIONAL = ("num_decoder_layers", "num_groups", "window", "vocab_size")
 
 @dataclass(frozen=True)
 class SequenceConfig:
-    """Sizes of the models of document 1. ValueError names a field that does not fit.
+    """Sizes of the models of llm_prep. ValueError names a field that does not fit.
 
     attention_type: "mha", "mqa" with one key/value head, or "gqa" with num_groups of them (half of num_heads unless
     given); num_groups is of no use to the others. ffn: of every layer, by default 4 embed_dim wide; with a MoE whose

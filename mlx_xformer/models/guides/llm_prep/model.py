@@ -1,4 +1,4 @@
-"""The models of document 1: a pooled regression, an autoregressive model of sequences, an encoder-decoder.
+"""The models of llm_prep: a pooled regression, an autoregressive model of sequences, an encoder-decoder.
 
 Source: venkatvi/llm_prep, transformer/README.md. Post-norm layers with ReLU on learned projections of vectors with
 sinusoidal positions. What is causal there by name only is causal here, and caches are objects that a call is given.

@@ -1,4 +1,4 @@
-"""Samples of document 1's models and of the Transformer, at once and through caches; and the layers of a converted one
+"""Samples of llm_prep's models and of the Transformer, at once and through caches; and the layers of a converted one
 with its own weights, then all of it.
 
 Axes: B batch, L target positions, S source positions, I input_dim, E embed_dim, V vocab_size.
@@ -85,7 +85,7 @@ def _padding(rng: Rng, batch: int, length: int) -> np.ndarray:
 
 
 def _sequences(kind: Callable[[SequenceConfig], nn.Module], *names: str) -> Callable[[Rng], Iterator[Sample]]:
-    """Samples of a model of document 1 with these configurations."""
+    """Samples of a model of llm_prep with these configurations."""
 
     def samples(rng: Rng) -> Iterator[Sample]:
         for what in names:
@@ -136,7 +136,7 @@ def _in_chunks(step: Callable[..., mx.array], x: mx.array) -> mx.array:
 
 
 def cached(model: Any, arrays: dict) -> mx.array:
-    """A model of document 1, or the Transformer, through caches."""
+    """A model of llm_prep, or the Transformer, through caches."""
     caches = model.make_caches()
     if isinstance(model, AutoregressiveTransformerModel):
         return _in_chunks(lambda x: model(x, caches=caches), arrays["x"])

@@ -99,7 +99,7 @@ CASES = {
 # A checkpoint
 
 
-def stack_cases(model: TransformerStack | EncoderDecoder) -> dict[str, Case]:
+def scratch_cases(model: TransformerStack | EncoderDecoder) -> dict[str, Case]:
     """A case for every block, for all of them and for what follows them; of an encoder-decoder for its table too, and
     for what follows that through caches."""
     if isinstance(model, TransformerStack):

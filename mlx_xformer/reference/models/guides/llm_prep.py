@@ -1,4 +1,4 @@
-"""The models of document 1, step by step. `config` has the fields of models.seq2seq.SequenceConfig.
+"""The models of llm_prep, step by step. `config` has the fields of models.seq2seq.SequenceConfig.
 
 Axes: B batch, L positions, S source positions, I input_dim, E embed_dim, O output_dim, V vocab_size.
 """
