@@ -48,11 +48,13 @@ def test_choice_of_blas(before, environment, expected):
 
 
 def test_workers_take_the_place_of_the_threads_of_openblas():
-    answer = run(f"{FAKE}\nfrom mlx_xformer import runtime\nprint(runtime.workers, runtime.report().workers, told)")
+    answer = run(
+        f"{FAKE}\nfrom mlx_xformer.backend import device\nprint(device.workers, device.report().workers, told)"
+    )
     assert answer.stdout == "3 3 [1]\n", answer.stderr
-    answer = run("from mlx_xformer import runtime\nprint(runtime.workers)", OPENBLAS_NUM_THREADS="1")
+    answer = run("from mlx_xformer.backend import device\nprint(device.workers)", OPENBLAS_NUM_THREADS="1")
     assert answer.stdout == "1\n", answer.stderr
-    answer = run("from mlx_xformer import runtime\nprint(runtime.workers)", MLX_XFORMER_BLAS="0")
+    answer = run("from mlx_xformer.backend import device\nprint(device.workers)", MLX_XFORMER_BLAS="0")
     assert answer.stdout == "1\n", answer.stderr
 
 
@@ -71,17 +73,17 @@ print((x @ x).sum().item())
 @pytest.mark.parametrize(("kernels", "expected"), [("Haswell", "[1, 1, 3, 1, 3, 1, 1]"), ("Cooperlake", "[1]")])
 def test_products_in_turn_have_threads_while_one_who_asks_shares_them_out(kernels, expected):
     code = """
-from mlx_xformer import openblas
-with openblas.products_in_turn(shared=False):
-    with openblas.products_in_turn(shared=True):
+from mlx_xformer.backend.linux import blas
+with blas.products_in_turn(shared=False):
+    with blas.products_in_turn(shared=True):
         pass
-    assert openblas.in_turn == [False][:len(told) - 1]
+    assert blas.in_turn == [False][:len(told) - 1]
     try:
-        with openblas.products_in_turn(shared=True):
+        with blas.products_in_turn(shared=True):
             raise KeyError
     except KeyError:
         pass
-assert not openblas.in_turn
+assert not blas.in_turn
 print(told)
 """
     answer = run(f"{FAKE.replace('Zen', kernels)}\n{code}")
@@ -161,10 +163,10 @@ def test_long_sums_are_as_exact_as_short_ones(form):
 
 
 SHOW = """
-from mlx_xformer import openblas
+from mlx_xformer.backend.linux import blas
 import mlx.core as mx
 x = mx.arange(5).astype(mx.float32)[None]
-print(openblas.one_row, openblas.words.count("as of many"), (x @ x.T).item())
+print(blas.one_row, blas.words.count("as of many"), (x @ x.T).item())
 """
 
 

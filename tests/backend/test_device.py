@@ -21,14 +21,14 @@ def run(code, **environment):
 def test_freed_memory_is_kept_unless_the_user_says_otherwise():
     code = """
 import resource
-from mlx_xformer import runtime
+from mlx_xformer.backend import device
 import mlx.core as mx
 def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work(): mx.eval([mx.zeros((1 << 24,)) + n for n in range(2)])
 work()
 before = pages()
 work()
-print(runtime.keeps_memory, pages() - before < 1000)
+print(device.keeps_memory, pages() - before < 1000)
 """
     assert run(code).stdout.split() == ["True", "True"]
     assert run(code, MLX_XFORMER_MALLOC="0").stdout.split() == ["False", "False"]

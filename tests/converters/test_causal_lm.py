@@ -632,7 +632,7 @@ def test_the_wrong_folder(tmp_path):
         for given in ({}, {"quantize": 8}):
             refused(partial(convert, folder, tmp_path / "out", **given), reason, folder, tmp_path)
     write_folder(tmp_path / "hf", config("llama"))
-    with pytest.raises(ValueError, match="family must be htdemucs, got decoder"):
+    with pytest.raises(ValueError, match="family must be htdemucs, got causal_lm"):
         convert(tmp_path / "hf", tmp_path / "out", family="htdemucs")
     convert(tmp_path / "hf", tmp_path / "mlx", family="causal_lm")
     for given in ({}, {"quantize": 8}, {"dtype": "float16"}):
@@ -685,7 +685,7 @@ def test_the_command(tmp_path, capsys):
     write_folder(tmp_path / "hf", config("llama", **WIDE))
     arguments = ["convert", str(tmp_path / "hf"), str(tmp_path / "mlx"), "--quantize", "8", "--group-size", "32"]
     assert cli.main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "mlx").exists()
-    assert cli.main(arguments) == 0 and "family      decoder" in capsys.readouterr().out
+    assert cli.main(arguments) == 0 and "family      causal_lm" in capsys.readouterr().out
     assert cli.main(["parity", str(tmp_path / "mlx"), "--seeds", "1"]) == 0
     assert "model.layers.1" in capsys.readouterr().out
     assert cli.main(["info", str(tmp_path / "mlx")]) == 0

@@ -241,9 +241,9 @@ def test_large_values_stay_finite(size):
 
 THREADS = """
 import sys, threading, os
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import numpy as np
-import test_cross_transformer as t
+import test_metalaudio as t
 def work(name):
     module, _ = t.encoder()
     results[name] = [[np.array(x) for x in module(*t.arrays())] for _ in range(20)]
@@ -261,6 +261,6 @@ os._exit(0)  # plain MLX can abort here, after compiled chains ran in a thread (
 
 def test_threads_with_instances_of_their_own():
     """Two threads and the main one: the same weights give the same bits."""
-    command = [sys.executable, "-c", THREADS, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", THREADS, str(Path(__file__).parent), str(Path(__file__).parents[2])]
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.stdout == "120 True\n", answer.stdout + answer.stderr
