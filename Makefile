@@ -11,7 +11,7 @@ DATA ?= $(MLX_XFORMER_DATA)
 PYTEST = $(BIN)/python -m pytest
 PLAIN := -m "not torch and not real and not browser"
 
-.PHONY: demo test test-nightly test-torch test-browser test-real check format bench bench-peers clean
+.PHONY: demo test test-nightly test-torch test-browser test-real check format dist bench bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-xformer separate mlx_xformer/data/demo.flac -n htdemucs_mini
@@ -38,12 +38,20 @@ test-real: $(VENV)/installed-real
 check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy -p mlx_xformer
 	$(PYTEST) $(PLAIN)
 
 format: $(VENV)/installed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# The source distribution and the wheel, built in an environment of their own from the source distribution.
+dist: $(VENV)/installed
+	$(BIN)/pip $(PIP) "build>=1.3" "twine>=6"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py
