@@ -255,7 +255,7 @@ work("main")
 expected = results["main"][0]
 same = [(a == b).all() for runs in results.values() for run in runs for a, b in zip(run, expected, strict=True)]
 print(len(same), all(same), flush=True)
-os._exit(0)  # plain MLX can abort here, after compiled chains ran in a thread (docs/decisions.md, 14)
+os._exit(0)  # plain MLX can abort here, after compiled chains ran in a thread (docs/decisions.md)
 """
 
 
