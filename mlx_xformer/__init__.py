@@ -1,45 +1,19 @@
-"""mlx-xformer: transformer building blocks on MLX, and music source separation built on them."""
+"""mlx-xformer: transformer building blocks on MLX, and music source separation built on them.
 
-from typing import Any
+The names below are imported when they are first used, so that `import mlx_xformer` takes no longer than `backend` does.
+That room is imported at once: on Linux it loads the BLAS that MLX runs on, which must happen before `mlx.core` is
+imported for the first time.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import backend
 from ._version import __version__
-from .backend import device  # first: it loads the BLAS that MLX runs on
 
-__all__ = [
-    "Attention",
-    "AttentionConfig",
-    "Bag",
-    "BagConfig",
-    "CrossAttention",
-    "CrossCache",
-    "GroupedQueryAttention",
-    "HTDemucs",
-    "HTDemucsConfig",
-    "InferenceMode",
-    "KVCache",
-    "MultiHeadAttention",
-    "MultiQueryAttention",
-    "RewindError",
-    "Separator",
-    "Tokenizer",
-    "__version__",
-    "attention",
-    "attention_weights",
-    "batch_generate",
-    "cache_bytes",
-    "convert",
-    "generate",
-    "get_attention",
-    "load",
-    "load_caches",
-    "make_sampler",
-    "runtime",
-    "save_caches",
-    "separate",
-]
-
-if device.backend_error is None:
+if TYPE_CHECKING:
     from .converters.conversion import convert
+    from .models.causal_lm.model import CausalLM, CausalLMConfig
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
     from .nn.attention.layer import (
         Attention,
@@ -53,14 +27,92 @@ if device.backend_error is None:
         get_attention,
     )
     from .nn.cache import CrossCache, KVCache, RewindError, cache_bytes, load_caches, save_caches
+    from .nn.moe.layer import MoE, MoEConfig
+    from .nn.positions import Rotary
     from .pretrained.loading import load
     from .separation.separator import Separator, separate
     from .text.generation import batch_generate, generate
     from .text.samplers import make_sampler
+    from .text.sentences import SentenceEncoder
     from .text.tokenizer import Tokenizer
-else:
 
-    def __getattr__(name: str) -> Any:
-        if name in __all__:
-            raise ImportError(device.backend_error)
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Bag",
+    "BagConfig",
+    "CausalLM",
+    "CausalLMConfig",
+    "CrossAttention",
+    "CrossCache",
+    "GroupedQueryAttention",
+    "HTDemucs",
+    "HTDemucsConfig",
+    "InferenceMode",
+    "KVCache",
+    "MoE",
+    "MoEConfig",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "RewindError",
+    "Rotary",
+    "SentenceEncoder",
+    "Separator",
+    "Tokenizer",
+    "__version__",
+    "attention",
+    "attention_weights",
+    "backend",
+    "batch_generate",
+    "cache_bytes",
+    "convert",
+    "generate",
+    "get_attention",
+    "load",
+    "load_caches",
+    "make_sampler",
+    "save_caches",
+    "separate",
+]
+
+_MODULES = {  # module -> the names that it holds
+    "converters.conversion": ("convert",),
+    "models.causal_lm.model": ("CausalLM", "CausalLMConfig"),
+    "models.htdemucs": ("Bag", "BagConfig", "HTDemucs", "HTDemucsConfig", "InferenceMode"),
+    "nn.attention.layer": (
+        "Attention",
+        "AttentionConfig",
+        "CrossAttention",
+        "GroupedQueryAttention",
+        "MultiHeadAttention",
+        "MultiQueryAttention",
+        "attention",
+        "attention_weights",
+        "get_attention",
+    ),
+    "nn.cache": ("CrossCache", "KVCache", "RewindError", "cache_bytes", "load_caches", "save_caches"),
+    "nn.moe.layer": ("MoE", "MoEConfig"),
+    "nn.positions": ("Rotary",),
+    "pretrained.loading": ("load",),
+    "separation.separator": ("Separator", "separate"),
+    "text.generation": ("batch_generate", "generate"),
+    "text.samplers": ("make_sampler",),
+    "text.sentences": ("SentenceEncoder",),
+    "text.tokenizer": ("Tokenizer",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used. ImportError where MLX cannot be loaded."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if backend.device.backend_error is not None:
+        raise ImportError(backend.device.backend_error)
+    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, and what has been imported so far."""
+    return sorted({*globals(), *__all__})
