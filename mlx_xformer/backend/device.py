@@ -12,6 +12,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,6 +116,18 @@ def use_device(kind: str) -> None:
     if not mx.is_available(device):
         raise ValueError(f"device must be available, got {kind!r}: MLX has no {kind.upper()} here")
     mx.set_default_device(device)
+
+
+@contextmanager
+def device_of(kind: str | None) -> Iterator[None]:
+    """Within it the default device is `kind`, as use_device() takes it, or for None the one of before."""
+    before = mx.default_device()
+    try:
+        if kind is not None:
+            use_device(kind)
+        yield
+    finally:
+        mx.set_default_device(before)
 
 
 def process_group() -> mx.distributed.Group | None:

@@ -14,12 +14,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from . import device
-from .linux import streams
+from .linux import blas, streams
 
 _FUSES = sys.platform == "linux" and shutil.which("g++") is not None and "MLX_DISABLE_COMPILE" not in os.environ
-
-
+HAS_CUDA = mx.cuda.is_available()
 _CPU = mx.Device(mx.cpu)
 
 
@@ -36,14 +34,14 @@ def vectorizes(x: mx.array) -> bool:
 def by_rows(function: Callable[[mx.array], mx.array], x: mx.array, columns: int = 0) -> mx.array:
     """function(x), where what becomes of each x[i] depends on it alone: on a CPU side by side, where x is large, or its
     product with so many columns."""
-    if device.workers == 1 or not on_cpu() or (x.size < _LARGE and x.size * columns < _MANY):
+    if blas.workers == 1 or not on_cpu() or (x.size < _LARGE and x.size * columns < _MANY):
         return function(x)
     return streams.by_rows(function, x)
 
 
 def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
     """What each task returns; on a CPU with several workers they run at the same time."""
-    if device.workers == 1 or not on_cpu():
+    if blas.workers == 1 or not on_cpu():
         return [task() for task in tasks]
     return streams.side_by_side(tasks)
 

@@ -73,9 +73,6 @@ def normalize(
     return mx.flatten(y, -2, -1).astype(x.dtype)
 
 
-_CUDA = mx.cuda.is_available()
-
-
 _FEW = 8  # rows where each operation counts
 _SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics
 
@@ -98,7 +95,9 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
         and weight.dtype == bias.dtype == x.dtype
     ):
         return _few_layer_norm(x, weight, bias, eps)  # where few rows make each operation count, in four
-    if width > _SEQUENTIAL or (_CUDA and width % 8):  # MLX 0.32.4 on CUDA: wrong gradients, reads beyond the array
+    if width > _SEQUENTIAL or (
+        dispatch.HAS_CUDA and width % 8
+    ):  # MLX 0.32.4 on CUDA: wrong gradients, reads beyond the array
         return normalize(x, weight, bias, axes=(), eps=eps)
     return mx.fast.layer_norm(x, weight, bias, eps)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from . import device, dispatch
+from . import dispatch
 from .linux import blas, streams
 from .linux.products import few_rows
 
@@ -65,7 +65,7 @@ def in_stretches(elementwise: Callable[..., mx.array]) -> Callable[..., mx.array
     @function.vjp
     def gradient(primals, cotangent, _):
         primals = primals if isinstance(primals, (tuple, list)) else (primals,)
-        step = -(-len(cotangent) // device.workers)
+        step = -(-len(cotangent) // blas.workers)
         parts = [slice(at, at + step) for at in range(0, len(cotangent), step)]
         ones: Any = [partial(_gradients, elementwise, primals, cotangent, part) for part in parts]
         found: Any = streams.side_by_side(ones)
@@ -135,7 +135,7 @@ def _few_packed(x: mx.array, packed: tuple[mx.array, mx.array, mx.array], group_
     def form(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
 
-    if device.workers == 1 or not dispatch.on_cpu() or packed[0].size < _LARGE_PACKED:
+    if blas.workers == 1 or not dispatch.on_cpu() or packed[0].size < _LARGE_PACKED:
         return form(x, *packed)
     rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
     y = streams.by_rows(lambda *some: form(rows, *some).T, *packed).T

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from .._version import __version__
@@ -71,7 +69,7 @@ def run(
     if folder is not None and dtypes != ("float32",):
         raise ValueError(f"dtypes must be float32 where a folder is proven, got {', '.join(dtypes)}")
     began = time.monotonic()
-    with _on(device):
+    with runtime.device_of(device):
         cases = {name: CASES[name] for name in names or NAMES} if folder is None else model_cases(folder)
         rows: list[Row] = []
         for done, (name, case) in enumerate(cases.items()):
@@ -87,17 +85,6 @@ def _check_known(what: str, given: Sequence[str], known: tuple[str, ...]) -> Non
     for name in given:
         if name not in known:
             raise ValueError(f"{what} must be among {', '.join(known)}, got {name!r}")
-
-
-@contextmanager
-def _on(device: str | None) -> Iterator[None]:
-    before = mx.default_device()
-    try:
-        if device is not None:
-            runtime.use_device(device)
-        yield
-    finally:
-        mx.set_default_device(before)
 
 
 def generator(name: str, seed: int) -> Rng:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support.harness import assert_within_budget, check_forward, check_gradient
 
-from mlx_xformer.backend import activations, device, dispatch, fused, norms
-from mlx_xformer.backend.linux import chains, products, streams
+from mlx_xformer.backend import activations, dispatch, fused, norms
+from mlx_xformer.backend.linux import blas, chains, products, streams
 from mlx_xformer.reference import backend as twin
 
 
@@ -235,7 +235,7 @@ def test_rows_are_computed_side_by_side(monkeypatch):
         return np.array(out[0]), np.array(gradient[0])
 
     alone = both()
-    monkeypatch.setattr(device, "workers", 3)
+    monkeypatch.setattr(blas, "workers", 3)
     monkeypatch.setattr(dispatch, "_LARGE", 0)
     streams._streams.cache_clear()
     try:

@@ -134,7 +134,7 @@ def test_what_a_gpu_is_given(case, monkeypatch):
 def test_what_cuda_is_given(monkeypatch):
     """It has no product with parts of a longer line, as caches show them: strided heads come in order."""
     function, seen = mx.quantized_matmul, []
-    monkeypatch.setattr(quantized, "_CUDA", True)
+    monkeypatch.setattr("mlx_xformer.backend.dispatch.HAS_CUDA", True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *y, **o: seen.extend(y) or function(x, *y, **o))
     line = Quantized.of(mx.random.normal((2, 3, 64, 32)), 8)

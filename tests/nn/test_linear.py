@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from support.harness import as32, assert_within_budget, check_gradient
 from support.tensors import signal
 
-from mlx_xformer.backend import device, products
+from mlx_xformer.backend import products
 from mlx_xformer.backend.linux import blas
 from mlx_xformer.backend.linux import products as linux_products
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
@@ -35,7 +35,7 @@ def test_product(shape, biased):
 @pytest.mark.parametrize(("rows", "one_row"), [(1, False), (1, True), (2, True), (8, True)])
 def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, one_row, workers):
     """Equal pieces, shared out among workers where the matrix is large; the whole where its rows have no divisor."""
-    monkeypatch.setattr(device, "workers", workers)
+    monkeypatch.setattr(blas, "workers", workers)
     monkeypatch.setattr(blas, "in_turn", [])
     monkeypatch.setattr(blas, "one_row", one_row)
     monkeypatch.setattr(linux_products, "_SHARE", 2**12)

@@ -6,7 +6,6 @@ from functools import lru_cache, partial
 
 import mlx.core as mx
 
-from .. import device
 from . import blas
 from .chains import add_gate, dense, exp_below_0, glu
 from .streams import by_rows, side_by_side
@@ -27,7 +26,7 @@ def few_rows(x: mx.array, weight: mx.array) -> mx.array:
     if blas.in_turn:
         return x @ weight.T
     M, (O, I) = len(x), weight.shape
-    workers = max(1, min(device.workers, weight.size // _SHARE))
+    workers = max(1, min(blas.workers, weight.size // _SHARE))
     most = O // workers
     if not (M == 1 and blas.one_row):
         most = min(most, _UNCOPIED[0] // (M * I), _UNCOPIED[1] // M)
@@ -90,7 +89,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     v = mx.concatenate([v, mx.ones((*v.shape[:-1], 1))], axis=-1)
     q, k, v = (mx.contiguous(mx.flatten(x, 0, 1)) for x in (q, k, v))  # once, or every product copies them
     rows = max(16, min(L, _SCORES // S))
-    heads = max(1, min(_SCORES // (rows * S), -(-B * H // device.workers)))
+    heads = max(1, min(_SCORES // (rows * S), -(-B * H // blas.workers)))
 
     def block(some: slice, part: slice) -> mx.array:
         scores = q[some, part] @ k[some].swapaxes(-1, -2)
@@ -118,5 +117,5 @@ def products(x: mx.array) -> mx.array:
 
 def add_gated_products(residual: mx.array, x: mx.array, value: mx.array, gate: mx.array) -> mx.array:
     """residual + (x value) * sigmoid(x gate), of rows: (R, C), (R, K) and two of (K, C) -> (R, C)."""
-    step = -(-len(x) // (4 * device.workers))
+    step = -(-len(x) // (4 * blas.workers))
     return by_rows(lambda residual, x: add_gate(residual, x @ value, x @ gate), residual, x, step=step)

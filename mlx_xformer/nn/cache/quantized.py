@@ -14,7 +14,6 @@ import mlx.core as mx
 from ...backend import dispatch
 
 BITS = (8, 4)
-_CUDA = mx.cuda.is_available()
 _FLOATS = 2**15  # channels of a stretch of positions that a CPU takes at once
 
 
@@ -126,7 +125,7 @@ class Quantized:
         more = stored_width(self.width) - self.width
         x = mx.pad(x, [(0, 0)] * 3 + [(0, more)]) if transpose and more else x
         packed, scales, biases = self.packed, self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        if _CUDA:  # where MLX 0.32.4 has no product with stretches of several heads
+        if dispatch.HAS_CUDA:  # where MLX 0.32.4 has no product with stretches of several heads
             packed, scales, biases = (mx.contiguous(y) for y in (packed, scales, biases))
         form: dict[str, Any] = {"transpose": transpose, "group_size": self.group_size, "bits": self.bits}
         out = mx.quantized_matmul(x, packed, scales, biases, **form)
