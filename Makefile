@@ -40,6 +40,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy -p mlx_xformer
+	$(BIN)/lint-imports --no-logo
 	$(PYTEST) $(PLAIN)
 
 format: $(VENV)/installed
