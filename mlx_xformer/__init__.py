@@ -12,10 +12,10 @@ from . import backend
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .converters.conversion import convert
-    from .models.causal_lm.model import CausalLM, CausalLMConfig
+    from .converters import convert
+    from .models.causal_lm import CausalLM, CausalLMConfig
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
-    from .nn.attention.layer import (
+    from .nn.attention import (
         Attention,
         AttentionConfig,
         CrossAttention,
@@ -27,14 +27,11 @@ if TYPE_CHECKING:
         get_attention,
     )
     from .nn.cache import CrossCache, KVCache, RewindError, cache_bytes, load_caches, save_caches
-    from .nn.moe.layer import MoE, MoEConfig
+    from .nn.moe import MoE, MoEConfig
     from .nn.positions import Rotary
-    from .pretrained.loading import load
-    from .separation.separator import Separator, separate
-    from .text.generation import batch_generate, generate
-    from .text.samplers import make_sampler
-    from .text.sentences import SentenceEncoder
-    from .text.tokenizer import Tokenizer
+    from .pretrained import load
+    from .separation import Separator, separate
+    from .text import SentenceEncoder, Tokenizer, batch_generate, generate, make_sampler
 
 __all__ = [
     "Attention",
@@ -76,10 +73,10 @@ __all__ = [
 ]
 
 _MODULES = {  # module -> the names that it holds
-    "converters.conversion": ("convert",),
-    "models.causal_lm.model": ("CausalLM", "CausalLMConfig"),
+    "converters": ("convert",),
+    "models.causal_lm": ("CausalLM", "CausalLMConfig"),
     "models.htdemucs": ("Bag", "BagConfig", "HTDemucs", "HTDemucsConfig", "InferenceMode"),
-    "nn.attention.layer": (
+    "nn.attention": (
         "Attention",
         "AttentionConfig",
         "CrossAttention",
@@ -91,14 +88,11 @@ _MODULES = {  # module -> the names that it holds
         "get_attention",
     ),
     "nn.cache": ("CrossCache", "KVCache", "RewindError", "cache_bytes", "load_caches", "save_caches"),
-    "nn.moe.layer": ("MoE", "MoEConfig"),
+    "nn.moe": ("MoE", "MoEConfig"),
     "nn.positions": ("Rotary",),
-    "pretrained.loading": ("load",),
-    "separation.separator": ("Separator", "separate"),
-    "text.generation": ("batch_generate", "generate"),
-    "text.samplers": ("make_sampler",),
-    "text.sentences": ("SentenceEncoder",),
-    "text.tokenizer": ("Tokenizer",),
+    "pretrained": ("load",),
+    "separation": ("Separator", "separate"),
+    "text": ("SentenceEncoder", "Tokenizer", "batch_generate", "generate", "make_sampler"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""What is built: the sdist and the wheel hold the whole package, converters included, and both ways to a wheel agree."""
+"""The sdist and the wheel hold the whole package, converters included; both ways to a wheel give the same one."""
 
 import subprocess
 import sys

@@ -1,0 +1,1 @@
+"""Models: a file or a package for each family, see families.FAMILIES."""
