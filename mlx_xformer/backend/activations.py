@@ -13,6 +13,7 @@ from .linux import chains
 
 @dispatch.fuse
 def plain_gelu(x: mx.array) -> mx.array:
+    """x (1 + erf(x / sqrt(2))) / 2, in MLX's own operations."""
     return x * 0.5 * (1 + mx.erf(x * math.sqrt(0.5)))
 
 
@@ -56,6 +57,7 @@ def _plain_gate(a: mx.array, b: mx.array) -> mx.array:
 
 
 def plain_glu(x: mx.array) -> mx.array:
+    """The first half of the last axis times the sigmoid of the second, in MLX's own operations."""
     return _plain_gate(*mx.split(x, 2, axis=-1))
 
 

@@ -49,6 +49,7 @@ def moments(x: mx.array, axes: tuple[int, ...], eps: float) -> tuple[mx.array, m
 
 
 def plain_normalized(x: mx.array, center: mx.array, inverse: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """(x - center) * inverse * weight + bias, in MLX's own operations."""
     return (x - center) * inverse * weight + bias
 
 

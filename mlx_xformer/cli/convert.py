@@ -9,6 +9,7 @@ from typing import Any
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `mlx-xformer convert`."""
     argument = parser.add_argument
     argument("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml), GGUF file or folder")
     argument("out", type=Path, metavar="OUT", help="the folder to write")
@@ -25,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Converts; returns the exit code."""
     from tqdm import tqdm
 
     from ..converters.conversion import convert

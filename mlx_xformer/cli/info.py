@@ -9,10 +9,12 @@ from ..backend import device
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `mlx-xformer info`."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model's name or checkpoint folder")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Prints what computes here, or what a model is; returns the exit code."""
     if options.model is not None:
         from ..pretrained.summary import describe
 

@@ -14,11 +14,13 @@ class Permute:
     axes: tuple[int, ...]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x with its axes permuted."""
         if x.ndim != len(self.axes):
             raise ValueError(f"must have {len(self.axes)} axes, got {x.ndim}")
         return x.transpose(self.axes)
 
     def inverse(self) -> Permute:
+        """The permutation back."""
         return Permute(tuple(self.axes.index(k) for k in range(len(self.axes))))
 
 
@@ -29,11 +31,13 @@ class Squeeze:
     axis: int
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x without the axis."""
         if x.ndim <= self.axis or x.shape[self.axis] != 1:
             raise ValueError(f"axis {self.axis} must have one element")
         return x.squeeze(self.axis)
 
     def inverse(self) -> Expand:
+        """The layout that inserts the axis again."""
         return Expand(self.axis)
 
 
@@ -44,11 +48,13 @@ class Expand:
     axis: int
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x with one axis more."""
         if x.ndim < self.axis:
             raise ValueError(f"must have at least {self.axis} axes, got {x.ndim}")
         return mx.expand_dims(x, self.axis)
 
     def inverse(self) -> Squeeze:
+        """The layout that drops the axis again."""
         return Squeeze(self.axis)
 
 
@@ -60,6 +66,7 @@ class Pairs:
     joined: bool = False
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x (heads * D, ...) with the rows of each head reordered."""
         if not x.ndim or x.shape[0] % (2 * self.heads):
             raise ValueError(f"must have an even number of rows for each of {self.heads} heads")
         half = x.shape[0] // self.heads // 2
@@ -67,6 +74,7 @@ class Pairs:
         return parts.swapaxes(1, 2).reshape(x.shape)
 
     def inverse(self) -> Pairs:
+        """The order back."""
         return Pairs(self.heads, not self.joined)
 
 
@@ -78,6 +86,7 @@ class Stack:
     joined: bool = False
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns (count * R, ...) as (count, R, ...), or the reverse if `joined`."""
         if self.joined:
             if x.ndim < 2 or x.shape[0] != self.count:
                 raise ValueError(f"must have {self.count} parts as axis 0, each with rows")
@@ -87,6 +96,7 @@ class Stack:
         return mx.unflatten(x, 0, (self.count, x.shape[0] // self.count))
 
     def inverse(self) -> Stack:
+        """The reverse layout."""
         return Stack(self.count, not self.joined)
 
 
@@ -97,12 +107,14 @@ class Halves:
     joined: bool = False
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x with the halves of one axis joined along the other."""
         axis = 0 if self.joined else 1
         if x.ndim < 2 or x.shape[axis] % 2:
             raise ValueError(f"axis {axis} must have two halves")
         return mx.concatenate([*mx.split(x, 2, axis=axis)], axis=1 - axis)
 
     def inverse(self) -> Halves:
+        """The reverse layout."""
         return Halves(not self.joined)
 
 
@@ -115,6 +127,7 @@ class ZeroPart:
     joined: bool = False
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x without the part, or with zeros in its place if `joined`."""
         given = self.count - 1 if self.joined else self.count
         if not x.ndim or x.shape[0] % given:
             raise ValueError(f"must have rows in {given} equal parts")
@@ -126,6 +139,7 @@ class ZeroPart:
         return mx.concatenate(parts, axis=0)
 
     def inverse(self) -> ZeroPart:
+        """The reverse layout."""
         return ZeroPart(self.count, self.index, not self.joined)
 
 

@@ -41,10 +41,12 @@ class Rule:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """The source templates."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The target templates; none where the tensor is dropped."""
         return (self.target,) if isinstance(self.target, str) else self.target or ()
 
     def inverse(self) -> Rule:

@@ -89,7 +89,7 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(config.embed_dim, config.norm_eps)
 
     def __call__(self, tokens: mx.array, token_types: mx.array) -> mx.array:
-        """(B, L) each -> (B, L, E)"""
+        """(B, L) each -> (B, L, E)."""
         places = self.position_embeddings.weight[: tokens.shape[1]]
         return self.norm(self.word_embeddings(tokens) + self.token_type_embeddings(token_types) + places)
 

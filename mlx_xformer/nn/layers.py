@@ -25,6 +25,7 @@ class LayerNorm(nn.Module):
         self.bias = mx.zeros((dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normalises x (..., E)."""
         return norms.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -38,6 +39,7 @@ class RMSNorm(nn.Module):
         self.weight = mx.zeros((dims,)) if plus_one else mx.ones((dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normalises x (..., E)."""
         gain = 1 + self.weight.astype(mx.float32) if self.plus_one else self.weight
         return norms.rms_norm(x, gain, self.eps)
 
@@ -47,6 +49,7 @@ class WholeRMSNorm(RMSNorm):
     (Muennighoff et al. 2024, arXiv 2409.02060)."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normalises x (B, heads, L, D) over heads and D together."""
         y = super().__call__(mx.flatten(x.swapaxes(1, 2), 2, 3))  # (B, L, heads * D)
         return mx.unflatten(y, -1, (x.shape[1], x.shape[3])).swapaxes(1, 2)
 
@@ -64,6 +67,7 @@ class GroupNorm(nn.Module):
         self.bias = mx.zeros((dims,))
 
     def __call__(self, x: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
+        """Normalises x (B, ..., C) over `axes` and the channels of each group."""
         axes = tuple(range(1, x.ndim - 1)) if axes is None else axes
         return norms.normalize(x, self.weight, self.bias, axes=axes, num_groups=self.num_groups, eps=self.eps)
 
@@ -76,6 +80,7 @@ class LayerScale(nn.Module):
         self.scale = mx.full((dims,), init)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Scales x (..., dims)."""
         if not x.size:  # MLX takes 20 s on a CPU to sum over nothing, for the gradient
             return x
         return x * self.scale
@@ -138,7 +143,7 @@ class Embedding(nn.Embedding):
     """nn.Embedding, whose table also makes logits: as_linear(x) is x weight^T."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """(..., E) -> (..., V)"""
+        """(..., E) -> (..., V)."""
         return applied(self, x)
 
     def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
@@ -150,7 +155,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """nn.QuantizedEmbedding in affine mode, likewise."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """(..., E) -> (..., V)"""
+        """(..., E) -> (..., V)."""
         packed: Any = (self.weight, self.scales, self.biases)
         return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)
 
@@ -170,6 +175,7 @@ class DilatedConv1d(nn.Module):
         self.bias = mx.zeros((out_channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns (B, T, ..., C) as (B, T, ..., O)."""
         O, K, C = self.weight.shape
         T = x.shape[1]
         weight = self.weight.transpose(2, 1, 0).reshape(C, K * O)
@@ -197,6 +203,7 @@ class ConvTranspose1d(nn.Module):
         self.bias = mx.zeros((out_channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns (B, L, C) as (B, (L - 1) * stride + K, O)."""
         O, K, C = self.weight.shape
         phases = -(-K // self.stride)
         weight = mx.pad(self.weight, [(0, 0), (0, phases * self.stride - K), (0, 0)])

@@ -29,7 +29,7 @@ class Row:
         return weight is self._given[0] and bias is self._given[1]
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(..., I) -> (..., O)"""
+        """(..., I) -> (..., O)."""
         weight, bias = self._views
         row = x if x.ndim == 3 else x.reshape(1, 1, -1)
         y = row @ weight if bias is None else mx.addmm(bias, row, weight)
@@ -66,6 +66,7 @@ class Linear(nn.Linear):
     """nn.Linear, as applied() computes it."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """(..., I) -> (..., O)."""
         return applied(self, x)
 
     def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
@@ -77,5 +78,6 @@ class QuantizedLinear(nn.QuantizedLinear):
     """nn.QuantizedLinear in affine mode, as quantized_product() computes it."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """(..., I) -> (..., O)."""
         packed: Any = (self.weight, self.scales, self.biases, self.get("bias"))
         return quantized_product(x, *packed, group_size=self.group_size, bits=self.bits)

@@ -37,6 +37,7 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
+        """Whether the sample is within its budget."""
         return not self.why
 
 
@@ -141,6 +142,7 @@ class Trial:
         return form(params, arrays, options)
 
     def primals(self, dtype: str) -> list[mx.array]:
+        """The differentiable inputs in a dtype, on the device."""
         return [_device(self.given[name], dtype, self.sample.strided and name[0] == "/") for name in self.names]
 
     def values(self) -> Verdict:

@@ -41,13 +41,16 @@ class Row:
 
     @property
     def too_many_skipped(self) -> bool:
+        """Whether more samples were skipped than a row may skip."""
         return self.skips > _MOST_SKIPPED * self.attempted
 
     @property
     def skips(self) -> int:
+        """How many samples were skipped."""
         return sum(self.skipped.values())
 
     def skip(self, reason: str) -> None:
+        """Counts a sample that is not compared, and why."""
         self.attempted += 1
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
@@ -74,6 +77,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
+        """Whether a row has failed, or there is none."""
         return not self.rows or any(row.failed for row in self.rows)
 
     def table(self) -> str:

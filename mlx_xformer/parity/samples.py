@@ -102,6 +102,6 @@ def signal(rng: Rng, *shape: int) -> np.ndarray:
 
 
 def described(**facts: Any) -> str:
-    """ "name=value" for each fact; True stands for itself, and what is None or False is left out."""
+    """Facts as "name=value name=value"; True gives the name alone, and what is None or False is left out."""
     kept = {name: value for name, value in facts.items() if value is not None and value is not False}
     return " ".join(name if value is True else f"{name}={str(value).replace(' ', '')}" for name, value in kept.items())

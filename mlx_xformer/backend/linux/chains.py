@@ -175,7 +175,7 @@ def dense(x: mx.array) -> mx.array:
 
 
 def glu(x: mx.array, bias: mx.array | None = None) -> mx.array:
-    """glu(x + bias): (..., 2C) -> (..., C)."""
+    """The GLU of x + bias: (..., 2C) -> (..., C)."""
     half = x.shape[-1] // 2
     if bias is None:
         return gate(dense(x[..., :half]), dense(x[..., half:]))

@@ -66,6 +66,7 @@ def _magnitude(given: Mapping[str, Any]) -> float:
 
 
 def scaling_written(scaling: RotaryScaling | None) -> dict[str, Any] | None:
+    """The values of a config.json that mean a scaling; None for no scaling."""
     if scaling is None:
         return None
     values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

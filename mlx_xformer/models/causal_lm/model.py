@@ -124,7 +124,7 @@ class CausalLM(nn.Module):
         return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """(B, L) -> (B, L, E)"""
+        """(B, L) -> (B, L, E)."""
         x = self.model.embed_tokens(tokens)
         return x if self.config.embed_scale is None else x * self.config.embed_scale
 

@@ -26,6 +26,7 @@ class DConvBranch(nn.Module):
         self.layer_scale = LayerScale(channels, init)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x (B, T, ..., C) with the residual branch added."""
         norm1, norm2 = self.norm1, self.norm2
         y = fused.norm_gelu(self.conv(x), norm1.weight, norm1.bias, axes=(1,), eps=norm1.eps)
         return fused.expand_norm_glu_add(
@@ -53,6 +54,7 @@ class DConv(nn.Module):
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x (B, T, ..., C) with the residual branches added, one after the other."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -103,6 +105,7 @@ class EncoderLayer(nn.Module):
             self.dconv = DConv(channels, config)
 
     def __call__(self, x: mx.array, inject: mx.array | None = None) -> mx.array:
+        """Encodes x; `inject`, if given, is added after the convolution."""
         if self.freq:
             B, T, _, _ = x.shape
             y = mx.unflatten(dispatch.by_rows(self.conv, mx.flatten(x, 0, 1)), 0, (B, T))

@@ -259,7 +259,7 @@ def _last(x: mx.array, S: int) -> mx.array:
 
 
 def _heads(x: mx.array, heads: int) -> mx.array:
-    """(B, L, heads * D) -> (B, heads, L, D)"""
+    """(B, L, heads * D) -> (B, heads, L, D)."""
     if x.shape[1] == 1:
         return x.reshape(x.shape[0], heads, 1, x.shape[-1] // heads)
     return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)

@@ -41,6 +41,7 @@ class Hidden:
 
     @property
     def nothing(self) -> bool:
+        """Whether all keys are visible to all queries, with nothing added."""
         shifted = self.bias is not None or self.by_distance is not None
         return self.mask is None and not shifted and not self.causal and self.window is None
 
@@ -178,6 +179,7 @@ def make_softmax(
     dropout: float,
     key: mx.array | None,
 ) -> Softmax:
+    """The softmax of scores in blocks, with what is hidden, added and dropped in them."""
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be one number per head, ({q.shape[1]},), got shape {sinks.shape}")
     if softcap is not None and not softcap > 0:

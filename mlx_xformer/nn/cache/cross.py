@@ -21,8 +21,10 @@ class CrossCache:
     def get(
         self, memory: mx.array, project: Callable[[mx.array], tuple[mx.array, mx.array]]
     ) -> tuple[mx.array, mx.array]:
-        """project(memory), which is called again where memory is another array than last time. (An array changed in
-        place is still the same: reset() first.)"""
+        """project(memory), which is called again where memory is another array than last time.
+
+        An array changed in place is still the same: call reset() first.
+        """
         if not self._pair or memory is not self._memory:
             k, v = project(memory)
             pair = mx.contiguous(k), mx.contiguous(v)  # or every step's products would copy the heads into order

@@ -23,7 +23,7 @@ def _single(x: mx.array) -> mx.array:
 
 
 def _rows(y: mx.array) -> mx.array:
-    """(..., 1, O) -> (..., O)"""
+    """(..., 1, O) -> (..., O)."""
     return y.reshape(*y.shape[:-2], y.shape[-1])
 
 

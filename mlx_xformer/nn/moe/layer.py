@@ -48,8 +48,11 @@ def block_rows(choices: int, num_experts: int) -> int:
 
 
 def layout(config: MoEConfig, tokens: int, *, half: bool, training: bool) -> str:
-    """ "gather": each choice by itself; "sorted": so, in the order of the experts; "dispatch": a group of as many rows
-    as an expert may take for each; "blocks": as many groups as are filled."""
+    """The form that a mixture's products take.
+
+    "gather": each choice by itself; "sorted": so, in the order of the experts; "dispatch": a group of as many rows as
+    an expert may take for each; "blocks": as many groups as are filled.
+    """
     choices, taken = tokens * config.num_experts_per_tok, config.slots(tokens)
     if not dispatch.on_cpu():
         if training and taken < tokens:

@@ -47,7 +47,7 @@ def decode(
 
 
 def logits(params: Params, config: Any, x: np.ndarray) -> np.ndarray:
-    """(B, L, E) -> (B, L, V)"""
+    """(B, L, E) -> (B, L, V)."""
     if config.scale_logits:
         x = x / np.sqrt(np.asarray(config.embed_dim, x.dtype))
     return linear(sub(params, "shared" if config.tie_embeddings else "lm_head"), x)

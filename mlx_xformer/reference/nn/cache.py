@@ -36,6 +36,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """T, the number of positions."""
         return self.keys.shape[2]
 
     @property
@@ -45,9 +46,11 @@ class KVCache:
 
     @property
     def rewindable(self) -> int:
+        """By how many positions the cache promises to be rewound."""
         return self.slack - (self.longest - self.length) if self.lost else self.length
 
     def append(self, k: np.ndarray, v: np.ndarray) -> KVCache:
+        """The cache with k (B, G, n, D) and v (B, G, n, Dv) appended."""
         keys, values = np.concatenate([self.keys, k], axis=2), np.concatenate([self.values, v], axis=2)
         return replace(self, keys=keys, values=values, longest=max(self.longest, keys.shape[2]))
 
@@ -58,6 +61,7 @@ class KVCache:
         return visible(self.length - n, n, self.padding, window=narrowest, keep=self.keep)
 
     def trim(self, n: int) -> KVCache:
+        """The cache without its last n positions."""
         stop = self.length - n
         return replace(self, keys=self.keys[:, :, :stop], values=self.values[:, :, :stop])
 
@@ -69,6 +73,7 @@ class KVCache:
         return replace(self, keys=keys, values=values, padding=padding, longest=self.longest - common)
 
     def split(self) -> list[KVCache]:
+        """A cache for each row."""
         return [self.select([row]) for row in range(len(self.padding))]
 
 

@@ -30,6 +30,7 @@ class UnbiasedLayerNorm(nn.Module):
         self.bias = mx.zeros((dims,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normalises (..., dims)."""
         center, var = norms.mean_var(x, (x.ndim - 1,))
         spread = var > 0  # where there is none the root has no derivative, and x - center is 0
         deviation = mx.where(spread, mx.sqrt(mx.where(spread, var, 1) * (self.dims / (self.dims - 1))), 0)
@@ -107,7 +108,7 @@ class TransformerBlock(nn.Module):
 
 
 def _heads(x: mx.array, heads: int) -> mx.array:
-    """(B, L, H * D) -> (B, H, L, D)"""
+    """(B, L, H * D) -> (B, H, L, D)."""
     return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)
 
 
