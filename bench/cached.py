@@ -1,6 +1,6 @@
 """What a cache saves: generation with and without one, by length and by heads, and how far their logits are apart.
 
-    python bench/cached.py [--lengths 16,128,512,2048] [--rounds N] [--patience S]
+    python bench/cached.py [--lengths 16,128,512,2048] [--rounds N] [--patience S] [--json FILE]
 
 Two layers of width 64, eight query heads, random weights; the tokens are given, so that both see the same. Without a
 cache every step computes everything before it again; beyond 128 tokens every 32nd of these steps is measured and stands
@@ -13,19 +13,18 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from report import append
-from run import BENCH, RESULTS, commit, machine, settle
+from cases.common import set_weights
+from harness import BENCH, RESULTS, add_json, add_patience, origin, settle
+from report import append, fill, provenance
 
+import mlx_xformer
 from mlx_xformer.backend import device
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 
 mx = device.mx
-BEGIN, END = "<!-- cached: begin (written by bench/cached.py) -->", "<!-- cached: end -->"
 KINDS = {"MHA": 8, "GQA": 2, "MQA": 1}  # key/value heads
 STRIDE = 32
 
@@ -36,21 +35,8 @@ def model_of(kv_heads: int) -> CausalLM:
         vocab_size=256, embed_dim=64, num_layers=2, num_heads=8, num_kv_heads=kv_heads, hidden_dim=192
     )
     model = CausalLM(config)
-    rng = np.random.default_rng(0)
-    shapes = {name: x.shape for name, x in _flat(model)}
-    drawn = {
-        name: rng.uniform(0.7, 1.3, shape) if len(shape) == 1 else rng.standard_normal(shape) * shape[-1] ** -0.5
-        for name, shape in shapes.items()
-    }
-    model.load_weights([(name, mx.array(x.astype(np.float32))) for name, x in drawn.items()])
-    mx.eval(model.parameters())
+    set_weights(model)
     return model
-
-
-def _flat(model: CausalLM) -> Any:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(model.parameters())
 
 
 def sampled(length: int) -> range:
@@ -113,10 +99,8 @@ def table(found: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = ["| heads | N | with a cache | without | times as fast | largest error of a logit |", "|" + "---|" * 6]
     for r in found:
-        faster, steps = (
-            r["uncached_s"] / r["cached_s"],
-            "" if r["steps"] == r["length"] else f" (of {r['steps']} steps)",
-        )
+        faster = r["uncached_s"] / r["cached_s"]
+        steps = "" if r["steps"] == r["length"] else f" (of {r['steps']} steps)"
         lines.append(
             f"| {r['kind']} | {r['length']} | {r['cached_s']:.3f} s | {r['uncached_s']:.3f} s{steps} | {faster:.1f} |"
             f" {r['error']:.1e} |"
@@ -128,28 +112,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="16,128,512,2048")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patience", type=float, default=15, help="seconds to wait for a quiet machine")
+    add_patience(parser)
+    add_json(parser)
     options = parser.parse_args()
     found = list(measure([int(n) for n in options.lengths.split(",")], options.rounds, options.patience))
     shared = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("mlx", "mlx-xformer")},
+        **origin("cached"),
+        "versions": {"mlx": mx.__version__, "mlx-xformer": mlx_xformer.__version__},
         "blas": device.blas,
         "threads": device.workers,
     }
-    append(RESULTS / "cached.jsonl", [{"suite": "cached", "whole": False, **shared, **record} for record in found])
+    append(options.json or RESULTS / "cached.jsonl", [{**shared, **record} for record in found])
     print(table(found))
-    readme, first = BENCH / "README.md", shared["machine"]
-    head, rest = readme.read_text().split(BEGIN)
-    versions = ", ".join(f"{name} {number}" for name, number in shared["versions"].items())
-    about = (
-        f"{first['cpu']}, {first['cores']} cores, {first['memory_gib']} GiB, {first['system']}; {shared['threads']}"
-        f" threads; {options.rounds} rounds; {shared['date']}; commit {shared['commit'] or 'none yet'}. {versions}."
-        f" BLAS: {shared['blas']}."
-    )
-    readme.write_text(head + BEGIN + f"\n{table(found)}\n\n{about}\n" + END + rest.split(END)[1])
+    if options.json is None:
+        line = provenance(shared, f"{shared['threads']} threads; {options.rounds} rounds")
+        fill(BENCH / "README.md", "cached", f"{table(found)}\n\n{line}")
 
 
 if __name__ == "__main__":

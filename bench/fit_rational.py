@@ -1,4 +1,4 @@
-"""Fits the rational forms of kernels.py: x P(x^2) / Q(x^2) for erf on [-4, 4] and tanh on [-9, 9].
+"""Fits the rational forms of backend/activations.py: x P(x^2) / Q(x^2) for erf on [-4, 4] and tanh on [-9, 9].
 
 Lawson's iteration: weighted linear least squares, weights driven towards the largest errors. Prints the coefficients,
 lowest power first, and the largest error in double and in single precision arithmetic.

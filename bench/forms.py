@@ -1,6 +1,6 @@
-"""The forms of a mixture's products by size, from which moe.layout and moe.block_rows choose: CPU-seconds of each.
+"""The forms of a mixture's products by size, from which layout() and block_rows() choose: CPU-seconds of each.
 
-    python bench/forms.py [--rounds N]
+    python bench/forms.py [--rounds N] [--json FILE]
 
 Prints a Markdown table, a row for each size, the form that would be chosen in bold. "8" to "64" are blocks of so many
 rows. CPU-seconds, as other programs stretch those less than wall time; medians, the forms of a row in turns.
@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from harness import add_json, origin
+from report import Record, append
 
 from mlx_xformer.backend import device
 from mlx_xformer.nn.moe import layer as moe
@@ -70,8 +72,8 @@ def run_of(layer: Any, x: Any, form: str, train: bool) -> Callable[[], None]:
     return run
 
 
-def row(layer: MoE, tokens: int, train: bool, rounds: int) -> str:
-    """A line of the table."""
+def measure(layer: MoE, tokens: int, train: bool, rounds: int) -> Record:
+    """CPU-seconds of the forms for a size, and which would be chosen."""
     config = layer.config
     choices = tokens * config.num_experts_per_tok
     groups = {form: int(form) for form in FORMS if form.isdigit()}
@@ -82,24 +84,37 @@ def row(layer: MoE, tokens: int, train: bool, rounds: int) -> str:
     found = medians({form: run_of(layer, x, form, train) for form in taken}, rounds)
     chosen = moe.layout(config, tokens, half=False, training=train)
     chosen = str(moe.block_rows(choices, config.num_experts)) if chosen == "blocks" else chosen
+    sizes = [config.embed_dim, config.hidden_dim, config.num_experts, config.num_experts_per_tok]
+    return {"sizes": sizes, "tokens": tokens, "training": train, "rounds": rounds, "chosen": chosen, "cpu_s": found}
+
+
+def row(record: Record) -> str:
+    """A line of the table."""
+    found = record["cpu_s"]
     times = {form: f"{1000 * found[form]:.2f}" if form in found else "" for form in FORMS}
-    times = {form: f"**{text}**" if form == chosen else text for form, text in times.items()}
-    sizes = f"{config.embed_dim}, {config.hidden_dim}, {config.num_experts}, {config.num_experts_per_tok}"
-    return f"| {sizes} | {tokens} | {'training' if train else 'inference'} | {' | '.join(times.values())} |"
+    times = {form: f"**{text}**" if form == record["chosen"] else text for form, text in times.items()}
+    what = "training" if record["training"] else "inference"
+    return f"| {', '.join(map(str, record['sizes']))} | {record['tokens']} | {what} | {' | '.join(times.values())} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    add_json(parser)
     options = parser.parse_args()
+    shared = origin("forms")
     print(f"| D, H, E, k | tokens | | {' | '.join(FORMS)} |\n|{'---|' * (3 + len(FORMS))}")
     for sizes, lengths in MODELS.items():
         layer = MoE(MoEConfig(*sizes))
         mx.eval(layer.parameters())
         for train in (False, True):
             for tokens in lengths:
-                if not train or tokens >= 32:
-                    print(row(layer, tokens, train, options.rounds), flush=True)
+                if train and tokens < 32:
+                    continue
+                record = measure(layer, tokens, train, options.rounds)
+                print(row(record), flush=True)
+                if options.json is not None:
+                    append(options.json, [{**shared, **record}])
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from peers import environment
-from run import Case, finish, measure, records
+from environments import find_python
+from harness import Case, Settings, finish, measure
 from safetensors.numpy import save_file
 
 CONFIG = {
@@ -36,6 +35,7 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 PROMPT, DECODED = 512, 128
+COUNTS = {"prefill": PROMPT, "decode": DECODED}  # tokens of a part
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -64,41 +64,44 @@ def weights() -> dict[str, np.ndarray]:
     return found | {name: rng.uniform(0.7, 1.3, E).astype(np.float32) for name in norms}
 
 
+def write_llama(folder: Path) -> None:
+    """Writes the model in Hugging Face's layout."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file(weights(), folder / "model.safetensors", {"format": "pt"})
+
+
 def prepare(folder: Path) -> None:
     """Writes the model in Hugging Face's layout, ours in both precisions, and the prompt."""
-    from mlx_xformer.converters.conversion import convert
+    from mlx_xformer import convert
 
     original = folder / "float32"
-    original.mkdir()
-    (original / "config.json").write_text(json.dumps(CONFIG))
-    save_file(weights(), original / "model.safetensors", {"format": "pt"})
+    write_llama(original)
     convert(original, folder / "ours-float32")
     convert(original, folder / "ours-4-bit", quantize=4)
     np.save(folder / "prompt.npy", np.random.default_rng(1).integers(0, 8192, PROMPT))
 
 
-def compare(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
-    """Measures the parts whose names hold one of the words `wanted`, each beside mlx-lm."""
-    python = environment("mlx-lm")
+def run(settings: Settings) -> None:
+    """Measures the chosen parts, each beside mlx-lm."""
+    python = find_python("mlx-lm")
+    parts = {
+        f"{part}, {dtype}": (part, f"{part}_{dtype.replace('-', '_')}")
+        for dtype in ("float32", "4-bit")
+        for part in COUNTS
+    }
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        for dtype in ("float32", "4-bit"):
-            for part, count in (("prefill", PROMPT), ("decode", DECODED)):
-                title, suffix = f"{part}, {dtype}", f"{part}_{dtype.replace('-', '_')}"
-                if not any(word in title for word in wanted):
-                    continue
-                print(f"{title}:")
-                cases = [
-                    Case(f"{title}, mlx-lm", "cases/language.py", f"peer_{suffix}", python),
-                    Case(f"{title}, ours", "cases/language.py", f"ours_{suffix}"),
-                ]
-                found += [
-                    r | {"tokens": count}
-                    for r in records(measure(cases, folder, rounds, threads, patience), cases[0].name)
-                ]
-                if part == "decode":
-                    same = [np.load(folder / f"{side}_{suffix}.npy") for side in ("peer", "ours")]
-                    print(f"  equal tokens: {int((same[0] == same[1]).cumprod().sum())} of {DECODED}")
-    finish("language", found, wanted)
+        for title, (part, suffix) in settings.choose(parts).items():
+            print(f"{title}:")
+            cases = [
+                Case(f"{title}, mlx-lm", "language", f"peer_{suffix}", python, checkout=None),
+                Case(f"{title}, ours", "language", f"ours_{suffix}"),
+            ]
+            found += [record | {"tokens": COUNTS[part]} for record in measure(cases, folder, settings)]
+            if part == "decode":
+                same = [np.load(folder / f"{side}_{suffix}.npy") for side in ("peer", "ours")]
+                print(f"  equal tokens: {int((same[0] == same[1]).cumprod().sum())} of {DECODED}")
+    finish("language", found, settings)

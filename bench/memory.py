@@ -1,7 +1,7 @@
 """Peak memory of separating a file, short against long, and whether the stems are those of an unstreamed run.
 
     python bench/memory.py [--minutes 3,60] [--clip rescale,none] [--unstreamed 3,60] [--model htdemucs_mini]
-                           [--mode full]
+                           [--mode full] [--json FILE]
 
 The recording is the demo, repeated at changing levels. Every run has a process of its own, whose own high-water mark
 counts. `--unstreamed` names the lengths that are also separated as one array in memory (Separator.separate) and
@@ -19,16 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from report import append
-from run import BENCH, RESULTS, commit, machine
+from harness import BENCH, RESULTS, ROOT, add_json, origin
+from report import append, fill, provenance
 
-DEMO = BENCH.parent / "mlx_xformer" / "data" / "demo.flac"
-BEGIN, END = "<!-- memory: begin (written by bench/memory.py) -->", "<!-- memory: end -->"
+DEMO = ROOT / "mlx_xformer" / "data" / "demo.flac"
 LEVELS = 7  # a repetition of the demo is one of so many levels, so that no two neighbours are alike
 BLOCK = 2**20  # samples compared at a time
 
@@ -69,16 +66,19 @@ def streamed(model: str, mode: str, song: Path, out: Path, clip: str) -> dict[st
         "wall_s": round(made.took, 1),
         "rss_mib": round(peak_mib(), 1),
         "framework_mib": round(mx.get_peak_memory() / 2**20, 1),
-        "blas": serving_blas(),
+        **used(),
         "files": {stem: str(path) for stem, path in made.files.items()},
     }
 
 
-def serving_blas() -> str:
-    """What multiplies matrices."""
+def used() -> dict[str, Any]:
+    """What this process computes with."""
+    import mlx.core as mx
+
+    import mlx_xformer
     from mlx_xformer.backend import device
 
-    return device.blas
+    return {"blas": device.blas, "versions": {"mlx": mx.__version__, "mlx-xformer": mlx_xformer.__version__}}
 
 
 def unstreamed(model: str, mode: str, song: Path, clip: str, files: dict[str, str]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def unstreamed(model: str, mode: str, song: Path, clip: str, files: dict[str, st
         "wall_s": round(took, 1),
         "rss_mib": round(peak_mib(), 1),
         "framework_mib": round(mx.get_peak_memory() / 2**20, 1),
-        "blas": serving_blas(),
+        **used(),
         "compared": compared,
         "different": different,
     }
@@ -178,17 +178,8 @@ def renew(readme: Path, results: Path) -> None:
         if run and run[0]["date"] != record["date"]:
             run.clear()
         run.append(record)
-    parts = []
-    for mode, run in runs.items():
-        first, machine = run[0], run[0]["machine"]
-        versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-        parts.append(
-            f"{table(run)}\n\n{first['model']}, {mode}; {machine['cpu']}, {machine['cores']} cores,"
-            f" {machine['memory_gib']} GiB, {machine['system']}; {first['date']};"
-            f" commit {first['commit'] or 'none yet'}. {versions}. BLAS: {first['blas']}."
-        )
-    head, rest = readme.read_text().split(BEGIN)
-    readme.write_text(head + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + rest.split(END)[1])
+    parts = [f"{table(run)}\n\n{run[0]['model']}, {mode}; {provenance(run[0])}" for mode, run in runs.items()]
+    fill(readme, "memory", "\n\n".join(parts))
 
 
 def main() -> None:
@@ -198,26 +189,19 @@ def main() -> None:
     parser.add_argument("--unstreamed", default="3")
     parser.add_argument("--model", default="htdemucs_mini")
     parser.add_argument("--mode", choices=["full", "time_only"], default="full")
+    add_json(parser)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
         perform(options.task)
         return
-    shared: dict[str, Any] = {
-        "suite": "memory",
-        "whole": False,  # report.py's tables are of times
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
-        "machine": machine(),
-        "model": options.model,
-        "mode": options.mode,
-        "versions": {name: version(name) for name in ("mlx", "mlx-xformer")},
-    }
+    shared = {**origin("memory"), "model": options.model, "mode": options.mode}
     found = []
     for result in measure(options):
         found.append({**shared, **result})
-        append(RESULTS / "memory.jsonl", found[-1:])
-    renew(BENCH / "README.md", RESULTS / "memory.jsonl")
+        append(options.json or RESULTS / "memory.jsonl", found[-1:])
+    if options.json is None:
+        renew(BENCH / "README.md", RESULTS / "memory.jsonl")
     print(table(found))
 
 

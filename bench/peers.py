@@ -8,21 +8,16 @@ is built from source and needs: apt-get install libavformat-dev libavcodec-dev l
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from run import BENCH, Case, finish, measure, records
+from environments import find_python
+from harness import ROOT, Case, Settings, finish, measure
 
-ROOT = BENCH.parent
-HOME = ROOT / ".bench"
 OFFICIAL = {  # the released htdemucs; every other keyword at its default
     "sources": ["drums", "bass", "other", "vocals"],
     "segment": Fraction(39, 5),
@@ -32,32 +27,6 @@ OFFICIAL = {  # the released htdemucs; every other keyword at its default
     "t_dropout": 0.02,
     "t_sparse_attn_window": 400,
 }
-REQUIREMENTS = ROOT / "tests" / "oracle" / "requirements.txt"
-INSTALLS = {  # what `pip install` is called with, one after the other
-    "torch": [["torch==2.13.0"], ["--no-deps", "-r", str(REQUIREMENTS)]],
-    "mlx-lm": [["-r", str(BENCH / "requirements-mlx-lm.txt")]],
-    "demucs-mlx": [["mlx[cpu]==0.32.4" if sys.platform == "linux" else "mlx==0.32.4", "demucs-mlx==1.6.1"]],
-}
-
-
-def environment(name: str) -> str:
-    """The Python of an environment; it is built where it is missing or unfinished. PyTorch may already be there."""
-    if name == "torch":
-        given = os.environ.get("MLX_XFORMER_TORCH_PYTHON")
-        shared = ROOT / ".venv-torch"
-        if given or (shared / "installed").exists():
-            return given or str(shared / "bin" / "python")
-    folder = HOME / name
-    python, done = folder / "bin" / "python", folder / "installed"
-    if not done.exists():
-        print(f"installing {name} into .bench/{name}", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for arguments in INSTALLS[name]:
-            command = [str(python), "-m", "pip", "install", "--quiet", *arguments]
-            subprocess.run(command, check=True)
-        done.touch()
-    return str(python)
 
 
 def prepare(folder: Path, torch_python: str, threads: int, ours: bool) -> dict[str, np.ndarray]:
@@ -75,7 +44,7 @@ def prepare(folder: Path, torch_python: str, threads: int, ours: bool) -> dict[s
             truth[dtype] = answer["output"]
         np.save(folder / "mix.npy", answer["mix"])
     if ours:
-        from mlx_xformer.converters.conversion import convert
+        from mlx_xformer import convert
 
         convert(folder / "model.safetensors", folder / "ours", family="htdemucs")
     return truth
@@ -87,27 +56,27 @@ def snr(x: np.ndarray, truth: np.ndarray) -> float:
     return round(float(10 * np.log10(np.sum(truth**2) / np.sum((truth - x) ** 2))), 1)
 
 
-def compare(wanted: Sequence[str], rounds: int, threads: int, patience: float) -> None:
-    """Measures the peers whose names hold one of the words `wanted`, and PyTorch, the base."""
-    torch_python = environment("torch")
-    cases = [Case("PyTorch demucs", "cases/peers.py", "pytorch", torch_python)]
-    if any(word in "demucs-mlx" for word in wanted):
-        cases.append(Case("demucs-mlx", "cases/peers.py", "demucs_mlx", environment("demucs-mlx")))
-    if any(word in "mlx-xformer" for word in wanted):
-        cases.append(Case("mlx-xformer", "cases/peers.py", "ours"))
+def run(settings: Settings) -> None:
+    """Measures the chosen peers and PyTorch, the base."""
+    torch_python = find_python("torch")
+    cases = [Case("PyTorch demucs", "peers", "pytorch", torch_python, checkout=None)]
+    if settings.wants("demucs-mlx"):
+        cases.append(Case("demucs-mlx", "peers", "demucs_mlx", find_python("demucs-mlx"), checkout=None))
+    if settings.wants("mlx-xformer"):
+        cases.append(Case("mlx-xformer", "peers", "ours"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # MLX keeps the loops it compiles in the temporary folder: an empty one makes the first run a first run.
         for index, case in enumerate(cases):
             (folder / str(index)).mkdir()
             cases[index] = replace(case, environment={"TMPDIR": str(folder / str(index))})
-        truth = prepare(folder, torch_python, threads, any(case.function == "ours" for case in cases))
+        truth = prepare(folder, torch_python, settings.threads, any(case.function == "ours" for case in cases))
 
-        found = records(measure(cases, folder, rounds, threads, patience), cases[0].name)
+        found = measure(cases, folder, settings)
         for case, record in zip(cases, found, strict=True):
             record["cold"] = True
             output = np.load(folder / f"{case.function}.npy")
             record["snr64_db"] = snr(output, truth["float64"])
             if case.function != "pytorch":
                 record["snr_db"] = snr(output, truth["float32"])
-    finish("peers", found, wanted)
+    finish("peers", found, settings)

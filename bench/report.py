@@ -1,14 +1,14 @@
-"""Tables from bench/results/*.jsonl, and the part of bench/README.md that they fill."""
+"""Tables from bench/results/*.jsonl, and the parts of bench/README.md that are written by scripts."""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- results: begin (written by bench/report.py) -->", "<!-- results: end -->"
 TITLES = {
     "attention": "Attention, 8 heads of 64",
     "cache": "One layer's cache (8 heads over 2, of width 64): 256 appends; 512 and 16 x 1 queries at 8k",
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 def append(path: Path, records: Sequence[Record]) -> None:
     """Adds one JSON line a record."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
@@ -72,34 +72,37 @@ def table(records: Sequence[Record]) -> str:
 def section(records: Sequence[Record]) -> str:
     """A table under its title, with machine, versions, date and commit."""
     first = records[0]
-    machine = first["machine"]
-    versions = sorted({f"{k} {v}" for record in records for k, v in record["versions"].items()})
     threads = sorted({str(record["threads"]) for record in records})
     blas = sorted({record["blas"] for record in records})
     if len(blas) > 1:
         blas = [f"{record['blas']} ({record['case']})" for record in records]
-    return "\n".join(
-        [
-            f"### {TITLES[first['suite']]}",
-            "",
-            table(records),
-            "",
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']};"
-            f" {', '.join(threads)} threads; {first['rounds']} rounds; {first['date']};"
-            f" commit {first['commit'] or 'none yet'}. "
-            f"{', '.join(versions)}. BLAS: {'; '.join(blas)}.",
-        ]
-    )
+    versions = {name: number for record in records for name, number in record["versions"].items()}
+    setting = f"{', '.join(threads)} threads; {first['rounds']} rounds"
+    line = provenance({**first, "versions": versions, "blas": "; ".join(blas)}, setting)
+    return f"### {TITLES[first['suite']]}\n\n{table(records)}\n\n{line}"
+
+
+def provenance(record: Record, setting: str = "") -> str:
+    """The line below a table: machine, setting, date, commit, versions, BLAS."""
+    machine = record["machine"]
+    parts = [machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']} GiB", machine["system"]]
+    about = "; ".join([", ".join(parts), *([setting] if setting else []), record["date"]])
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items()))
+    return f"{about}; commit {record['commit'] or 'none yet'}. {versions}. BLAS: {record['blas']}."
+
+
+def fill(readme: Path, name: str, text: str) -> None:
+    """Writes the text between the marks <!-- name: begin ... --> and <!-- name: end -->."""
+    head, rest = re.split(rf"(?<=<!-- {name}: begin)", readme.read_text())
+    mark, rest = rest.split("\n", 1)
+    readme.write_text(f"{head}{mark}\n{text}\n<!-- {name}: end -->{rest.split(f'<!-- {name}: end -->')[1]}")
 
 
 def renew(readme: Path, results: Path) -> None:
     """Writes the latest run of every file in `results` between the marks of `readme`."""
     runs = [latest(path) for path in sorted(results.glob("*.jsonl"))]
     sections = [section(records) for records in runs if records]
-    text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(head + BEGIN + "\n" + "\n\n".join(sections) + "\n" + END + tail)
+    fill(readme, "results", "\n\n".join(sections))
 
 
 if __name__ == "__main__":

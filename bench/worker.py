@@ -1,15 +1,16 @@
 """One case in a process of its own: prepares it, then runs it once for each line on standard input.
 
-    python bench/worker.py cases/FILE.py FUNCTION FOLDER
+    python bench/worker.py MODULE FUNCTION FOLDER
 
-FUNCTION(FOLDER) returns a dict: run (a callable that computes and returns a NumPy array or None), versions, blas,
-threads and, where there is one, peak (a callable: bytes of the framework's own peak). Standard library only: workers
-run in environments that differ. Answers one JSON line each: ready, then one for each run.
+FUNCTION(FOLDER) of cases/MODULE.py returns a dict: run (a callable that computes and returns a NumPy array or None),
+versions, blas, threads and, where there is one, peak (a callable: bytes of the framework's own peak). What the first
+run returns is written to FOLDER/FUNCTION.npy. Standard library only: workers run in environments that differ. Answers
+one JSON line each: ready, then one for each run.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import resource
@@ -35,23 +36,12 @@ def timed(run: Any) -> tuple[dict[str, float], Any]:
     return {"wall_s": round(wall, 6), "cpu_s": round(user + system, 6), "kernel_s": round(system, 6)}, output
 
 
-def load(file: str, function: str, folder: Path) -> dict[str, Any]:
-    """Prepares the case."""
-    path = Path(__file__).resolve().parent / file
-    sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location("case", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)(folder)
-
-
-def main(file: str, function: str, folder: Path, answers: IO[str]) -> None:
+def main(module: str, function: str, folder: Path, answers: IO[str]) -> None:
     def answer(values: dict[str, Any]) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    case = load(file, function, folder)
+    case = getattr(importlib.import_module(f"cases.{module}"), function)(folder)
     first, output = timed(case["run"])
     if output is not None:
         import numpy as np

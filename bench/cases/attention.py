@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from parts import case, draw, mx, nn
-
-from mlx_xformer.nn.attention.layer import MultiHeadAttention, attention
+from cases.parts import case, draw, mx, nn
+from mlx_xformer import MultiHeadAttention, attention
 from mlx_xformer.nn.masks import causal_mask, sliding_mask
 
 PAIRS = {  # part: (the plain form, ours), functions below

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cases.common import describe_ours
 from mlx_xformer import Bag, BagConfig, HTDemucs, HTDemucsConfig, separate
 from mlx_xformer.backend import device
 
@@ -29,13 +28,7 @@ def case(model: Any, **options: Any) -> dict[str, Any]:
     def run() -> None:
         mx.eval(separate(model, mx.array(track), CONFIG.samplerate, **options))
 
-    return {
-        "run": run,
-        "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
-        "blas": device.blas,
-        "threads": int(os.environ["BENCH_THREADS"]),
-        "peak": mx.get_peak_memory,
-    }
+    return describe_ours(run)
 
 
 def single(_: Path) -> dict[str, Any]:

@@ -3,17 +3,16 @@ bits."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cases.common import describe_ours
+from mlx_xformer import KVCache, cache_bytes
 from mlx_xformer.backend import device
 from mlx_xformer.nn.attention.core import attention
-from mlx_xformer.nn.cache import KVCache
 
 mx = device.mx
 
@@ -36,13 +35,15 @@ def case(run: Callable[[], None]) -> dict[str, Any]:
     """What bench/worker.py wants; the peak is that of the runs."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    return {
-        "run": run,
-        "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
-        "blas": device.blas,
-        "threads": int(os.environ["BENCH_THREADS"]),
-        "peak": lambda: max(mx.get_peak_memory(), mx.get_active_memory()),
-    }
+    return {**describe_ours(run), "peak": lambda: max(mx.get_peak_memory(), mx.get_active_memory())}
+
+
+def held_bytes(function: str) -> int:
+    """What the cache of a case holds at its end."""
+    sizes: dict[str, Any] = {"num_kv_heads": KV_HEADS, "head_dim": WIDTH}
+    if function.startswith("append"):
+        return cache_bytes((1024 if function.endswith("1k") else 4096) + APPENDS, **sizes)
+    return cache_bytes(CONTEXT, **sizes, dtype=mx.float16, bits=8 if function.endswith("8_bits") else None)
 
 
 def filled(length: int, dtype: Any, bits: int | None = None) -> KVCache:

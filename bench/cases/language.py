@@ -6,26 +6,20 @@ quantizes by itself, with the same function of MLX.
 
 from __future__ import annotations
 
-import os
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import openblas
 
-THREADS = int(os.environ["BENCH_THREADS"])
+from cases.common import describe_mlx, describe_ours, load_openblas
+
 TOKENS = 128  # that are decoded
-
-
-def _case(mx: Any, run: Any, packages: tuple[str, ...], blas: str) -> dict[str, Any]:
-    versions = {name: version(name) for name in packages}
-    return {"run": run, "versions": versions, "blas": blas, "threads": THREADS, "peak": mx.get_peak_memory}
 
 
 def _peer(folder: Path, dtype: str, part: str) -> dict[str, Any]:
     """mlx-lm's own loop, which also makes the logprobs of the whole vocabulary."""
-    blas = openblas()
+    blas = load_openblas()
     import mlx.core as mx
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
@@ -50,13 +44,11 @@ def _peer(folder: Path, dtype: str, part: str) -> dict[str, Any]:
         trim_prompt_cache(caches, caches[0].offset - len(prompt) + 1)
         return np.array(tokens)
 
-    return _case(mx, {"prefill": prefill, "decode": decode}[part], ("mlx-lm", "mlx"), blas)
+    return describe_mlx({"prefill": prefill, "decode": decode}[part], packages=["mlx-lm"], blas=blas)
 
 
 def _ours(folder: Path, dtype: str, part: str) -> dict[str, Any]:
-    from mlx_xformer import load
-    from mlx_xformer.backend import device
-    from mlx_xformer.text.generation import generate
+    from mlx_xformer import generate, load
 
     model: Any = load(folder / f"ours-{dtype}")
     prompt = np.load(folder / "prompt.npy").tolist()
@@ -73,36 +65,14 @@ def _ours(folder: Path, dtype: str, part: str) -> dict[str, Any]:
             cache.trim(cache.length - len(prompt) + 1)
         return np.array(tokens)
 
-    return _case(device.mx, {"prefill": prefill, "decode": decode}[part], ("mlx-xformer", "mlx"), device.blas)
+    return describe_ours({"prefill": prefill, "decode": decode}[part])
 
 
-def peer_prefill_float32(folder: Path) -> dict[str, Any]:
-    return _peer(folder, "float32", "prefill")
-
-
-def peer_decode_float32(folder: Path) -> dict[str, Any]:
-    return _peer(folder, "float32", "decode")
-
-
-def peer_prefill_4_bit(folder: Path) -> dict[str, Any]:
-    return _peer(folder, "4-bit", "prefill")
-
-
-def peer_decode_4_bit(folder: Path) -> dict[str, Any]:
-    return _peer(folder, "4-bit", "decode")
-
-
-def ours_prefill_float32(folder: Path) -> dict[str, Any]:
-    return _ours(folder, "float32", "prefill")
-
-
-def ours_decode_float32(folder: Path) -> dict[str, Any]:
-    return _ours(folder, "float32", "decode")
-
-
-def ours_prefill_4_bit(folder: Path) -> dict[str, Any]:
-    return _ours(folder, "4-bit", "prefill")
-
-
-def ours_decode_4_bit(folder: Path) -> dict[str, Any]:
-    return _ours(folder, "4-bit", "decode")
+peer_prefill_float32 = partial(_peer, dtype="float32", part="prefill")
+peer_decode_float32 = partial(_peer, dtype="float32", part="decode")
+peer_prefill_4_bit = partial(_peer, dtype="4-bit", part="prefill")
+peer_decode_4_bit = partial(_peer, dtype="4-bit", part="decode")
+ours_prefill_float32 = partial(_ours, dtype="float32", part="prefill")
+ours_decode_float32 = partial(_ours, dtype="float32", part="decode")
+ours_prefill_4_bit = partial(_ours, dtype="4-bit", part="prefill")
+ours_decode_4_bit = partial(_ours, dtype="4-bit", part="decode")

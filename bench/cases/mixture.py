@@ -1,29 +1,31 @@
 """A mixture of 8 experts of width 256 and hidden size 512, two a token, gated: ours against mlx-lm's Mixtral block.
 
-FOLDER holds weights.npz: router, gate, up, down and x, the same for every program. A run repeats what is short.
+Every program draws the same weights and tokens. A run repeats what is short.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import openblas
 
-THREADS = int(os.environ["BENCH_THREADS"])
+from cases.common import describe_mlx, describe_ours, load_openblas
+
 D, H, E, K, TRAINED = 256, 512, 8, 2, 512
 REPEATS = {1: 1000, 32: 40, 512: 3, 2048: 1}  # of T tokens in a run
 STEPS = 3  # forward and backward in a run
 
 
-def _case(mx: Any, run: Callable[[], Any], packages: tuple[str, ...], blas: str) -> dict[str, Any]:
-    versions = {name: version(name) for name in packages}
-    return {"run": run, "versions": versions, "blas": blas, "threads": THREADS, "peak": mx.get_peak_memory}
+def _draw() -> dict[str, np.ndarray]:
+    """Matrices of about unit gain, and x, the tokens."""
+    shapes = {"router": (E, D), "gate": (E, H, D), "up": (E, H, D), "down": (E, D, H)}
+    rng = np.random.default_rng(0)
+    found = {name: rng.standard_normal(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    found["x"] = rng.standard_normal((max(REPEATS), D))
+    return {name: x.astype(np.float32) for name, x in found.items()}
 
 
 def _inference(mx: Any, layer: Callable[[Any], Any], x: Any) -> Callable[[], np.ndarray]:
@@ -44,13 +46,13 @@ def _training(mx: Any, step: Callable[[Any], Any], x: Any) -> Callable[[], None]
     return run
 
 
-def _peer(folder: Path, tokens: int, train: bool = False) -> dict[str, Any]:
-    blas = openblas()
+def _peer(_: Path, tokens: int, train: bool = False) -> dict[str, Any]:
+    blas = load_openblas()
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models.mixtral import MixtralSparseMoeBlock, ModelArgs
 
-    given = {name: mx.array(x) for name, x in np.load(folder / "weights.npz").items()}
+    given = {name: mx.array(x) for name, x in _draw().items()}
     sizes = {"hidden_size": D, "intermediate_size": H, "num_local_experts": E, "num_experts_per_tok": K}
     block: Any = MixtralSparseMoeBlock(ModelArgs(model_type="mixtral", **sizes))
     block.gate.weight = given["router"]
@@ -60,10 +62,10 @@ def _peer(folder: Path, tokens: int, train: bool = False) -> dict[str, Any]:
     mx.eval(block.parameters(), x)
     step = nn.value_and_grad(block, lambda x: (block(x) * x).sum())
     run = _training(mx, step, x) if train else _inference(mx, block, x)
-    return _case(mx, run, ("mlx-lm", "mlx"), blas)
+    return describe_mlx(run, packages=["mlx-lm"], blas=blas)
 
 
-def _ours(folder: Path, tokens: int, capacity: float | None = None, train: bool = False) -> dict[str, Any]:
+def _ours(_: Path, tokens: int, capacity: float | None = None, train: bool = False) -> dict[str, Any]:
     from mlx_xformer.backend import device
     from mlx_xformer.nn.moe.layer import MoE, MoEConfig
 
@@ -71,7 +73,7 @@ def _ours(folder: Path, tokens: int, capacity: float | None = None, train: bool 
     import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS
 
     mx = device.mx
-    given = {name: mx.array(x) for name, x in np.load(folder / "weights.npz").items()}
+    given = {name: mx.array(x) for name, x in _draw().items()}
     layer: Any = MoE(MoEConfig(D, H, E, K, capacity=capacity)).train(train)
     layer.router.weight = given["router"]
     for name in ("gate", "up", "down"):
@@ -80,10 +82,10 @@ def _ours(folder: Path, tokens: int, capacity: float | None = None, train: bool 
     mx.eval(layer.parameters(), x)
     step = nn.value_and_grad(layer, lambda x: (layer(x)[0] * x).sum())
     run = _training(mx, step, x) if train else _inference(mx, lambda x: layer(x)[0], x)
-    return _case(mx, run, ("mlx-xformer", "mlx"), device.blas)
+    return describe_ours(run)
 
 
-def dense(folder: Path) -> dict[str, Any]:
+def dense(_: Path) -> dict[str, Any]:
     """A dense gated network with as many products a token."""
     from mlx_xformer.backend import device
     from mlx_xformer.nn.layers import GatedFeedForward
@@ -93,10 +95,10 @@ def dense(folder: Path) -> dict[str, Any]:
 
     mx = device.mx
     layer: Any = GatedFeedForward(D, K * H)
-    x = mx.array(np.load(folder / "weights.npz")["x"][:TRAINED])
+    x = mx.array(_draw()["x"][:TRAINED])
     mx.eval(layer.parameters(), x)
     step = nn.value_and_grad(layer, lambda x: (layer(x) * x).sum())
-    return _case(mx, _training(mx, step, x), ("mlx-xformer", "mlx"), device.blas)
+    return describe_ours(_training(mx, step, x))
 
 
 peer_1, ours_1 = partial(_peer, tokens=1), partial(_ours, tokens=1)

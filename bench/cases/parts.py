@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cases.common import describe_ours
+from mlx_xformer import attention
 from mlx_xformer.backend import activations, device, fused, norms
 from mlx_xformer.nn import spectral
-from mlx_xformer.nn.attention.layer import attention
 from mlx_xformer.nn.layers import ConvTranspose1d, DilatedConv1d
 
 # isort: split
@@ -47,13 +46,7 @@ def case(compute: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
     def run() -> None:
         mx.eval(compute(*inputs))
 
-    return {
-        "run": run,
-        "versions": {"mlx": version("mlx"), "mlx-xformer": version("mlx-xformer")},
-        "blas": device.blas,
-        "threads": int(os.environ["BENCH_THREADS"]),
-        "peak": mx.get_peak_memory,
-    }
+    return describe_ours(run)
 
 
 def plain_gelu(_: Path) -> dict[str, Any]:

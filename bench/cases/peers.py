@@ -5,19 +5,17 @@ FOLDER holds model.safetensors (demucs' own layout), mix.npy (1, 2, 343980) and 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
 import types
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-THREADS = int(os.environ["BENCH_THREADS"])
+from cases.common import describe, describe_mlx, describe_ours, load_openblas
 
 
 def pytorch(folder: Path) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def pytorch(folder: Path) -> dict[str, Any]:
     import torch
     from demucs.hf import load_safetensors_model
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ["BENCH_THREADS"]))
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     model = load_safetensors_model(folder / "model.safetensors").float().eval().to(device)
     mix = torch.from_numpy(np.load(folder / "mix.npy")).to(device)
@@ -34,17 +32,7 @@ def pytorch(folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             return model(mix).cpu().numpy()
 
-    versions = {name: version(name) for name in ("torch", "demucs")}
-    return {"run": run, "versions": versions, "blas": f"PyTorch's own, {device}", "threads": THREADS}
-
-
-def openblas() -> str:
-    """Loads OpenBLAS where all later libraries see it (Linux)."""
-    if sys.platform != "linux":
-        return "Accelerate"
-    library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-    library.openblas_get_corename.restype = ctypes.c_char_p
-    return f"OpenBLAS (libopenblas.so.0, {library.openblas_get_corename().decode().lower()})"
+    return describe(run, packages=["torch", "demucs"], blas=f"PyTorch's own, {device}")
 
 
 class _Tensor:
@@ -73,7 +61,7 @@ def _fraction(value: Any) -> Any:
 def demucs_mlx(folder: Path) -> dict[str, Any]:
     """demucs-mlx 1.6.1, compiled, attention in float32."""
     os.environ |= {"DEMUCS_MLX_ATTENTION_FP16": "0", "DEMUCS_MLX_COMPILE_FORWARD": "1"}
-    blas = openblas()
+    blas = load_openblas()
     import mlx.core as mx
 
     if not mx.metal.is_available():
@@ -94,23 +82,14 @@ def demucs_mlx(folder: Path) -> dict[str, Any]:
     _load_weights_into_model(model, convert_state_dict(state, flatten=True))
     model.eval()
     mix = mx.array(np.load(folder / "mix.npy"))
-    return _mlx(mx, lambda: _forward(model, mix), ("demucs-mlx", "mlx"), blas)
+    return describe_mlx(lambda: np.array(_forward(model, mix)), packages=["demucs-mlx"], blas=blas)
 
 
 def ours(folder: Path) -> dict[str, Any]:
     """This package."""
-    from mlx_xformer.backend import device as runtime
-    from mlx_xformer.models.families import load_model
+    from mlx_xformer import load
+    from mlx_xformer.backend.device import mx
 
-    mx = runtime.mx
-    model = load_model(folder / "ours")
+    model: Any = load(folder / "ours")
     mix = mx.array(np.load(folder / "mix.npy"))
-    return _mlx(mx, lambda: model(mix), ("mlx-xformer", "mlx"), runtime.blas)
-
-
-def _mlx(mx: Any, forward: Any, packages: tuple[str, ...], blas: str) -> dict[str, Any]:
-    def run() -> np.ndarray:
-        return np.array(forward())
-
-    versions = {name: version(name) for name in packages}
-    return {"run": run, "versions": versions, "blas": blas, "threads": THREADS, "peak": mx.get_peak_memory}
+    return describe_ours(lambda: np.array(model(mix)))

@@ -1,0 +1,1 @@
+"""What is measured: functions that worker.py runs, each in a process of its own."""
