@@ -57,8 +57,7 @@ def streamed(model: str, mode: str, song: Path, out: Path, clip: str) -> dict[st
     """Separates a file into files of 32-bit floats."""
     import mlx.core as mx
 
-    from mlx_xformer.separation.separator import Separator
-    from mlx_xformer.separation.stems import Output
+    from mlx_xformer.separation import Output, Separator
 
     made = Separator(model, mode=mode).separate_file(song, out, Output(bits=32, clip=clip))
     return {
@@ -87,8 +86,8 @@ def unstreamed(model: str, mode: str, song: Path, clip: str, files: dict[str, st
     import numpy as np
     import soundfile
 
-    from mlx_xformer.audio.recording import read
-    from mlx_xformer.separation.separator import Separator
+    from mlx_xformer.audio import read
+    from mlx_xformer.separation import Separator
 
     samples, rate = read(song)
     audio = mx.array(samples)
