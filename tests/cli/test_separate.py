@@ -22,11 +22,10 @@ from mlx_xformer.audio import recording
 from mlx_xformer.cli import main
 from mlx_xformer.models.htdemucs import HTDemucs, HTDemucsConfig
 from mlx_xformer.pretrained.loading import load
-from mlx_xformer.separation import stems
+from mlx_xformer.separation import separator, stems
 from mlx_xformer.separation.separator import separate
 from mlx_xformer.storage.checkpoint import save_checkpoint
 
-MODULE = sys.modules["mlx_xformer.separation.separator"]  # the package's name for it is the function
 RATE = 8000
 STEMS = ["drums", "voice", "rest"]
 
@@ -102,7 +101,7 @@ def test_mono_and_other_rates(checkpoint, tmp_path):
 
 def test_several_files_load_the_model_once_and_a_bad_one_stops_no_other(checkpoint, tmp_path, monkeypatch, capsys):
     loads = []
-    monkeypatch.setattr(MODULE, "load", lambda name: loads.append(name) or load(name))
+    monkeypatch.setattr(separator, "load", lambda name: loads.append(name) or load(name))
     (tmp_path / "text.wav").write_text("no audio")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -257,7 +256,7 @@ def test_failures_of_mlx_give_one_line(checkpoint, song, tmp_path, capsys, monke
     def failing(name):
         raise RuntimeError("[metal::malloc] Unable to allocate\n  9 bytes")
 
-    monkeypatch.setattr(MODULE, "load", failing)
+    monkeypatch.setattr(separator, "load", failing)
     assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "Unable to allocate 9 bytes" in captured.err
