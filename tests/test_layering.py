@@ -22,7 +22,7 @@ BREACHES = {  # contract -> (module, an import that breaks the contract there)
     "Models do not import one another": ("models.bert", "from .t5 import T5"),
     "Families of converters do not import one another": ("converters.families.bert", "from .t5 import rules as other"),
     "The NumPy twin imports nothing of MLX": ("reference.nn.layers", "import mlx.core as mx"),
-    "Neither PyTorch nor demucs is imported": ("separation.stems", "import torch"),
+    "Neither PyTorch nor demucs is imported": ("text.tokenizer", "import torch"),
     "Only backend imports backend.linux": ("nn.mel", "from ..backend.linux import chains"),
     "No package has a circle of imports": ("text.samplers", "from .generation import generate"),
 }

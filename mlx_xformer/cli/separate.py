@@ -86,9 +86,10 @@ _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two
 
 def run(options: argparse.Namespace) -> int:
     """Separates what was given; 1 if a recording failed."""
+    from ..audio.encode import check_writable
     from ..separation.segments import Options
     from ..separation.separator import Separator
-    from ..separation.stems import Output, check_writable
+    from ..separation.stems import Output
 
     # What can be known before the model is loaded, or downloaded, is said before.
     settings = {name: getattr(options, name) for name in _SETTINGS}

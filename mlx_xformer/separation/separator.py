@@ -20,8 +20,9 @@ import numpy as np
 from ..audio.recording import Recording, resampled
 from ..models.htdemucs import Bag, HTDemucs
 from ..pretrained.loading import load
-from .segments import Options, Track, members, stretches
+from .segments import Options, members, stretches
 from .stems import Output, StemFiles
+from .track import Track
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import soundfile
 import soxr
 from support.children import FAST, RATE, STEMS, bag_checkpoint, checkpoint, end, noise, start
 
+from mlx_xformer.audio.encode import quantize
 from mlx_xformer.audio.recording import Recording, read
 from mlx_xformer.models.htdemucs import HTDemucs
 from mlx_xformer.pretrained.loading import load
 from mlx_xformer.separation.separator import Separator, _Separation
-from mlx_xformer.separation.stems import Output, quantize
+from mlx_xformer.separation.stems import Output
 
 HOUR_RATE = 4001  # Hz: an hour of two stems takes 230 MB as floats, its recording 115
 MOST = 40  # MiB that an hour may take beyond three minutes: a third of its recording

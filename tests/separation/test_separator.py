@@ -13,8 +13,9 @@ from support.htdemucs_options import options
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 from mlx_xformer.reference import separation as twin
 from mlx_xformer.reference.models.htdemucs.model import htdemucs as twin_model
-from mlx_xformer.separation.segments import Track, padded_segment, transition_weight
+from mlx_xformer.separation.segments import padded_segment, transition_weight
 from mlx_xformer.separation.separator import separate
+from mlx_xformer.separation.track import Track
 
 SEGMENT = 1024  # samples
 TINY = {"nfft": 256, "depth": 2, "t_layers": 2, "segment": "128/1000", "t_heads": 2, "bottom_channels": 8}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mlx_xformer.audio import recording
+from mlx_xformer.audio import encode, recording
 from mlx_xformer.separation import stems
 from mlx_xformer.separation.stems import Output, StemFiles
 
@@ -91,14 +91,14 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
 
 
 def test_check_writable(tmp_path, monkeypatch):
-    stems.check_writable(tmp_path / "a" / "b")
+    encode.check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is not a directory"):
-        stems.check_writable(tmp_path / "file" / "b")
+        encode.check_writable(tmp_path / "file" / "b")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="no permission to write in"):
-        stems.check_writable(tmp_path / "a")
+        encode.check_writable(tmp_path / "a")
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (97, 98, 700), (1000,)], ids=str)
@@ -136,7 +136,7 @@ def test_flac(tmp_path, bits, kind, unit):
     paths, _ = write(tmp_path, {"a": x}, Output("flac", bits=bits, clip="none"), rate=48000, cuts=(9,))
     rate, channels, found, _, samples = read_back(paths["a"])
     assert (rate, channels, found, samples.shape) == (48000, 2, kind, x.shape)
-    assert (samples == stems.quantize(x, bits)).all()
+    assert (samples == encode.quantize(x, bits)).all()
     assert soundfile.info(paths["a"]).subtype == f"PCM_{bits}"
     assert np.abs(samples / unit - x).max() < 2.0 ** (2 - bits)
 
@@ -159,7 +159,7 @@ def test_mp3(tmp_path, rate, kbps):
 
 @pytest.mark.parametrize("rate", [44100, 22050, 8000])
 def test_every_mp3_bitrate(tmp_path, rate):
-    for kbps in (None, *stems._MP3_RATES[rate]):
+    for kbps in (None, *encode._MP3_RATES[rate]):
         paths, _ = write(tmp_path, {"a": noise(samples=rate)}, Output("mp3", mp3_bitrate=kbps), rate=rate)
         assert read_back(paths["a"])[3] == 1000 * (kbps or {44100: 320, 22050: 160, 8000: 64}[rate])
 
@@ -173,9 +173,9 @@ def test_loud_mp3_is_cut(tmp_path):
 
 def test_long_wav_files_are_rf64(tmp_path, monkeypatch):
     """A WAV header counts 4 GiB; the limit is lowered here."""
-    monkeypatch.setattr(stems, "_WAV_LIMIT", 3999)
+    monkeypatch.setattr(encode, "_WAV_LIMIT", 3999)
     write(tmp_path, {"over": noise()}, Output())
-    monkeypatch.setattr(stems, "_WAV_LIMIT", 4000)
+    monkeypatch.setattr(encode, "_WAV_LIMIT", 4000)
     write(tmp_path, {"under": noise()}, Output())
     assert [soundfile.info(tmp_path / f"{n}.wav").format for n in ("over", "under")] == ["RF64", "WAV"]
     assert (recording.read(tmp_path / "over.wav")[0] == recording.read(tmp_path / "under.wav")[0]).all()
@@ -213,7 +213,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch, clip, error):
     """The second file fails: neither it, nor the first, nor a temporary file, nor a folder is left."""
     out = tmp_path / "new" / "deep"
     (tmp_path / "old").mkdir()
-    monkeypatch.setattr(stems.soundfile, "SoundFile", failing := Failing(error))
+    monkeypatch.setattr(encode.soundfile, "SoundFile", failing := Failing(error))
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError
     with pytest.raises(expected):
         write(out, {"a": noise(), "b": noise()}, Output(clip=clip))
@@ -223,7 +223,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch, clip, error):
 def test_older_files_survive_a_failure(tmp_path, monkeypatch):
     write(tmp_path, {"a": noise(seed=1), "b": noise(seed=2)}, Output())
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    monkeypatch.setattr(stems.soundfile, "SoundFile", Failing(soundfile.LibsndfileError(2)))
+    monkeypatch.setattr(encode.soundfile, "SoundFile", Failing(soundfile.LibsndfileError(2)))
     with pytest.raises(OSError, match=r"could not write .*/[ab]\.wav: "):
         write(tmp_path, {"a": noise(seed=3), "b": noise(seed=4)}, Output())
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
