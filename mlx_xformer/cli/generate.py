@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backend import device
+from .common import Interrupted, between_steps
 
 if TYPE_CHECKING:
     from ..models.causal_lm.model import CausalLM
@@ -124,38 +123,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C between two steps, when the caches are whole."""
-
-
-@contextmanager
-def _between_steps(held_back: bool) -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits, if `held_back`, for a call of this function, or for the end; a second one does not wait."""
-    asked = False
-
-    def note(*_: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    def look() -> None:
-        if asked:
-            raise _Interrupted
-
-    usual = signal.getsignal(signal.SIGINT)
-    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if not (held_back and ours):
-        yield look
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield look
-        look()
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
-
 def _generate(
     model: CausalLM, caches: list[KVCache], given: dict[str, Any], result: _Run, options: argparse.Namespace
 ) -> None:
@@ -170,7 +137,7 @@ def _generate(
             save_prompt(options.prompt_cache, model, caches, result.prompt + result.tokens)
 
     with (
-        _between_steps(bool(options.prompt_cache)) as look,
+        between_steps(bool(options.prompt_cache)) as look,
         tqdm(desc="prompt", total=result.unread, unit="token", leave=False, disable=None) as bar,
     ):
 
@@ -183,7 +150,7 @@ def _generate(
         )
         try:
             _show(tokens, result, options.json, bar.close, look)
-        except (_Interrupted, BrokenPipeError):
+        except (Interrupted, BrokenPipeError):
             save()
             raise
         save()
