@@ -78,7 +78,8 @@ def _listed(numbers: Iterable[int]) -> str:
 def quantize(audio: np.ndarray, bits: Bits) -> np.ndarray:
     """Integer samples: clamped to full scale and truncated towards zero, without dither, as demucs writes them.
 
-    16 bits give int16; 24 bits give int32 with the sample in the upper three bytes; 32 bits are the floats."""
+    16 bits give int16; 24 bits give int32 with the sample in the upper three bytes; 32 bits are the floats.
+    """
     if bits == 32:
         return audio.astype(np.float32)
     clamped = np.clip(audio.astype(np.float32), -1, 1)

@@ -101,8 +101,10 @@ if backend_error is None:
 
 
 def batch_size(size: int) -> int:
-    """How many pieces of work of `size` bytes to do at once: one on the CPU, whose caches gain nothing from more; on a
-    GPU up to eight, within a sixth of its memory."""
+    """How many pieces of work of `size` bytes to compute at once.
+
+    One on a CPU, whose caches gain nothing from more; up to eight on a GPU, within a sixth of its memory.
+    """
     if mx.default_device() == mx.Device(mx.cpu):
         return 1
     return max(1, min(8, total_memory() // 6 // size))

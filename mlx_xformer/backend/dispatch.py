@@ -32,8 +32,10 @@ def vectorizes(x: mx.array) -> bool:
 
 
 def by_rows(function: Callable[[mx.array], mx.array], x: mx.array, columns: int = 0) -> mx.array:
-    """function(x), where what becomes of each x[i] depends on it alone: on a CPU side by side, where x is large, or its
-    product with so many columns."""
+    """function(x) for a function of each x[i] alone.
+
+    On a CPU, stretches of axis 0 are computed in parallel where x, or its product with so many columns, is large.
+    """
     if blas.workers == 1 or not on_cpu() or (x.size < _LARGE and x.size * columns < _MANY):
         return function(x)
     return streams.by_rows(function, x)

@@ -21,8 +21,11 @@ _fast_conv_glu = dispatch.with_gradient_of(_plain_conv_glu)(products.conv_glu)
 
 
 def conv_glu(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """The GLU of a convolution that keeps the length: x (B, T, C) or (B, T, F, C) -> the same with half the channels
-    of weight (2O, K, C) or (2O, K, K, C), odd K; or with weight (2O, C) of a product, for any x (..., C)."""
+    """The GLU of a convolution that keeps the length, or of a product.
+
+    x (B, T, C) or (B, T, F, C) -> the same with half the channels of the weight: (2O, K, C) or (2O, K, K, C) with odd K
+    for a convolution, (2O, C) for a product of any x (..., C).
+    """
     return (_fast_conv_glu if dispatch.vectorizes(x) else _plain_conv_glu)(x, weight, bias)
 
 
@@ -99,8 +102,11 @@ def _plain_expand(x, weight, bias, norm_weight, norm_bias, scale, residual, eps)
 
 @dispatch.with_gradient_of(_plain_expand)
 def _fast_expand(x, weight, bias, norm_weight, norm_bias, scale, residual, eps):
-    """The statistics of y = x weight^T + bias come from those of x, which has fewer channels; the norm's scale and
-    shift are rows of the product, so that y itself is never held."""
+    """Normalises y = x weight^T + bias without holding y.
+
+    The statistics of y come from those of x, which has fewer channels; the norm's scale and shift become rows of the
+    product.
+    """
     C, H = weight.shape[0] // 2, weight.shape[1]
     center = mean(x, (1,))
     centers = center @ weight.T + bias  # (B, 1, ..., 2C), of the channels of y

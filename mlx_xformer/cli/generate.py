@@ -163,8 +163,10 @@ def _show(
     before: Callable[[], None],
     after: Callable[[], None],
 ) -> None:
-    """Prints the text, unless `quiet`; calls `before` and `after` around each piece. What was printed stays a line of
-    its own, whatever ends it."""
+    """Prints the text, unless `quiet`; calls `before` and `after` around each piece.
+
+    What was printed stays a line of its own, whatever ends it.
+    """
     try:
         with closing(tokens):
             for piece in _timed(tokens, result):

@@ -45,8 +45,11 @@ def log_mel(audio: mx.array, *, bins: int = 80, samples: int | None = SAMPLES) -
 
 @lru_cache(maxsize=4)
 def mel_filters(bins: int, *, n_fft: int = N_FFT, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """(n_fft // 2 + 1, bins), float64: triangles from 0 Hz to half the sample rate, whose corners are as far apart in
-    mel, and whose areas over Hz are 1."""
+    """Triangular filters of mel frequencies, (n_fft // 2 + 1, bins), float64.
+
+    They reach from 0 Hz to half the sample rate; their corners are equally far apart in mel, and their areas over Hz
+    are 1.
+    """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     highest = _KNEE / _STEP + math.log(sample_rate / 2 / _KNEE) * 27 / math.log(6.4)

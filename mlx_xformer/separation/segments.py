@@ -176,8 +176,11 @@ class _Stream:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass of one member: `length` samples from `start` of the track (which may lie before it), cut into segments
-    at `offsets`; the first `skip` samples of the result are not the track's."""
+    """One pass of one member of a bag over the track.
+
+    `length` samples from `start` (which may lie before the track) are cut into segments at `offsets`; the first `skip`
+    samples of the result lie before the track.
+    """
 
     member: int
     start: int
@@ -188,8 +191,11 @@ class _Pass:
 
 
 def _draw_passes(models: list[HTDemucs], length: int, options: Options) -> list[_Pass]:
-    """Every pass with its random draws, in the original's order: per member and shift first the offset of the
-    track, then one draw per segment for the shift of the waveform's positions."""
+    """Every pass with its random draws, in the order of the original.
+
+    For each member and shift: first the offset of the track, then for each segment the shift of the waveform's
+    positions.
+    """
     rng = random.Random(options.seed)
     passes = []
     for member, model in enumerate(models):
@@ -209,8 +215,10 @@ def _draw_passes(models: list[HTDemucs], length: int, options: Options) -> list[
 def _run_pass(
     model: HTDemucs, track: Track, p: _Pass, options: Options, wanted: list[int]
 ) -> Iterator[tuple[mx.array, int]]:
-    """Yields the finished stretches (S, C, n) of one pass, in order, with the segments that each took; a batch is under
-    way while its predecessor is handed out."""
+    """Yields the finished stretches (S, C, n) of one pass in order, with the number of segments that each took.
+
+    A batch is being computed while the one before it is handed out.
+    """
     config = model.config
     segment, stride, batch = options.samples(config), options.stride(config), options.batch(config)
     weight = transition_weight(segment, options.transition_power)

@@ -50,8 +50,17 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Separated:
-    """What became of a file: the stems' files, the audio's length and the time it took in seconds, the files' sample
-    rate, channels and samples, and the gain of each stem that keeps it from clipping."""
+    """The result of separating a file.
+
+    Attributes:
+        files: The stems' files.
+        seconds: The length of the audio.
+        took: The time that the separation took, in seconds.
+        sample_rate: Of the files, in Hz.
+        channels: Of the files.
+        samples: Of each file.
+        gains: The factor of each stem that keeps it from clipping.
+    """
 
     files: dict[str, Path]
     seconds: float
@@ -150,7 +159,8 @@ def separate(
 class _Separation:
     """One recording on its way through a separator: a first pass to measure it, a second that makes the stems.
 
-    recorded: its samples; samples: those at the model's rate."""
+    recorded: its samples; samples: those at the model's rate.
+    """
 
     def __init__(self, separator: Separator, recording: Recording, progress: Watch | None, cancel: Event | None):
         self._separator, self._recording = separator, recording
@@ -191,8 +201,12 @@ class _Separation:
 
 
 def _survey(recording: Recording, channels: int, sample_rate: int) -> tuple[int, int, float, float]:
-    """Reads a recording once: its samples as recorded and as converted; the mean of the converted mono mix and its
-    unbiased deviation plus 1e-8. Gathered in float64, block by block (Chan, Golub and LeVeque 1979)."""
+    """Reads a recording once, to measure it, in float64 and block by block (Chan, Golub and LeVeque 1979).
+
+    Returns:
+        Its samples as recorded and as converted; the mean of the converted mono mix and its unbiased deviation plus
+        1e-8.
+    """
     recorded = samples = 0
     mean = squares = 0.0
 

@@ -66,8 +66,10 @@ class Output(Encoding):
 
 
 def write(path: str | Path, audio: np.ndarray, rate: int, *, bits: Bits = 16, clip: Clip = "none") -> None:
-    """Writes (channels, samples) as a WAV file, whole or not at all. bits, clip: see Output; integers hold no more than
-    full scale in any case."""
+    """Writes (channels, samples) as a WAV file, whole or not at all.
+
+    bits, clip: see Output; integers hold no more than full scale in any case.
+    """
     audio = np.asarray(audio)
     if audio.ndim != 2 or not 1 <= audio.shape[0] <= 1024:
         raise ValueError(f"audio must be (channels, samples) with at most 1024 channels, got {audio.shape}")

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token. text: by how much the text has grown for certain: a character may take several tokens, and
-    what may begin a stop string waits. logprob: where asked for. finish: on the last, "eos", "stop" or "length"."""
+    """A generated token.
+
+    text: by how much the text has grown for certain: a character may take several tokens, and what may begin a stop
+    string waits. logprob: where asked for. finish: on the last, "eos", "stop" or "length".
+    """
 
     id: int
     text: str = ""

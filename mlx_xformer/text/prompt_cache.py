@@ -57,8 +57,14 @@ def load_prompt(path: str | Path, model: CausalLM) -> tuple[list[KVCache], list[
 
 
 def reuse(caches: Sequence[KVCache], tokens: Sequence[int], prompt: Sequence[int]) -> int:
-    """Rewinds caches that hold `tokens` to what these share with the beginning of a prompt, short of its last token,
-    whose logits are wanted; or empties them, where a window has moved on too far. Returns what they hold then."""
+    """Rewinds caches that hold `tokens` to what these share with the beginning of a prompt.
+
+    The last token of the prompt is always left to be read, since its logits are needed. The caches are emptied where a
+    window has moved on too far.
+
+    Returns:
+        How many tokens the caches hold then.
+    """
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, prompt[:-1], strict=False)))
     try:
         for cache in caches:

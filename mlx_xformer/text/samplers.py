@@ -103,8 +103,10 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
 
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """-inf for all but the fewest likely tokens of each row whose probabilities add up to p or more, and those equal to
-    the least of them (Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Keeps the fewest most likely tokens of each row whose probabilities add up to p or more; -inf for the others.
+
+    Tokens as likely as the last of them are kept too (Holtzman et al. 2020, arXiv 1904.09751).
+    """
     if p == 1:
         return logits
     ordered = -mx.sort(-logits, axis=-1)
@@ -116,14 +118,18 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
 
 
 def keep_min_p(logits: mx.array, p: float) -> mx.array:
-    """-inf for all that is less than p times as probable as the likeliest of its row (Nguyen et al. 2025, arXiv
-    2407.01082)."""
+    """Keeps tokens at least p times as likely as the most likely one of their row; -inf for the others.
+
+    Source: Nguyen et al. 2025, arXiv 2407.01082.
+    """
     return mx.where(logits < mx.max(logits, axis=-1, keepdims=True) + math.log(p), -mx.inf, logits)
 
 
 def penalize(logits: mx.array, history: mx.array, penalty: float) -> mx.array:
-    """Logits of tokens in the history divided by `penalty` where positive, multiplied where negative (Keskar et al.
-    2019, arXiv 1909.05858). history: (B, n), -1 for padding."""
+    """Divides the logits of tokens in the history by `penalty` where positive, and multiplies them where negative.
+
+    history: (B, n), -1 for padding. Source: Keskar et al. 2019, arXiv 1909.05858.
+    """
     rows, size = logits.shape
     index = mx.where(history < 0, size, history)
     seen = mx.put_along_axis(mx.zeros((rows, size + 1), mx.bool_), index, mx.array(True), axis=-1)[:, :size]

@@ -38,8 +38,16 @@ class Tokenizer:
         self._adds_bos = self._config.get("add_bos_token") is True and self.bos is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of a text, with those that the tokenizer puts around every text if `special` (not for a text that
-        holds them already, as a chat template's does). ValueError for surrogates, which are no text."""
+        """The tokens of a text.
+
+        Args:
+            text: The text.
+            special: Whether to add the tokens that the tokenizer puts around every text; not for a text that holds them
+                already, such as one from a chat template.
+
+        Raises:
+            ValueError: The text holds surrogates, which cannot be encoded.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -51,8 +59,10 @@ class Tokenizer:
         return ids
 
     def encode_all(self, texts: Sequence[str], *, longest: int) -> list[list[int]]:
-        """The tokens of each text, `longest` at most: of a longer one its beginning, between the tokens that the
-        tokenizer puts around every text."""
+        """The tokens of each text, at most `longest`.
+
+        A longer text is cut, and keeps the tokens that the tokenizer puts around every text.
+        """
         around = self._library.num_special_tokens_to_add(is_pair=False)
         if longest <= around:
             raise ValueError(f"longest must be more than the {around} tokens around every text, got {longest}")
@@ -146,8 +156,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class TextStream:
-    """The text of tokens as they come, after a prompt: never half a character, and in all what decoding everything at
-    once gives behind the prompt's text."""
+    """The text of tokens as they are generated after a prompt.
+
+    It never yields half a character, and adds up to what decoding all tokens at once gives after the prompt's text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer

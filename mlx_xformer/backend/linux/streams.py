@@ -17,8 +17,7 @@ def _streams() -> list[mx.ThreadLocalStream]:
 
 
 def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
-    """What each task returns: in turns on the thread's own stream and those of the other workers, which MLX runs side
-    by side."""
+    """Runs the tasks in parallel, in turn on the thread's own stream and those of the other workers; their results."""
     streams, out = [None, *_streams()], []
     for index, task in enumerate(tasks):
         stream = streams[index % len(streams)]

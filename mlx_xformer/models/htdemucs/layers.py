@@ -78,8 +78,10 @@ def _gated(rewrite: nn.Module, x: mx.array, norm: nn.Module | None) -> mx.array:
 
 
 class EncoderLayer(nn.Module):
-    """Strided convolution, DConv and a gated rewrite: (B, T, F, C) -> (B, T, F / stride, O) over frequency, or
-    (B, T, C) -> (B, T / stride, O) over time."""
+    """A strided convolution, a DConv and a gated rewrite.
+
+    (B, T, F, C) -> (B, T, F / stride, O) over frequency, or (B, T, C) -> (B, T / stride, O) over time.
+    """
 
     def __init__(self, config: HTDemucsConfig, level: Level, *, time_branch: bool):
         super().__init__()
@@ -155,8 +157,11 @@ class DecoderLayer(nn.Module):
             self.dconv = DConv(channels, config)
 
     def __call__(self, x: mx.array, skip: mx.array | None, length: int) -> tuple[mx.array, mx.array]:
-        """Returns the output, cut to `length` along time where time is what it upsamples, and what went into the
-        transposed convolution (from which the waveform branch restarts below the merge)."""
+        """Returns the output, and what went into the transposed convolution.
+
+        The output is cut to `length` along time where the layer upsamples time. The waveform branch restarts below the
+        merge from the second value.
+        """
         if self.freq and x.ndim == 3:
             x = x[:, :, None]
         y = x if skip is None else self._gated(x + skip)

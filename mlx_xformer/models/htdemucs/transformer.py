@@ -95,8 +95,10 @@ class CrossTransformer(nn.Module):
     def __call__(
         self, x: mx.array, xt: mx.array, position_shift: SupportsIndex | Sequence[int] = 0
     ) -> tuple[mx.array, mx.array]:
-        """x (B, T, F, E) and xt (B, T2, E) -> the same shapes. `position_shift` moves the waveform's positions
-        (t_sin_random_shift), one value or one per batch row."""
+        """x (B, T, F, E) and xt (B, T2, E) -> the same shapes.
+
+        `position_shift` moves the waveform's positions (t_sin_random_shift), one value or one per batch row.
+        """
         B, T, F, E = x.shape
         positions = mx.flatten(sinusoidal_2d(F, T, E, max_period=self.max_period), 0, 1)
         x = mx.flatten(x, 1, 2)  # (B, T * F, E)

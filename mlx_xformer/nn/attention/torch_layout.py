@@ -16,11 +16,10 @@ from .core import attention, attention_weights
 
 
 class MultiheadAttention(nn.Module):
-    """torch.nn.MultiheadAttention, with the parameters q_proj, k_proj, v_proj, out_proj, bias_k and bias_v (1, 1, E);
-    converters.attention maps PyTorch's packed and split ones.
+    """torch.nn.MultiheadAttention: its arguments, shapes and mask polarity.
 
-    A row that may attend nothing gives 0 where PyTorch gives NaN. dropout acts in training, by the random
-    `dropout_key`.
+    The parameters are q_proj, k_proj, v_proj, out_proj, bias_k and bias_v (1, 1, E); converters.attention converts
+    PyTorch's packed and split ones.
     """
 
     def __init__(
@@ -63,12 +62,9 @@ class MultiheadAttention(nn.Module):
         static_v: mx.array | None = None,
         dropout_key: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        """query (L, N, E), key and value (S, N, ...), or batch first, or without N -> the output, shaped as query, and
-        the weights before dropout, (N, L, S), or (N, H, L, S) if not averaged.
+        """The output, shaped as query, and the weights before dropout, (N, L, S), or (N, H, L, S) if not averaged.
 
-        key_padding_mask (N, S) and attn_mask (L, S) or (N * H, L, S): True = ignore, or floats that are added.
-        is_causal without attn_mask hides the keys above the diagonal. static_k, static_v (N * H, S, E / H): projected
-        heads that take the place of key and value.
+        query is (L, N, E), key and value are (S, N, ...), or the batch comes first, or there is no N.
         """
         if query.ndim == 2:
             batch = 0 if self.batch_first else 1
@@ -114,8 +110,10 @@ class MultiheadAttention(nn.Module):
     def _masks(
         self, padding: mx.array | None, attn: mx.array | None, shape: tuple[int, int, int], more: int
     ) -> tuple[mx.array | None, mx.array | None]:
-        """What attention() takes for PyTorch's masks over (N, L, S): True = attend, and a bias. `more` positions
-        stand behind the S, for all to see."""
+        """What attention() takes for PyTorch's masks over (N, L, S): True = attend, and a bias.
+
+        `more` positions stand behind the S, for all to see.
+        """
         (N, L, S), H = shape, self.num_heads
         mask, bias = None, None
         for name, given, shapes in (

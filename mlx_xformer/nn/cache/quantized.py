@@ -29,9 +29,11 @@ def stored_width(width: int) -> int:
 
 @dataclass(frozen=True)
 class Quantized:
-    """x (B, G, S, D), affine: x is nearly packed * scales + biases. `packed` is uint32 with 32 / bits channels each,
-    the first in its lowest bits; scales and biases are one a group of channels. Zeros stand behind the first `width`
-    channels."""
+    """x (B, G, S, D), affine: x is nearly packed * scales + biases.
+
+    `packed` is uint32 with 32 / bits channels each, the first in its lowest bits; scales and biases are one a group of
+    channels. Zeros stand behind the first `width` channels.
+    """
 
     packed: mx.array
     scales: mx.array
@@ -117,8 +119,10 @@ class Quantized:
         return [self._of([x[:, :, first : first + step] for x in self.parts]) for first in range(0, S, step)]
 
     def _product(self, x: mx.array, transpose: bool, few: int) -> mx.array:
-        """x times this or its transpose. few: rows of a product with a head for which a CPU's quantized one is quicker
-        than one with floats."""
+        """x times this or its transpose.
+
+        few: rows of a product with a head for which a CPU's quantized one is quicker than one with floats.
+        """
         if x.shape[2] > few and dispatch.on_cpu():
             floats = self.dequantized(mx.float32)
             return x @ (floats.swapaxes(-1, -2) if transpose else floats)

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def merged(caches: list[KVCache], length: int | None = None, longest: int | None = None) -> KVCache:
-    """One cache of all rows, as long as the longest unless `length` says more. The caches have no padding, but for rows
-    that have not begun."""
+    """One cache of all rows, as long as the longest unless `length` says more.
+
+    The caches have no padding, but for rows that have not begun.
+    """
     length = max(cache.length for cache in caches) if length is None else length
     padding = [length - cache.length + row for cache in caches for row in cache.padding or (0,) * cache._rows]
     out = caches[0]._like(padding)

@@ -20,8 +20,10 @@ def lost(longest: int, window: int | None, slack: int) -> int:
 def slots(
     longest: int, window: int | None, keep: int, slack: int, capacity: int | None = None, padding: int = 0
 ) -> int:
-    """Slots of a cache that has held `longest` positions, of which `padding` are padding in its emptiest row. They grow
-    by a quarter at a time, or are all of `capacity` from the first."""
+    """Slots of a cache that has held `longest` positions, of which `padding` are padding in its emptiest row.
+
+    They grow by a quarter at a time, or are all of `capacity` from the first.
+    """
     if not longest:
         return 0
     size = STEP if capacity is None else -(-capacity // STEP) * STEP
@@ -48,8 +50,10 @@ def cache_bytes(
     batch: int = 1,
     layers: int = 1,
 ) -> int:
-    """The nbytes of `layers` KVCaches that have held up to `length` positions of a batch without padding. value_dim is
-    head_dim by default; dtype is that of the keys and values appended."""
+    """The nbytes of `layers` KVCaches that have held up to `length` positions of a batch without padding.
+
+    value_dim is head_dim by default; dtype is that of the keys and values appended.
+    """
     least: dict[str, tuple[int | None, int]] = {"length": (length, 0), "num_kv_heads": (num_kv_heads, 1)}
     least |= {"head_dim": (head_dim, 1), "batch": (batch, 1)}
     least |= {"window": (window, 1), "keep": (keep, 0), "slack": (slack, 0), "capacity": (capacity, max(1, length))}

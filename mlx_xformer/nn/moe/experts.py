@@ -69,9 +69,11 @@ def _biased(y: mx.array, bias: mx.array | None, experts: mx.array | None) -> mx.
 
 
 class QuantizedExpertLinear(nn.Module):
-    """ExpertLinear in affine mode: weight, scales and biases (E, O, packed), bias (E, O) if any. A CPU makes floats of
-    all matrices where groups of rows go through them: one layer's at a time, as its quantized product is a scalar loop
-    for each row."""
+    """ExpertLinear in affine mode: weight, scales and biases (E, O, packed), bias (E, O) if any.
+
+    A CPU makes floats of all matrices where groups of rows go through them: one layer's at a time, as its quantized
+    product is a scalar loop for each row.
+    """
 
     def __init__(self, linear: ExpertLinear, group_size: int = 64, bits: int = 4):
         super().__init__()
@@ -111,8 +113,10 @@ class QuantizedExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """As many feed-forward networks of one kind: gate_proj, up_proj and down_proj, or linear1 and linear2. They make
-    float32 of half precisions on a CPU; the result has the dtype of x and the matrices."""
+    """As many feed-forward networks of one kind: gate_proj, up_proj and down_proj, or linear1 and linear2.
+
+    They make float32 of half precisions on a CPU; the result has the dtype of x and the matrices.
+    """
 
     def __init__(self, config: MoEConfig):
         super().__init__()

@@ -48,8 +48,10 @@ class Routing:
     @property
     def balance_loss(self) -> mx.array:
         """alpha E sum_i f_i P_i: f_i the share of the tokens that chose expert i, P_i its mean probability over all
-        tokens. k alpha where both are uniform; alpha E where k = 1 and all go to one. Its gradient is that of P alone,
-        as f counts.
+        tokens.
+
+        It is k alpha where both are uniform, and alpha E where k = 1 and all tokens choose one expert. Its gradient is
+        that of P alone, as f counts.
 
         balance="document" is llm_prep's alpha sum_i f_i p_i: f_i the share of the tokens that expert i took, p_i the
         mean weight of those that chose it. It is kept to compare with and does not balance: without overflow it is
@@ -137,7 +139,9 @@ def places(experts: mx.array, num_experts: int) -> tuple[mx.array, mx.array]:
 
 
 def balanced_bias(selection_bias: mx.array, load: mx.array, rate: float) -> mx.array:
-    """The next selection bias (E,) after a step in which experts had this load (E,): those below the mean gain `rate`,
-    those above lose it (Wang et al. 2024, arXiv 2408.15664)."""
+    """The next selection bias (E,), after a step in which the experts had this load (E,).
+
+    Experts below the mean load gain `rate`, those above lose it (Wang et al. 2024, arXiv 2408.15664).
+    """
     load = load.astype(mx.float32)
     return selection_bias + rate * mx.sign(load.mean() - load)

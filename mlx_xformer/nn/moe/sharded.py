@@ -17,12 +17,10 @@ from .routing import Routing
 
 
 def spread(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Puts a SpreadMoE in the place of every MoE of a model: each of the n processes of a group keeps E / n experts, in
-    the order of the ranks, and the memory of the others is freed.
+    """Replaces every MoE of a model by a SpreadMoE.
 
-    What the model computes stays the same, as long as all processes hold the same weights and are given the same input.
-    It waits for all of them in every layer. ValueError, before anything is changed, where n does not divide E. (For a
-    MoE by itself: SpreadMoE.)
+    Each of the n processes of a group keeps E / n experts, in the order of the ranks; the memory of the others is
+    freed.
     """
     mixtures = [(name, module) for name, module in model.named_modules() if name and isinstance(module, MoE)]
     if not mixtures:
@@ -43,8 +41,11 @@ def _check(moe: MoE, group: mx.distributed.Group) -> None:
 
 
 class SpreadMoE(MoE):
-    """One process's part of a MoE, whose experts it takes: each process computes what its own experts make of the
-    tokens that chose them, and the sum goes to all. All the rest is computed by all. Without gradient."""
+    """One process's part of a MoE, with its share of the experts; without gradient.
+
+    Each process computes what its own experts make of the tokens that chose them, and the sum goes to all processes.
+    All the rest is computed by every process.
+    """
 
     def __init__(self, moe: MoE, group: mx.distributed.Group):
         _check(moe, group)

@@ -153,8 +153,11 @@ def _tokens(x: Any) -> Any:
 
 
 def _routing(params: dict, arrays: dict, options: Options) -> list[mx.array]:
-    """The weights of all experts (T, E), 0 for those not chosen, the probabilities, both losses, the load and how many
-    were dropped."""
+    """What a router returns: the weights of all experts (T, E), and its statistics.
+
+    The weights are 0 for experts that were not chosen. The rest are the probabilities, both losses, the load and how
+    many choices were dropped.
+    """
     config = options["config"]
     routing = _made(params, options).route(_tokens(arrays["x"]))
     hot = routing.experts[..., None] == mx.arange(config.num_experts)

@@ -63,8 +63,10 @@ def rotary(
     interleaved: bool = False,
     scaling: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    """x (B, H, L, D) with its first `dims` channels turned, pair by pair, by the positions (B, L). scaling: the fields
-    of RotaryScaling."""
+    """x (B, H, L, D) with its first `dims` channels turned, pair by pair, by the positions (B, L).
+
+    scaling: the fields of RotaryScaling.
+    """
     out = x.copy()
     magnitude = np.asarray(1.0 if scaling is None else scaling.get("magnitude", 1.0), x.dtype)
     for i in range(dims // 2):

@@ -78,7 +78,8 @@ class Tracks:
 class Measure:
     """Levels and pictures of one track, gathered stretch by stretch.
 
-    peak: largest |x|. energy: sum of x^2 over all channels. low, high, square: (W,), the envelope."""
+    peak: largest |x|. energy: sum of x^2 over all channels. low, high, square: (W,), the envelope.
+    """
 
     def __init__(self, rate: int, channels: int, samples: int):
         self.channels, self.samples, self.done = channels, samples, 0
@@ -150,7 +151,8 @@ class Measure:
 def _bands(rate: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mean power over each of F bands, even in log frequency, of a spectrum that is linear between its bins.
 
-    As bins, their weights, and where in these the bins of each band start: most bands see few bins."""
+    As bins, their weights, and where in these the bins of each band start: most bands see few bins.
+    """
     edges = np.geomspace(LOWEST, min(HIGHEST, rate / 2), BANDS + 1) * WINDOW / rate
     t = np.clip(edges - np.arange(WINDOW // 2 + 1)[:, None], -1, 1)
     integral = np.where(t < 0, (1 + t) ** 2 / 2, 1 - (1 - t) ** 2 / 2)  # of each bin's triangle, up to each edge
