@@ -47,11 +47,11 @@ class Routing:
 
     @property
     def balance_loss(self) -> mx.array:
-        """alpha E sum_i f_i P_i: f_i the share of the tokens that chose expert i, P_i its mean probability over all
-        tokens.
+        """The balance loss, alpha E sum_i f_i P_i.
 
-        It is k alpha where both are uniform, and alpha E where k = 1 and all tokens choose one expert. Its gradient is
-        that of P alone, as f counts.
+        f_i is the share of the tokens that chose expert i, P_i its mean probability over all tokens. The loss is k
+        alpha where both are uniform, and alpha E where k = 1 and all tokens choose one expert. Its gradient is that of
+        P alone, as f counts.
 
         balance="document" is llm_prep's alpha sum_i f_i p_i: f_i the share of the tokens that expert i took, p_i the
         mean weight of those that chose it. It is kept to compare with and does not balance: without overflow it is
