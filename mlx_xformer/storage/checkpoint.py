@@ -122,11 +122,8 @@ def save_checkpoint(
     arrays: Iterable[tuple[str, mx.array]] | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all.
-
-    An older checkpoint is replaced; any other folder is refused. `arrays`: see write_safetensors. `extras`: files of
-    EXTRAS by their names.
-    """
+    """Writes a checkpoint, whole or not at all. An older checkpoint is replaced; any other folder is refused. `arrays`:
+    see write_safetensors. `extras`: files of EXTRAS by their names."""
     wide = sorted(name for name, x in weights.items() if x.dtype == mx.float64)
     if wide:
         raise ValueError(f"weights must not be float64, which MLX cannot store, got {wide[0]}")

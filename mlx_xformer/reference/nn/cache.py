@@ -12,10 +12,8 @@ import numpy as np
 
 
 def visible(first: int, n: int, padding: Sequence[int], *, window: int | None = None, keep: int = 0) -> np.ndarray:
-    """Which of the positions up to first + n - 1 the n queries from `first` on may see, (B, 1, n, T).
-
-    A row begins after its padding. A query sees the last `window` positions up to its own, and the `keep` first.
-    """
+    """Which of the positions up to first + n - 1 the n queries from `first` on may see, (B, 1, n, T): of a row that
+    begins behind its padding those up to the query's own, the last `window` of them and the `keep` first."""
     begin = np.asarray(padding)[:, None, None, None]
     query = first + np.arange(n)[:, None] - begin  # (B, 1, n, 1), as positions in the row
     key = np.arange(first + n)[None, :] - begin  # (B, 1, 1, T)
@@ -25,10 +23,8 @@ def visible(first: int, n: int, padding: Sequence[int], *, window: int | None = 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Everything appended: keys (B, G, T, D), values (B, G, T, Dv), and the padding of each row.
-
-    longest is the largest T there has been. Nothing is ever dropped; `rewindable` tells what a windowed cache promises.
-    """
+    """Everything appended: keys (B, G, T, D), values (B, G, T, Dv), and the padding of each row. longest is the largest
+    T there has been. Nothing is ever dropped; `rewindable` tells what a windowed cache promises."""
 
     keys: np.ndarray
     values: np.ndarray
@@ -101,11 +97,8 @@ def merge(caches: Sequence[KVCache]) -> KVCache:
 
 
 def quantized(x: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes shaped as x (..., D), and the scale and bias of each group of channels (..., D / group).
-
-    x is nearly code * scale + bias, with codes from 0 to 2^bits - 1. The end of a group's range that is farther from 0
-    is met exactly.
-    """
+    """Codes like x (..., D), and the scale and bias of each group of channels (..., D / group): x is nearly code *
+    scale + bias, codes being 0 .. 2^bits - 1. The end of a group's range that is farther from 0 is met exactly."""
     grouped = x.reshape(*x.shape[:-1], -1, group)
     low, high = grouped.min(axis=-1), grouped.max(axis=-1)
     top = 2**bits - 1
