@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mlx_xformer
+from mlx_xformer.models.families import MODULES
 
 PACKAGE = Path(mlx_xformer.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -116,3 +117,8 @@ def test_a_family_has_one_name_on_every_floor(floor):
     if floor == "tests/models":  # a family may have several files of tests
         found = {name for name in found if not any(name.startswith(f"{family}_") for family in families)}
     assert found <= families
+
+
+def test_the_table_of_families_names_their_modules():
+    """Those of models.families are those on every floor; metalaudio has no checkpoints of its own."""
+    assert {module.replace(".", "/") for module in MODULES} == members("mlx_xformer/models") - {"guides/metalaudio"}

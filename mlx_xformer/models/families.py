@@ -107,3 +107,15 @@ def _check_fit(weights: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, 
     ]
     if problems:
         raise ValueError(misfit(problems))
+
+
+def module_of(family: str) -> str:
+    """The module of a family, under the name that it has in models, converters.families and parity.families.
+
+    It is "bert" for BERT, and "guides.scratch" for both families of that module.
+    """
+    parts = FAMILIES[family][0].__module__.removeprefix(f"{__package__}.").split(".")
+    return ".".join(parts[: 2 if parts[0] == "guides" else 1])
+
+
+MODULES = tuple(dict.fromkeys(map(module_of, FAMILIES)))
