@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.language import language_model, word_tokenizer
+from support.text import language_model, word_tokenizer
 
 from mlx_xformer.cli import _parser
 

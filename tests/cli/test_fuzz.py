@@ -11,7 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
-from support.children import FAST, RATE, STEMS, checkpoint, noise, run_all
+from support.audio import TINY_RATE as RATE
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, checkpoint
+from support.processes import run_all
 
 from mlx_xformer.audio import recording
 from mlx_xformer.cli import main

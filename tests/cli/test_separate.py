@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from mlx.utils import tree_flatten
 from support.harness import draw
-from support.htdemucs_options import options
+from support.models import options
 
 from mlx_xformer.audio import recording
 from mlx_xformer.cli import main

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.decoder_folders import CHILD, SIZES, TOKENS, check_logits, edited, ours, refused, tensors, written
-from support.decoders import ARCHITECTURES, config, state_of, write_folder
-from support.tensors import same_tensors
+from support.text import MEMORY_CHILD as CHILD, HF_SIZES as SIZES, FOLDER_TOKENS as TOKENS, check_logits, edit_config as edited, convert_names as ours, assert_refused as refused, read_tensors as tensors, tensor_counts as written
+from support.text import ARCHITECTURES, causal_lm_config as config, state_of, write_folder
+from support.harness import same_tensors
 
 from mlx_xformer import cli
 from mlx_xformer.converters.conversion import convert

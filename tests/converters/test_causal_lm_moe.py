@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
-from support import decoder_folders
-from support.decoder_folders import CHILD, SIZES, check_logits, edited, ours, refused, tensors, written
-from support.decoders import config, write_folder
-from support.language import tiny_causal_lm
-from support.tensors import same_tensors
+from support.text import MEMORY_CHILD as CHILD, HF_SIZES as SIZES, check_logits, edit_config as edited, convert_names as ours, assert_refused as refused, read_tensors as tensors, tensor_counts as written
+from support.text import causal_lm_config as config, write_folder
+from support.text import tiny_causal_lm
+from support.harness import same_tensors
 
 from mlx_xformer import cli, parity
 from mlx_xformer.converters import conversion as converting

@@ -7,19 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.tensors import same_tensors
-from support.whispers import (
-    ALIASES,
-    CONFIG,
-    SCALARS,
-    ctranslate2,
-    hugging_face,
-    text,
-    theirs,
-    variable,
-    weights,
-    whisper,
-)
+from support.harness import same_tensors
+from support.models import WHISPER_ALIASES as ALIASES, WHISPER_CONFIG as CONFIG, WHISPER_SCALARS as SCALARS, write_ctranslate2 as ctranslate2, write_hugging_face as hugging_face, ctranslate2_text as text, whisper_tensors as theirs, ctranslate2_variable as variable, whisper_weights as weights, whisper
 
 from mlx_xformer.cli import main
 from mlx_xformer.converters.conversion import convert

@@ -7,10 +7,11 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.decoder_twins import TOKENS, WIDE, drawn, truths
-from support.decoders import ARCHITECTURES, config
-from support.harness import as32, assert_within_budget, check_module, draw
-from support.tensors import signal
+from support.harness import as32, assert_within_budget, check_module, draw, signal
+from support.text import ARCHITECTURES, TOKENS, WIDE
+from support.text import causal_lm_config as config
+from support.text import causal_lm_truths as truths
+from support.text import drawn_causal_lm as drawn
 
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization, quantize
 from mlx_xformer.nn import layers, linear

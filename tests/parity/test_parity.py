@@ -11,8 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.children import bag_checkpoint, checkpoint
-from support.decoders import config, write_folder
+from support.models import bag_checkpoint, checkpoint
+from support.text import causal_lm_config as config
+from support.text import write_folder
 
 import mlx_xformer
 from mlx_xformer import parity

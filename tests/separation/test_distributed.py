@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.children import FAST, STEMS, checkpoint, noise
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, checkpoint
 from support.processes import BIN, free_ports, run, side_by_side
 
 LENGTHS = {"a": 10007, "b": 120011, "c": 40009, "d": 90001, "e": 20011}  # samples

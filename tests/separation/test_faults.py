@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from support.children import FAST, RATE, STEMS, checkpoint, end, noise, run_all, start
+from support.audio import TINY_RATE as RATE
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, checkpoint
+from support.processes import end, run_all, start
 
 from mlx_xformer.cli import main
 from mlx_xformer.separation.separator import Separator

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from support.children import FAST, RATE, STEMS, bag_checkpoint, checkpoint, end, noise, start
+from support.audio import TINY_RATE as RATE
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, bag_checkpoint, checkpoint
+from support.processes import end, start
 
 from mlx_xformer.audio.recording import Recording, read
 from mlx_xformer.models.htdemucs import HTDemucs

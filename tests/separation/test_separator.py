@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.harness import as32, assert_within_budget, draw, snr_db
-from support.htdemucs_options import options
+from support.models import options
 
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 from mlx_xformer.reference import separation as twin
