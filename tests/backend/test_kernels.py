@@ -246,6 +246,7 @@ def test_rows_are_computed_side_by_side(monkeypatch):
         streams._streams.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dispatch._FUSES, reason="nothing is compiled here")
 def test_chains_are_vectorised(tmp_path):
     """Each chain is one library, whose loop g++ vectorises: a chain cut into passes, or a loop that stays scalar, is

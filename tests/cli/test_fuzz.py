@@ -114,6 +114,7 @@ def test_whole_files_are_separated(model, tmp_path):
         assert (result.code, result.err, len(result.files)) == (0, "", len(STEMS)), name
 
 
+@pytest.mark.slow
 def test_broken_files_give_stems_or_one_line(model, tmp_path):
     files = dict(spoilt())
     assert len(files) == 200 and len(set(files.values())) > 180

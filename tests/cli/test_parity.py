@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from support.models import checkpoint
 
 import mlx_xformer
 from mlx_xformer import parity
@@ -43,9 +44,14 @@ def test_a_planted_bug_is_named(capsys, monkeypatch):
     assert lines[-1].startswith("FAILED: ")
 
 
-@pytest.mark.parametrize("given", [str(MINI), "htdemucs_mini"])
-def test_a_model(capsys, given):
-    assert main(["parity", given, "--seeds", "1"]) == 0
+@pytest.mark.slow
+def test_a_model_by_its_name(capsys):
+    assert main(["parity", "htdemucs_mini", "--seeds", "1"]) == 0
+    assert "crosstransformer.layers_t.1 " in capsys.readouterr().out
+
+
+def test_a_model_by_its_folder(tmp_path, capsys):
+    assert main(["parity", str(checkpoint(tmp_path / "tiny")), "--seeds", "1"]) == 0
     assert "crosstransformer.layers_t.1 " in capsys.readouterr().out
 
 

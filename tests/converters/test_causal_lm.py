@@ -709,6 +709,7 @@ def test_load_converts_a_folder(tmp_path, monkeypatch):
     assert isinstance(loading.load(tmp_path / "a.gguf"), CausalLM)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells")
 @pytest.mark.parametrize("given", [{}, {"quantize": 4}, {"dtype": "float16"}])
 def test_memory_is_that_of_a_shard_and_a_tensor(tmp_path, given):

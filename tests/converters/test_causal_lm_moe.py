@@ -308,6 +308,7 @@ def test_a_large_mixture_is_planned_in_no_time():
     assert causal_lm_moe.fused_name(own) == "model.layers.0.mlp.experts.gate_up_proj"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells")
 @pytest.mark.parametrize("given", [{}, {"quantize": 4}])
 def test_memory_is_that_of_a_shard_and_a_tensor(tmp_path, given):

@@ -217,6 +217,7 @@ def test_what_cannot_be_spread():
         SpreadMoE(mixture("top-1")[0], Seat(0, 3))
 
 
+@pytest.mark.slow
 def test_the_example_says_what_one_process_says(tmp_path):
     model = language_model(tmp_path / "model", moe=DECODER)
     alone = run(([sys.executable, EXAMPLE, model, "hello"], {}))[0]

@@ -36,11 +36,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @pytest.fixture(scope="module")
 def report():
-    """Everything, for one seed."""
-    return parity.run(seeds=1)
+    """Some operations and layers in every precision, for one seed."""
+    return parity.run(["attention", "causal_mask", "glu", "LayerNorm", "stft"], seeds=1)
 
 
-def test_everything_passes(report):
+def test_some_pass(report):
+    assert not report.failed, report.table()
+
+
+@pytest.mark.slow
+def test_everything_passes():
+    report = parity.run(seeds=1)
     assert not report.failed, report.table()
     checks = {(row.name, row.check) for row in report.rows}
     for name in parity.NAMES:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
@@ -19,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlx_xformer import cli
 
 BIN = Path(sys.executable).parent
 LIMIT = 120  # seconds
@@ -60,6 +64,35 @@ def side_by_side(folder, *command, **given):
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports()]))
     return run(*((command, {"MLX_HOSTFILE": str(hosts), "MLX_RANK": rank}) for rank in "01"), **given)
+
+
+def run_script(script, *arguments):
+    """(exit code, stdout, stderr) of a script that runs in this process, as if Python had been started with it."""
+    before = sys.argv, sys.path
+    sys.argv, sys.path = [str(script), *map(str, arguments)], [str(Path(script).parent), *sys.path]
+    try:
+        return _answer(lambda: runpy.run_path(str(script), run_name="__main__") and 0)
+    finally:
+        sys.argv, sys.path = before
+
+
+def run_command(*arguments):
+    """(exit code, stdout, stderr) of mlx-xformer with these arguments, in this process."""
+    return _answer(lambda: cli.main(list(map(str, arguments))))
+
+
+def _answer(call):
+    """(exit code, stdout, stderr) of call(), which returns its exit code or exits."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = call()
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+    return code or 0, out.getvalue(), err.getvalue()
 
 
 def start(code, *arguments, **given):
