@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.text import MEMORY_CHILD as CHILD, HF_SIZES as SIZES, FOLDER_TOKENS as TOKENS, check_logits, edit_config as edited, convert_names as ours, assert_refused as refused, read_tensors as tensors, tensor_counts as written
-from support.text import ARCHITECTURES, causal_lm_config as config, state_of, write_folder
 from support.harness import same_tensors
+from support.text import ARCHITECTURES, check_logits, state_of, write_folder
+from support.text import FOLDER_TOKENS as TOKENS
+from support.text import HF_SIZES as SIZES
+from support.text import MEMORY_CHILD as CHILD
+from support.text import assert_refused as refused
+from support.text import causal_lm_config as config
+from support.text import convert_names as ours
+from support.text import edit_config as edited
+from support.text import read_tensors as tensors
+from support.text import tensor_counts as written
 
 from mlx_xformer import cli
 from mlx_xformer.converters.conversion import convert

@@ -8,23 +8,25 @@ import re
 import subprocess
 import sys
 import time
-import types
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
-from support.text import MEMORY_CHILD as CHILD, HF_SIZES as SIZES, check_logits, edit_config as edited, convert_names as ours, assert_refused as refused, read_tensors as tensors, tensor_counts as written
-from support.text import causal_lm_config as config, write_folder
-from support.text import tiny_causal_lm
 from support.harness import same_tensors
+from support.text import HF_SIZES as SIZES
+from support.text import MEMORY_CHILD as CHILD
+from support.text import assert_refused as refused
+from support.text import causal_lm_config as config
+from support.text import check_logits, tiny_causal_lm, write_folder
+from support.text import convert_names as ours
+from support.text import edit_config as edited
+from support.text import read_tensors as tensors
+from support.text import tensor_counts as written
 
 from mlx_xformer import cli, parity
-from mlx_xformer.converters import conversion as converting
-from mlx_xformer.converters import language
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import causal_lm as names
 from mlx_xformer.converters.families import causal_lm_moe
