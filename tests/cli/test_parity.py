@@ -33,6 +33,7 @@ def test_json_and_list(capsys):
     assert tuple(capsys.readouterr().out.split()) == parity.NAMES
 
 
+@pytest.mark.mutants
 def test_a_planted_bug_is_named(capsys, monkeypatch):
     """A mask taken for its opposite: exit code 1, and the worst case by seed, sample and words."""
     part = scores.part_of
