@@ -63,7 +63,10 @@ class Bug:
         return f"mlx_xformer.{self.module}", self.file.read_text().replace(self.source, self.planted)
 
     def __str__(self) -> str:
-        return f"{self.module}: {self.name}" if self.module else f"nothing planted: {' '.join(self.check)}"
+        if self.module is None:
+            kind, first, *rest = self.check
+            return f"{kind} {first.rpartition('/')[2]}{f' and {len(rest)} more' if rest else ''}"
+        return f"{self.module}: {self.name}"
 
 
 class Outcomes:
