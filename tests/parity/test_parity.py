@@ -345,6 +345,7 @@ def tiny(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("parity") / "tiny")
 
 
+@pytest.mark.slow
 def test_the_bundled_model_is_proven():
     found = parity.run(folder=MINI, seeds=1)
     assert not found.failed, found.table()
