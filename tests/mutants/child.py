@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
-import importlib.util
 import io
 import json
 import os
 import sys
 from pathlib import Path
+from types import CodeType
+from typing import ClassVar
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -19,27 +20,36 @@ import mlx_xformer  # noqa: E402, F401  it loads the BLAS of MLX, once
 import pytest  # isort: skip  # noqa: E402
 
 
-class PlantedLoader(importlib.machinery.SourceFileLoader):
-    """Loads a module from a text instead of its file."""
+class Loader(importlib.machinery.SourceFileLoader):
+    """Compiles each file once for all bugs, and the changed module from its changed source."""
 
-    def __init__(self, name: str, path: str, text: str):
+    compiled: ClassVar[dict[str, CodeType]] = {}
+
+    def __init__(self, name: str, path: str, changed: str | None):
         super().__init__(name, path)
-        self.text = text
+        self.changed = changed
 
     def get_code(self, fullname):
-        return compile(self.text, self.path, "exec")
+        if self.changed is not None:
+            return compile(self.changed, self.path, "exec")
+        if self.path not in self.compiled:
+            self.compiled[self.path] = super().get_code(fullname)
+        return self.compiled[self.path]
 
 
-class PlantedFinder:
-    """Finds the one module that is changed."""
+class Finder:
+    """Finds the modules of the package, one of which may be changed."""
 
     changed: tuple[str, str] | None = None
 
     def find_spec(self, name, path=None, target=None):
-        if self.changed is None or name != self.changed[0]:
+        if name.split(".")[0] != "mlx_xformer":
             return None
-        file = str(ROOT / f"{name.replace('.', '/')}.py")
-        return importlib.util.spec_from_file_location(name, file, loader=PlantedLoader(name, file, self.changed[1]))
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            changed = self.changed[1] if self.changed is not None and self.changed[0] == name else None
+            spec.loader = Loader(name, spec.origin, changed)
+        return spec
 
 
 def forget() -> None:
@@ -100,7 +110,7 @@ def tests(*nodes: str) -> str | None:
 
 
 def main() -> None:
-    finder = PlantedFinder()
+    finder = Finder()
     sys.meta_path.insert(0, finder)
     answers = os.fdopen(os.dup(1), "w")
     with Path(sys.argv[1]).open() as tasks:
