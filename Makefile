@@ -9,19 +9,20 @@ PIP := install --quiet --disable-pip-version-check
 TORCH := .venv-torch
 DATA ?= $(MLX_XFORMER_DATA)
 PYTEST = $(BIN)/python -m pytest
-PLAIN := -m "not torch and not real and not browser"
+PLAIN := not torch and not real and not browser
 
 .PHONY: demo test test-nightly test-torch test-browser test-real check format dist bench bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-xformer separate mlx_xformer/data/demo.flac -n htdemucs_mini
 
+# Without planted bugs and without what takes long, which make check runs.
 test: $(VENV)/installed
-	$(PYTEST) $(PLAIN)
+	$(PYTEST) -m "$(PLAIN) and not slow and not mutants"
 
 # The property tests of caches, with new examples; about a quarter of an hour.
 test-nightly: $(VENV)/installed
-	MLX_XFORMER_EXAMPLES=10000 $(PYTEST) tests/test_cache_properties.py
+	MLX_XFORMER_EXAMPLES=10000 $(PYTEST) tests/nn/test_cache_properties.py
 
 # PyTorch and the original packages live in an environment of their own and run in a process of their own.
 test-torch: $(VENV)/installed $(TORCH)/installed
@@ -41,7 +42,7 @@ check: $(VENV)/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy -p mlx_xformer
 	$(BIN)/lint-imports --no-logo
-	$(PYTEST) $(PLAIN)
+	$(PYTEST) -m "$(PLAIN)"
 
 format: $(VENV)/installed
 	$(BIN)/ruff format

@@ -32,7 +32,7 @@ OFFICIAL = {  # the released htdemucs; every other keyword at its default
 def prepare(folder: Path, torch_python: str, threads: int, ours: bool) -> dict[str, np.ndarray]:
     """Writes the weights, the input and, if asked, our checkpoint; returns PyTorch's answers in both precisions."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from support.torch_oracle import Oracle
+    from support.oracle import Oracle
 
     with Oracle(torch_python, threads=threads) as oracle:
         names = oracle.package(OFFICIAL, folder, seed=0, half=True)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.language import language_model, word_tokenizer
+from support.processes import run_script
+from support.text import language_model, word_tokenizer
 
 from mlx_xformer.cli import _parser
 
@@ -84,9 +85,9 @@ def test_example_generate(tmp_path):
 
 @pytest.mark.parametrize("path", sorted({*(ROOT / "examples").glob("*.py")} - {TRAINER}), ids=lambda p: p.name)
 def test_examples_tell_how_they_are_called(path):
-    answer = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.startswith(f"usage: {path.name} ")
+    code, out, err = run_script(path, "--help")
+    assert code == 0, err
+    assert out.startswith(f"usage: {path.name} ")
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,9 @@ def test_examples_tell_how_they_are_called(path):
     ids=lambda w: w[0],
 )
 def test_examples_say_in_a_line_what_is_wrong(words):
-    command = [sys.executable, ROOT / "examples" / words[0], *words[1:]]
-    answer = subprocess.run(command, capture_output=True, text=True)
+    answer = run_script(ROOT / "examples" / words[0], *words[1:])
     missing = "nowhere.wav does not exist" if words[0] == "separate.py" else "nowhere/x/y: no such file or folder"
-    assert answer.returncode == 1 and answer.stderr == f"{words[0]}: {missing}\n"
+    assert answer == (1, "", f"{words[0]}: {missing}\n")
 
 
 @pytest.mark.parametrize("path", sorted({*(ROOT / "examples").glob("*.py")} - {TRAINER}), ids=lambda p: p.name)

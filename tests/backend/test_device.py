@@ -78,6 +78,7 @@ def test_without_a_backend(tmp_path):
     assert run("import mlx_xformer; assert not hasattr(mlx_xformer, 'x')", PYTHONPATH=str(tmp_path)).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX compiles in memory")
 def test_a_second_call_compiles_nothing(tmp_path):
     """MLX keeps the chains it compiles as libraries in the temporary folder: another track adds none."""

@@ -11,7 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
-from support.children import FAST, RATE, STEMS, checkpoint, noise, run_all
+from support.audio import TINY_RATE as RATE
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, checkpoint
+from support.processes import run_all
 
 from mlx_xformer.audio import recording
 from mlx_xformer.cli import main
@@ -111,6 +114,7 @@ def test_whole_files_are_separated(model, tmp_path):
         assert (result.code, result.err, len(result.files)) == (0, "", len(STEMS)), name
 
 
+@pytest.mark.slow
 def test_broken_files_give_stems_or_one_line(model, tmp_path):
     files = dict(spoilt())
     assert len(files) == 200 and len(set(files.values())) > 180

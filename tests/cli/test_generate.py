@@ -13,7 +13,7 @@ import time
 
 import pytest
 import soundfile
-from support.language import language_model, word_tokenizer
+from support.text import language_model, word_tokenizer
 
 from mlx_xformer.cli import main
 from mlx_xformer.models.families import load_model

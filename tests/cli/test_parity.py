@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from support.models import checkpoint
 
 import mlx_xformer
 from mlx_xformer import parity
@@ -32,6 +33,7 @@ def test_json_and_list(capsys):
     assert tuple(capsys.readouterr().out.split()) == parity.NAMES
 
 
+@pytest.mark.mutants
 def test_a_planted_bug_is_named(capsys, monkeypatch):
     """A mask taken for its opposite: exit code 1, and the worst case by seed, sample and words."""
     part = scores.part_of
@@ -43,9 +45,14 @@ def test_a_planted_bug_is_named(capsys, monkeypatch):
     assert lines[-1].startswith("FAILED: ")
 
 
-@pytest.mark.parametrize("given", [str(MINI), "htdemucs_mini"])
-def test_a_model(capsys, given):
-    assert main(["parity", given, "--seeds", "1"]) == 0
+@pytest.mark.slow
+def test_a_model_by_its_name(capsys):
+    assert main(["parity", "htdemucs_mini", "--seeds", "1"]) == 0
+    assert "crosstransformer.layers_t.1 " in capsys.readouterr().out
+
+
+def test_a_model_by_its_folder(tmp_path, capsys):
+    assert main(["parity", str(checkpoint(tmp_path / "tiny")), "--seeds", "1"]) == 0
     assert "crosstransformer.layers_t.1 " in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from mlx.utils import tree_flatten
 from support.harness import draw
-from support.htdemucs_options import options
+from support.models import options
 
 from mlx_xformer.audio import encode, recording
 from mlx_xformer.cli import main
@@ -381,13 +381,14 @@ def test_stems_and_names_of_files(checkpoint, song, tmp_path):
     assert np.abs(written.T - np.clip(whole["drums"], -0.99, 0.99)).max() < 1e-6
 
 
-def test_a_seed_reproduces_every_bit(checkpoint, song, tmp_path):
+def test_a_seed_reproduces_every_bit(checkpoint, tmp_path):
     """Of the files, whatever their format; another seed makes others."""
+    song = write(tmp_path / "song.wav", 501)
     for kind in (["--bits", 32], ["--format", "flac"], ["--format", "mp3"]):
         made = []
         for turn, seed in enumerate((3, 3, 4)):
             out = tmp_path / f"{kind[-1]}{turn}"
-            assert run("separate", song, "-n", checkpoint, "-o", out, "--seed", seed, "--shifts", 2, *kind) == 0
+            assert run("separate", song, "-n", checkpoint, "-o", out, "--seed", seed, "--shifts", 1, *kind) == 0
             made.append({p.name: p.read_bytes() for p in (out / "tiny" / "song").iterdir()})
         assert len(made[0]) == 3 and made[0] == made[1]
         assert all(made[0][name] != made[2][name] for name in made[0])

@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.decoder_folders import CHILD, SIZES, TOKENS, check_logits, edited, ours, refused, tensors, written
-from support.decoders import ARCHITECTURES, config, state_of, write_folder
-from support.tensors import same_tensors
+from support.harness import same_tensors
+from support.text import ARCHITECTURES, check_logits, state_of, write_folder
+from support.text import FOLDER_TOKENS as TOKENS
+from support.text import HF_SIZES as SIZES
+from support.text import MEMORY_CHILD as CHILD
+from support.text import assert_refused as refused
+from support.text import causal_lm_config as config
+from support.text import convert_names as ours
+from support.text import edit_config as edited
+from support.text import read_tensors as tensors
+from support.text import tensor_counts as written
 
 from mlx_xformer import cli
 from mlx_xformer.converters.conversion import convert
@@ -709,6 +717,7 @@ def test_load_converts_a_folder(tmp_path, monkeypatch):
     assert isinstance(loading.load(tmp_path / "a.gguf"), CausalLM)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells")
 @pytest.mark.parametrize("given", [{}, {"quantize": 4}, {"dtype": "float16"}])
 def test_memory_is_that_of_a_shard_and_a_tensor(tmp_path, given):

@@ -9,7 +9,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support import torch_zip as tz
+from support.oracle import (
+    MARK,
+    Opcodes,
+    opcodes,
+    pickle_call,
+    pickle_global,
+    pickle_program,
+    pickle_storage,
+    pickle_tensor,
+    save_torch,
+    write_torch_zip,
+)
 
 from mlx_xformer.converters.formats.source import member, plain_name, read_bag, read_source, scan
 
@@ -31,7 +42,7 @@ def refused(path, *parts):
     assert all(part in reason for part in parts), message
 
 
-KLASS = tz.glob("demucs.htdemucs", "HTDemucs")
+KLASS = pickle_global("demucs.htdemucs", "HTDemucs")
 
 # Safetensors
 
@@ -78,7 +89,7 @@ def test_safetensors_bit_for_bit(tmp_path):
 def test_half_precision_keeps_every_value(tmp_path):
     every = np.arange(2**16, dtype=np.uint16)
     save_file({"x": every.view(np.float16)}, tmp_path / "a.safetensors")
-    tz.save(tmp_path / "a.th", {"x": every.view(np.float16)})
+    save_torch(tmp_path / "a.th", {"x": every.view(np.float16)})
     for name in ("a.safetensors", "a.th"):
         assert np.array_equal(bits(read_source(tmp_path / name).tensors["x"]), every)
 
@@ -161,7 +172,7 @@ def test_torch_tensors_and_package(tmp_path):
         "bool": np.array([True, False]),
         "none": np.zeros((0, 4), np.float16),
     }
-    source = read_source(tz.save(tmp_path / "a.pt", arrays))
+    source = read_source(save_torch(tmp_path / "a.pt", arrays))
     assert source.metadata == {} and source.tensors.keys() == arrays.keys()
     for name, array in arrays.items():
         raw = np.frombuffer(array.tobytes(), f"u{array.itemsize}").reshape(array.shape)
@@ -172,7 +183,7 @@ def test_torch_tensors_and_package(tmp_path):
         "kwargs": {"names": ["a"], "segment": Fraction(39, 5), "depth": 4, "scale": 0.5, "no": None, "t": (1, 2)},
         "training_args": {1: "integer keys are fine", "x": [1, {"y": -5}]},
     }
-    source = read_source(tz.save(tmp_path / "a.th", arrays, package))
+    source = read_source(save_torch(tmp_path / "a.th", arrays, package))
     assert source.metadata["klass"] == "demucs.htdemucs.HTDemucs" and source.metadata["args"] == "[]"
     assert json.loads(source.metadata["kwargs"]) == {
         "names": ["a"],
@@ -186,25 +197,25 @@ def test_torch_tensors_and_package(tmp_path):
 
 def test_torch_views_share_a_storage(tmp_path):
     values = np.arange(24, dtype=np.float16)
-    stored = tz.storage("0", 24)
+    stored = pickle_storage("0", 24)
     state = {
-        "whole": tz.tensor(stored, (2, 3, 4), (12, 4, 1)),
-        "turned": tz.tensor(stored, (4, 2, 3), (1, 12, 4)),
-        "part": tz.tensor(stored, (3, 2), (4, 2), 13),
+        "whole": pickle_tensor(stored, (2, 3, 4), (12, 4, 1)),
+        "turned": pickle_tensor(stored, (4, 2, 3), (1, 12, 4)),
+        "part": pickle_tensor(stored, (3, 2), (4, 2), 13),
     }
     # as a state dict: an OrderedDict that carries _metadata, with one tensor as a parameter
-    ordered = tz.call(tz.glob("collections", "OrderedDict"))
-    state["part"] = tz.call(tz.glob("torch._utils", "_rebuild_parameter"), state["part"], False, ordered)
-    items = tz.MARK + b"".join(tz.code(k) + v for k, v in state.items()) + b"u"
-    pickle = b"\x80\x02" + ordered + items + tz.code({"_metadata": {"a": 1}}) + b"b."
-    tensors = read_source(tz.write(tmp_path / "a.pt", pickle, {"0": values.tobytes()})).tensors
+    ordered = pickle_call(pickle_global("collections", "OrderedDict"))
+    state["part"] = pickle_call(pickle_global("torch._utils", "_rebuild_parameter"), state["part"], False, ordered)
+    items = MARK + b"".join(opcodes(k) + v for k, v in state.items()) + b"u"
+    pickle = b"\x80\x02" + ordered + items + opcodes({"_metadata": {"a": 1}}) + b"b."
+    tensors = read_source(write_torch_zip(tmp_path / "a.pt", pickle, {"0": values.tobytes()})).tensors
     whole = values.reshape(2, 3, 4)
     assert np.array_equal(np.array(tensors["whole"]), whole)
     assert np.array_equal(np.array(tensors["turned"]), whole.transpose(2, 0, 1))
     assert np.array_equal(np.array(tensors["part"]), whole[1, :, 1::2])
 
 
-GOOD = tz.tensor(tz.storage("0", 6), (2, 3), (3, 1))
+GOOD = pickle_tensor(pickle_storage("0", 6), (2, 3), (3, 1))
 DATA = {"0": np.arange(6, dtype=np.float16).tobytes()}
 
 
@@ -214,46 +225,67 @@ def system(marker):
 
 
 def stack_global(module, name):
-    return tz.Code(tz.code(module) + tz.code(name) + b"\x93")
+    return Opcodes(opcodes(module) + opcodes(name) + b"\x93")
 
 
 def hostile(marker):
     """Pickles that would run a command if anything unpickled them, and what each is refused for."""
     command = system(marker)
     return {
-        "a __reduce__ to os.system": (tz.call(tz.glob("os", "system"), command), "os.system"),
-        "posix.system": (tz.call(tz.glob("posix", "system"), command), "posix.system"),
+        "a __reduce__ to os.system": (pickle_call(pickle_global("os", "system"), command), "os.system"),
+        "posix.system": (pickle_call(pickle_global("posix", "system"), command), "posix.system"),
         "STACK_GLOBAL eval": (
-            tz.call(stack_global("builtins", "eval"), f"open({str(marker)!r}, 'w')"),
+            pickle_call(stack_global("builtins", "eval"), f"open({str(marker)!r}, 'w')"),
             "builtins.eval",
         ),
-        "getattr": (tz.glob("builtins", "getattr"), "builtins.getattr"),
-        "a dotted way out": (tz.glob("fractions", "Fraction.__init__.__globals__"), "Fraction.__init__"),
-        "torch.load": (tz.glob("torch", "load"), "torch.load"),
-        "INST": (tz.Code(tz.MARK + tz.code(command) + b"ios\nsystem\n"), "INST"),
-        "OBJ": (tz.Code(tz.MARK + tz.glob("os", "system") + tz.code(command) + b"o"), "os.system"),
-        "OBJ of a known class": (tz.Code(tz.MARK + tz.glob("fractions", "Fraction") + tz.code("1") + b"o"), "OBJ"),
-        "NEWOBJ": (tz.Code(tz.glob("fractions", "Fraction") + b")\x81"), "NEWOBJ"),
-        "NEWOBJ_EX": (tz.Code(tz.glob("fractions", "Fraction") + b")}\x92"), "NEWOBJ_EX"),
-        "EXT1": (tz.Code(b"\x82\x01"), "EXT1"),
-        "EXT2": (tz.Code(b"\x83\x01\x00"), "EXT2"),
-        "EXT4": (tz.Code(b"\x84\x01\x00\x00\x00"), "EXT4"),
-        "PERSID": (tz.Code(b"Pstorage\n"), "PERSID"),
-        "BUILD on a class": (tz.Code(tz.glob("demucs.htdemucs", "HTDemucs") + tz.code({"x": 1}) + b"b"), "fills"),
+        "getattr": (pickle_global("builtins", "getattr"), "builtins.getattr"),
+        "a dotted way out": (pickle_global("fractions", "Fraction.__init__.__globals__"), "Fraction.__init__"),
+        "torch.load": (pickle_global("torch", "load"), "torch.load"),
+        "INST": (Opcodes(MARK + opcodes(command) + b"ios\nsystem\n"), "INST"),
+        "OBJ": (
+            Opcodes(MARK + pickle_global("os", "system") + opcodes(command) + b"o"),
+            "os.system",
+        ),
+        "OBJ of a known class": (
+            Opcodes(MARK + pickle_global("fractions", "Fraction") + opcodes("1") + b"o"),
+            "OBJ",
+        ),
+        "NEWOBJ": (Opcodes(pickle_global("fractions", "Fraction") + b")\x81"), "NEWOBJ"),
+        "NEWOBJ_EX": (Opcodes(pickle_global("fractions", "Fraction") + b")}\x92"), "NEWOBJ_EX"),
+        "EXT1": (Opcodes(b"\x82\x01"), "EXT1"),
+        "EXT2": (Opcodes(b"\x83\x01\x00"), "EXT2"),
+        "EXT4": (Opcodes(b"\x84\x01\x00\x00\x00"), "EXT4"),
+        "PERSID": (Opcodes(b"Pstorage\n"), "PERSID"),
+        "BUILD on a class": (
+            Opcodes(pickle_global("demucs.htdemucs", "HTDemucs") + opcodes({"x": 1}) + b"b"),
+            "fills",
+        ),
         "BUILD with attributes": (
-            tz.Code(tz.call(tz.glob("collections", "OrderedDict")) + tz.code({"__class__": 1}) + b"b"),
+            Opcodes(pickle_call(pickle_global("collections", "OrderedDict")) + opcodes({"__class__": 1}) + b"b"),
             "BUILD",
         ),
-        "calling the model": (tz.call(tz.glob("demucs.htdemucs", "HTDemucs"), ["a"]), "demucs.htdemucs.HTDemucs"),
-        "calling a string": (tz.call(tz.code("os.system"), command), "calls str"),
-        "calling a call": (tz.call(tz.call(tz.glob("collections", "OrderedDict")), command), "calls _Ordered"),
-        "calling with a list": (tz.Code(tz.glob("collections", "OrderedDict") + tz.code([]) + b"R"), "OrderedDict"),
-        "OrderedDict of pairs": (tz.call(tz.glob("collections", "OrderedDict"), [("a", 1)]), "arguments"),
-        "numpy scalars": (tz.glob("numpy.core.multiarray", "scalar"), "numpy.core.multiarray.scalar"),
-        "omegaconf": (tz.glob("omegaconf.dictconfig", "DictConfig"), "omegaconf.dictconfig.DictConfig"),
-        "a byte array": (tz.Code(b"\x96" + struct.pack("<Q", 2**40)), "no whole pickle"),
-        "a set": (tz.Code(b"\x8f"), "EMPTY_SET"),
-        "a text integer": (tz.Code(b"I" + b"9" * 5000 + b"\n"), "no whole pickle"),
+        "calling the model": (
+            pickle_call(pickle_global("demucs.htdemucs", "HTDemucs"), ["a"]),
+            "demucs.htdemucs.HTDemucs",
+        ),
+        "calling a string": (pickle_call(opcodes("os.system"), command), "calls str"),
+        "calling a call": (
+            pickle_call(pickle_call(pickle_global("collections", "OrderedDict")), command),
+            "calls _Ordered",
+        ),
+        "calling with a list": (
+            Opcodes(pickle_global("collections", "OrderedDict") + opcodes([]) + b"R"),
+            "OrderedDict",
+        ),
+        "OrderedDict of pairs": (
+            pickle_call(pickle_global("collections", "OrderedDict"), [("a", 1)]),
+            "arguments",
+        ),
+        "numpy scalars": (pickle_global("numpy.core.multiarray", "scalar"), "numpy.core.multiarray.scalar"),
+        "omegaconf": (pickle_global("omegaconf.dictconfig", "DictConfig"), "omegaconf.dictconfig.DictConfig"),
+        "a byte array": (Opcodes(b"\x96" + struct.pack("<Q", 2**40)), "no whole pickle"),
+        "a set": (Opcodes(b"\x8f"), "EMPTY_SET"),
+        "a text integer": (Opcodes(b"I" + b"9" * 5000 + b"\n"), "no whole pickle"),
     }
 
 
@@ -270,8 +302,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, monkeypatch, name
         "state": {"w": payload if place == "state" else GOOD},
         "training_args": payload if place == "training_args" else None,
     }
-    pickle = tz.pickled(payload if place == "top" else package)
-    refused(tz.write(tmp_path / "a.th", pickle, DATA), reason)
+    pickle = pickle_program(payload if place == "top" else package)
+    refused(write_torch_zip(tmp_path / "a.th", pickle, DATA), reason)
     assert not marker.exists() and [p.name for p in tmp_path.iterdir()] == ["a.th"]
 
 
@@ -279,16 +311,16 @@ def test_the_marker_would_show_that_something_ran(tmp_path):
     import pickle
 
     payload, _ = hostile(tmp_path / "ran")["a __reduce__ to os.system"]
-    pickle.loads(tz.pickled(payload))  # what this package never does
+    pickle.loads(pickle_program(payload))  # what this package never does
     assert (tmp_path / "ran").exists()
 
 
-LOOP = tz.Code(b"]q\x00h\x00a")  # a list that holds itself
+LOOP = Opcodes(b"]q\x00h\x00a")  # a list that holds itself
 
 
 def doubling(levels):
     """A value of 2 ** levels leaves in a few bytes each: every pair holds the one before it twice."""
-    return tz.Code(b"K\x01" + b"q\x00h\x00\x86" * levels)
+    return Opcodes(b"K\x01" + b"q\x00h\x00\x86" * levels)
 
 
 @pytest.mark.parametrize(
@@ -310,101 +342,107 @@ def doubling(levels):
         (b"\x80\x02K\x01K\x02\x93.", "not text"),
         (b"\xff\xfe", "no whole pickle"),
         (b"X\xff\xff\xff\xff.", "no whole pickle"),
-        (tz.pickled([1, 2]), "a dict of tensors"),
-        (tz.pickled({}), "nothing at all"),
-        (tz.pickled({"a": 1, "b": GOOD}), "must be a tensor, got a"),
-        (tz.pickled({1: GOOD}), "from names to tensors"),
-        (tz.pickled({"klass": 1, "args": (), "kwargs": {}, "state": {"a": GOOD}}), "must hold a class"),
-        (tz.pickled({"klass": KLASS, "args": (), "kwargs": {}, "state": [1]}), "the state must be a dict"),
-        (tz.pickled({"a": GOOD, "__quantized": True}), "DiffQ"),
+        (pickle_program([1, 2]), "a dict of tensors"),
+        (pickle_program({}), "nothing at all"),
+        (pickle_program({"a": 1, "b": GOOD}), "must be a tensor, got a"),
+        (pickle_program({1: GOOD}), "from names to tensors"),
+        (pickle_program({"klass": 1, "args": (), "kwargs": {}, "state": {"a": GOOD}}), "must hold a class"),
+        (pickle_program({"klass": KLASS, "args": (), "kwargs": {}, "state": [1]}), "the state must be a dict"),
+        (pickle_program({"a": GOOD, "__quantized": True}), "DiffQ"),
     ],
 )
 def test_pickles_that_make_no_sense(tmp_path, pickle, reason):
-    refused(tz.write(tmp_path / "a.th", pickle, DATA), reason)
+    refused(write_torch_zip(tmp_path / "a.th", pickle, DATA), reason)
 
 
 @pytest.mark.parametrize("value", [LOOP, doubling(60), doubling(7), [1] * 10_000])
 def test_arguments_without_end(tmp_path, value):
     package = {"klass": KLASS, "args": (), "kwargs": {"x": value}}
     arrays = {"w": np.zeros(2, np.float16)}
-    refused(tz.save(tmp_path / "a.th", arrays, package), "nested too deep or too many")
+    refused(save_torch(tmp_path / "a.th", arrays, package), "nested too deep or too many")
 
 
 @pytest.mark.parametrize("text", ["1e999999999", "1/0", "9" * 19, " 1", "1_0", "0x1", "nan", "1/-2"])
 def test_fractions_are_two_whole_numbers(tmp_path, text):
-    value = tz.call(tz.glob("fractions", "Fraction"), text)
-    refused(tz.write(tmp_path / "a.th", tz.pickled({"a": value}), {}), "fraction")
+    value = pickle_call(pickle_global("fractions", "Fraction"), text)
+    refused(write_torch_zip(tmp_path / "a.th", pickle_program({"a": value}), {}), "fraction")
 
 
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (tz.tensor(tz.storage("1", 6), (2, 3), (3, 1)), "storage 1, which the zip does not hold"),
-        (tz.tensor(tz.storage("../0", 6), (2, 3), (3, 1)), "storage ../0, which the zip does not hold"),
-        (tz.tensor(tz.storage("0", 7), (2, 3), (3, 1)), "storage 0 must be 7 x 2 bytes, got 12"),
-        (tz.tensor(tz.storage("0", 5), (2, 2), (2, 1)), "storage 0 must be 5 x 2 bytes, got 12"),
-        (tz.tensor(tz.storage("0", -6), (2, 3), (3, 1)), "storage 0 must be -6 x 2 bytes"),
-        (tz.tensor(tz.storage("0", 6, "FloatStorage"), (2, 3), (3, 1)), "must be 6 x 4 bytes"),
-        (tz.tensor(tz.storage("0", 6, "UntypedStorage"), (2, 3), (3, 1)), "torch.UntypedStorage"),
-        (tz.tensor(tz.storage("0", 6), (2, 3), (3, 1), 1), "reaches element 6 of the 6"),
-        (tz.tensor(tz.storage("0", 6), (2, 3), (4, 1)), "reaches element 6 of the 6"),
-        (tz.tensor(tz.storage("0", 6), (2, 3), (3, 1), -1), "at least 0"),
-        (tz.tensor(tz.storage("0", 6), (2, -3), (3, 1)), "at least 0"),
-        (tz.tensor(tz.storage("0", 6), (2, 3), (-3, 1)), "at least 0"),
-        (tz.tensor(tz.storage("0", 6), (2, 3.0), (3, 1)), "whole numbers"),
-        (tz.tensor(tz.storage("0", 6), (2, True), (3, 1)), "whole numbers"),
-        (tz.tensor(tz.storage("0", 6), (2**60, 0), (3, 1)), "whole numbers"),
-        (tz.tensor(tz.storage("0", 6), (2**40,), (0,)), "must fit its storage of 6"),
-        (tz.tensor(tz.storage("0", 6), (2, 3), (1,)), "a stride for each"),
-        (tz.tensor(tz.storage("0", 6), (1,) * 9, (1,) * 9), "at most 8 sizes"),
-        (tz.tensor(tz.code("storage"), (2, 3), (3, 1)), "not a storage"),
-        (tz.call(tz.glob("torch._utils", "_rebuild_tensor_v2")), "not a storage"),
-        (tz.call(tz.glob("torch._utils", "_rebuild_parameter"), 1, 2, 3), "not a tensor"),
-        (tz.Code(tz.code(("module", 1)) + b"Q"), "persistent id"),
-        (tz.Code(tz.code("0") + b"Q"), "persistent id"),
+        (pickle_tensor(pickle_storage("1", 6), (2, 3), (3, 1)), "storage 1, which the zip does not hold"),
+        (
+            pickle_tensor(pickle_storage("../0", 6), (2, 3), (3, 1)),
+            "storage ../0, which the zip does not hold",
+        ),
+        (pickle_tensor(pickle_storage("0", 7), (2, 3), (3, 1)), "storage 0 must be 7 x 2 bytes, got 12"),
+        (pickle_tensor(pickle_storage("0", 5), (2, 2), (2, 1)), "storage 0 must be 5 x 2 bytes, got 12"),
+        (pickle_tensor(pickle_storage("0", -6), (2, 3), (3, 1)), "storage 0 must be -6 x 2 bytes"),
+        (pickle_tensor(pickle_storage("0", 6, "FloatStorage"), (2, 3), (3, 1)), "must be 6 x 4 bytes"),
+        (pickle_tensor(pickle_storage("0", 6, "UntypedStorage"), (2, 3), (3, 1)), "torch.UntypedStorage"),
+        (pickle_tensor(pickle_storage("0", 6), (2, 3), (3, 1), 1), "reaches element 6 of the 6"),
+        (pickle_tensor(pickle_storage("0", 6), (2, 3), (4, 1)), "reaches element 6 of the 6"),
+        (pickle_tensor(pickle_storage("0", 6), (2, 3), (3, 1), -1), "at least 0"),
+        (pickle_tensor(pickle_storage("0", 6), (2, -3), (3, 1)), "at least 0"),
+        (pickle_tensor(pickle_storage("0", 6), (2, 3), (-3, 1)), "at least 0"),
+        (pickle_tensor(pickle_storage("0", 6), (2, 3.0), (3, 1)), "whole numbers"),
+        (pickle_tensor(pickle_storage("0", 6), (2, True), (3, 1)), "whole numbers"),
+        (pickle_tensor(pickle_storage("0", 6), (2**60, 0), (3, 1)), "whole numbers"),
+        (pickle_tensor(pickle_storage("0", 6), (2**40,), (0,)), "must fit its storage of 6"),
+        (pickle_tensor(pickle_storage("0", 6), (2, 3), (1,)), "a stride for each"),
+        (pickle_tensor(pickle_storage("0", 6), (1,) * 9, (1,) * 9), "at most 8 sizes"),
+        (pickle_tensor(opcodes("storage"), (2, 3), (3, 1)), "not a storage"),
+        (pickle_call(pickle_global("torch._utils", "_rebuild_tensor_v2")), "not a storage"),
+        (pickle_call(pickle_global("torch._utils", "_rebuild_parameter"), 1, 2, 3), "not a tensor"),
+        (Opcodes(opcodes(("module", 1)) + b"Q"), "persistent id"),
+        (Opcodes(opcodes("0") + b"Q"), "persistent id"),
     ],
 )
 def test_tensors_outside_their_storage(tmp_path, tensor, reason):
-    refused(tz.write(tmp_path / "a.th", tz.pickled({"w": tensor}), DATA), reason)
+    refused(write_torch_zip(tmp_path / "a.th", pickle_program({"w": tensor}), DATA), reason)
 
 
 def test_wrong_booleans_and_endless_sharing(tmp_path):
-    boolean = tz.tensor(tz.storage("0", 12, "BoolStorage"), (12,), (1,))
-    refused(tz.write(tmp_path / "a.th", tz.pickled({"w": boolean}), DATA), "w must hold booleans, 0 or 1, got")
-    many = {f"w{i}": tz.tensor(tz.storage("0", 50000), (50000,), (1,)) for i in range(9)}
-    refused(tz.write(tmp_path / "b.th", tz.pickled(many), {"0": b"\0" * 100000}), "share storage")
+    boolean = pickle_tensor(pickle_storage("0", 12, "BoolStorage"), (12,), (1,))
+    refused(
+        write_torch_zip(tmp_path / "a.th", pickle_program({"w": boolean}), DATA),
+        "w must hold booleans, 0 or 1, got",
+    )
+    many = {f"w{i}": pickle_tensor(pickle_storage("0", 50000), (50000,), (1,)) for i in range(9)}
+    refused(write_torch_zip(tmp_path / "b.th", pickle_program(many), {"0": b"\0" * 100000}), "share storage")
 
 
 def test_zip_files_that_are_not_as_torch_writes_them(tmp_path):
-    path, pickle = tmp_path / "a.th", tz.pickled({"w": GOOD})
-    whole = tz.write(path, pickle, DATA).read_bytes()
+    path, pickle = tmp_path / "a.th", pickle_program({"w": GOOD})
+    whole = write_torch_zip(path, pickle, DATA).read_bytes()
     assert read_source(path).tensors["w"].shape == (2, 3)
     for cut in (3, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         refused(path, "zip")
     path.write_bytes(whole.replace(DATA["0"], DATA["0"][::-1]))
     refused(path, "truncated or damaged", "CRC")
-    refused(tz.write(path, pickle, DATA, compression=zipfile.ZIP_DEFLATED), "must be stored")
-    refused(tz.write(path, pickle, DATA, byteorder=b"big"), "byteorder must be little")
-    refused(tz.write(path, pickle, DATA, **{"data.pkl": None}), "a data.pkl, got 0")
-    refused(tz.write(path, b"\0" * (16 << 20) + b"\0", DATA), "at most 16777216 bytes")
+    refused(write_torch_zip(path, pickle, DATA, compression=zipfile.ZIP_DEFLATED), "must be stored")
+    refused(write_torch_zip(path, pickle, DATA, byteorder=b"big"), "byteorder must be little")
+    refused(write_torch_zip(path, pickle, DATA, **{"data.pkl": None}), "a data.pkl, got 0")
+    refused(write_torch_zip(path, b"\0" * (16 << 20) + b"\0", DATA), "at most 16777216 bytes")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", pickle)
         archive.writestr("b/data.pkl", pickle)
     refused(path, "a data.pkl, got 2")
-    refused(tz.write(path, pickle, DATA, **{"data.pkl": None, "dataxpkl": pickle}), "a data.pkl, got 0")
+    refused(write_torch_zip(path, pickle, DATA, **{"data.pkl": None, "dataxpkl": pickle}), "a data.pkl, got 0")
     path.write_bytes(b"")
     refused(path, "must be a zip")
     path.write_bytes(pickle)
     refused(path, "must be a zip")
     path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.more")
     refused(path, "older format", "save it again")
-    tz.write(path, pickle, DATA, order=b"x")
+    write_torch_zip(path, pickle, DATA, order=b"x")
     assert read_source(path).tensors.keys() == {"w"}
 
 
 def test_a_zip_that_claims_more_than_the_file_holds(tmp_path):
-    path = tz.write(tmp_path / "a.th", tz.pickled({"w": GOOD}), DATA)
+    path = write_torch_zip(tmp_path / "a.th", pickle_program({"w": GOOD}), DATA)
     content = bytearray(path.read_bytes())
     at = content.rfind(b"PK\x01\x02")  # the last entry of the central directory: both of its sizes
     content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
@@ -422,7 +460,7 @@ def test_a_zip_that_claims_more_than_the_file_holds(tmp_path):
 
 
 def test_two_entries_of_one_name(tmp_path):
-    path = tz.write(tmp_path / "a.th", tz.pickled({"w": GOOD}), DATA)
+    path = write_torch_zip(tmp_path / "a.th", pickle_program({"w": GOOD}), DATA)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data/0", b"x" * 12)
     refused(path, "distinct entries")

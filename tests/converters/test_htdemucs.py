@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
-from support import torch_zip as tz
-from support.harness import data_folder
-from support.htdemucs_options import OPTIONS, options
-from support.tensors import same_tensors
+from support.harness import data_folder, same_tensors
+from support.models import OPTIONS, options
+from support.oracle import pickle_global, save_torch
 
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import htdemucs
@@ -176,8 +175,8 @@ def test_safetensors_and_th_give_the_same_tensors(tmp_path):
     state = write_original(tmp_path, "sig", config)
     values = json.loads(htdemucs.metadata(config)["kwargs"])
     kwargs = {k: getattr(config, k) if k == "segment" else v for k, v in values.items()}
-    package = {"klass": tz.glob("demucs.htdemucs", "HTDemucs"), "args": (), "kwargs": kwargs}
-    tz.save(tmp_path / "sig.th", state, package)
+    package = {"klass": pickle_global("demucs.htdemucs", "HTDemucs"), "args": (), "kwargs": kwargs}
+    save_torch(tmp_path / "sig.th", state, package)
     digest = read_source(tmp_path / "sig.th").sha256[:8]
     (tmp_path / "sig.th").rename(tmp_path / f"sig-{digest}.th")
     convert(tmp_path / "sig.safetensors", tmp_path / "a")

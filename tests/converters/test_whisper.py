@@ -7,19 +7,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.tensors import same_tensors
-from support.whispers import (
-    ALIASES,
-    CONFIG,
-    SCALARS,
-    ctranslate2,
-    hugging_face,
-    text,
-    theirs,
-    variable,
-    weights,
-    whisper,
-)
+from support.harness import same_tensors
+from support.models import WHISPER_ALIASES as ALIASES
+from support.models import WHISPER_CONFIG as CONFIG
+from support.models import WHISPER_SCALARS as SCALARS
+from support.models import ctranslate2_text as text
+from support.models import ctranslate2_variable as variable
+from support.models import whisper
+from support.models import whisper_tensors as theirs
+from support.models import whisper_weights as weights
+from support.models import write_ctranslate2 as ctranslate2
+from support.models import write_hugging_face as hugging_face
 
 from mlx_xformer.cli import main
 from mlx_xformer.converters.conversion import convert

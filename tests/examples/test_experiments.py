@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from support.processes import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -124,7 +125,8 @@ def test_the_readme_has_the_limits_and_figures_below_them(name):
 
 
 def command(name, *arguments):
-    return subprocess.run([sys.executable, EXAMPLES / f"{name}.py", *arguments], capture_output=True, text=True)
+    code, out, err = run_script(EXAMPLES / f"{name}.py", *arguments)
+    return subprocess.CompletedProcess(name, code, out, err)
 
 
 @named

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.processes import BIN, run
+from support.processes import BIN, run, run_script
 
 from mlx_xformer import Tokenizer, load
 
@@ -60,6 +60,7 @@ def test_a_few_steps_learn_and_the_model_speaks(tmp_path):
     assert code == 0 and out.strip(), err
 
 
+@pytest.mark.slow
 def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
     arguments = ["--text", text, "--steps", 23, "--no-balance", "--seed", 5]
     assert start(TRAIN, tmp_path / "whole", *arguments)[0] == 0
@@ -84,6 +85,7 @@ def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
     assert start(TRAIN, tmp_path / "parts", *arguments)[2] == ""  # it is there already
 
 
+@pytest.mark.slow
 def test_impatience_does_no_harm(tmp_path, text):
     """Several Ctrl-C: none falls on what is being written."""
     command = list(map(str, [sys.executable, TRAIN, tmp_path / "out", "--text", text, "--steps", 5000]))
@@ -109,11 +111,11 @@ def test_where_no_model_can_be_written_the_training_is_not_lost(tmp_path, text):
     out, arguments = tmp_path / "out", ["--text", text, "--steps", 3]
     (out / "model").mkdir(parents=True)
     (out / "model" / "letter.txt").write_text("mine")
-    code, _, err = start(TRAIN, out, *arguments)
+    code, _, err = run_script(TRAIN, out, *arguments)
     assert code == 1 and "must be new or empty or a checkpoint, it holds letter.txt" in err, err
     loss = stopped(out)["loss"]
     (out / "model").rename(out / "mine")
-    code, _, err = start(TRAIN, out, *arguments)
+    code, _, err = run_script(TRAIN, out, *arguments)
     assert code == 0 and notes(out)["loss"] == loss and (out / "model" / "config.json").is_file(), err
 
 
@@ -135,21 +137,21 @@ def test_what_was_kept_and_is_no_good_is_one_line(tmp_path, text, name, content,
         mx.save_safetensors(str(path), {"model.none": mx.array(0)})
     else:
         path.write_text(content)
-    code, _, err = start(TRAIN, path.parent, "--text", text, "--steps", 3)
+    code, _, err = run_script(TRAIN, path.parent, "--text", text, "--steps", 3)
     assert code == 1 and err.count("\n") == 1 and "OUT must be new, " in err and reason in err, err
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, text):
     """Here as a folder is in the way, which stops root too."""
     (tmp_path / "out" / "new-state.safetensors").mkdir(parents=True)
-    code, _, err = start(TRAIN, tmp_path / "out", "--text", text, "--steps", 5000)
+    code, _, err = run_script(TRAIN, tmp_path / "out", "--text", text, "--steps", 5000)
     assert code == 1 and err.count("\n") == 1 and "new-state.safetensors" in err, err
 
 
 def test_what_is_measured_is_of_the_text_held_out(tmp_path, text):
     """By hand, from the model that was saved, on more than fits one batch."""
     text.write_text(text.read_text("utf-8") * 11, "utf-8")
-    assert start(TRAIN, tmp_path / "out", "--text", text, "--steps", 7)[0] == 0
+    assert run_script(TRAIN, tmp_path / "out", "--text", text, "--steps", 7)[0] == 0
     model, tokenizer = load(tmp_path / "out" / "model"), Tokenizer(tmp_path / "out" / "model")
     tokens = tokenizer.encode(text.read_text("utf-8"))
     assert len(tokens) == len(text.read_bytes()) and tokenizer.decode(tokens) == text.read_text("utf-8")
@@ -168,6 +170,7 @@ def test_what_is_measured_is_of_the_text_held_out(tmp_path, text):
     assert record["imbalance"] == pytest.approx((load_of.max(axis=1) / (256 * len(rows) / 8)).tolist())
 
 
+@pytest.mark.slow
 def test_comparison(tmp_path, text):
     code, out, err = start(COMPARE, tmp_path / "out", "--seeds", "3,7", "--steps", 5, "--text", text)
     assert code == 0, err
@@ -191,7 +194,7 @@ def test_comparison(tmp_path, text):
 
 @pytest.mark.parametrize("script", [TRAIN, COMPARE], ids=lambda path: path.name)
 def test_help(script):
-    code, out, err = start(script, "--help")
+    code, out, err = run_script(script, "--help")
     assert code == 0 and "the same command goes on from there" in out and "--steps" in out, err
 
 
@@ -201,7 +204,7 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
     broken = tmp_path / "broken.xz"
     broken.write_bytes(b"no archive")
     done = tmp_path / "done"
-    assert start(TRAIN, done, "--text", text, "--steps", 2)[0] == 0
+    assert run_script(TRAIN, done, "--text", text, "--steps", 2)[0] == 0
     for arguments, reason in {
         ("--text", short): f"the text must have 2560 bytes at least, got 9 in {short}",
         ("--text", tmp_path / "gone.txt"): "gone.txt",
@@ -210,7 +213,7 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
     }.items():
         for script in (TRAIN, COMPARE) if "--steps" not in arguments else (TRAIN,):
             folder = done if "--steps" in arguments else tmp_path / "never"
-            code, out, err = start(script, folder, *arguments)
+            code, out, err = run_script(script, folder, *arguments)
             assert code == 1 and out == "" and err.count("\n") == 1 and reason in err, err
     for script, *arguments in (
         (TRAIN, "--steps", 0),
@@ -218,11 +221,11 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
         (TRAIN, "--seed", 2**63),
         (COMPARE, "--steps", -3),
     ):
-        code, _, err = start(script, tmp_path / "never", *arguments)
+        code, _, err = run_script(script, tmp_path / "never", *arguments)
         assert (
             code == 1 and err.count("\n") == 1 and "steps must be at least 1 and seed from 0 to 2^63 - 1, got" in err
         ), err
-    assert start(COMPARE, tmp_path / "never", "--seeds", "1,x")[0] == 2 and not (tmp_path / "never").exists()
+    assert run_script(COMPARE, tmp_path / "never", "--seeds", "1,x")[0] == 2 and not (tmp_path / "never").exists()
 
 
 def test_the_readme_says_where_the_book_is_from_and_its_figures_meet_the_bar():

@@ -11,9 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support.berts import MASK, VALUES, WORDS, modules, tokenizer, write_original
-from support.harness import assert_within_budget, check_gradient, check_module, draw
-from support.tensors import same_tensors
+from support.harness import assert_within_budget, check_gradient, check_module, draw, same_tensors
+from support.models import BERT_MASK as MASK
+from support.models import BERT_VALUES as VALUES
+from support.models import BERT_WORDS as WORDS
+from support.models import bert_tokenizer as tokenizer
+from support.models import sentence_modules as modules
+from support.models import write_bert as write_original
 
 from mlx_xformer import load, parity
 from mlx_xformer.converters.conversion import convert

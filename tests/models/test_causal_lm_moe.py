@@ -8,10 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from support.decoder_twins import TOKENS, WIDE, drawn, truths
-from support.decoders import config
 from support.harness import as32, assert_within_budget, draw
-from support.language import language_model, tiny_causal_lm
+from support.text import TOKENS, WIDE, language_model, tiny_causal_lm
+from support.text import causal_lm_config as config
+from support.text import causal_lm_truths as truths
+from support.text import drawn_causal_lm as drawn
 
 from mlx_xformer.cli import main
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization, auxiliary_loss, quantize

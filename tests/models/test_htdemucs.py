@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
 from support.harness import as32, assert_within_budget, check_gradient, check_module, draw, tap
-from support.htdemucs_options import BASE, OPTIONS, options
+from support.models import BASE, OPTIONS, options
 
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 from mlx_xformer.models.htdemucs.config import levels

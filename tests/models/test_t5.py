@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
-from support.harness import assert_within_budget, check_module, draw
-from support.networks import drawn_as
-from support.tensors import same_tensors
+from support.harness import assert_within_budget, check_module, draw, same_tensors
+from support.models import drawn_as
 
 from mlx_xformer import generate, load, parity
 from mlx_xformer.converters.conversion import convert

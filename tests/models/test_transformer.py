@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.harness import assert_within_budget
-from support.sequences import HEADS, HIDDEN, PROGRAMS, E, I, L, S, V, decoded, made, noise, transformer, unrepeated
+from support.models import HEADS, HIDDEN, PROGRAMS, E, I, L, S, V, noise, transformer, unrepeated
+from support.models import decode as decoded
+from support.models import make_llm_prep as made
 
 from mlx_xformer.models.bound import Conditioned
 from mlx_xformer.models.guides.llm_prep import AutoregressiveTransformerModel, EncoderDecoder

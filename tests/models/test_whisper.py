@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from support.harness import assert_within_budget, check_forward, check_gradient, draw
-from support.whispers import CONFIG, SIZES, whisper, whisper_folder
+from support.models import WHISPER_CONFIG as CONFIG
+from support.models import WHISPER_SIZES as SIZES
+from support.models import whisper, whisper_folder
 
 from mlx_xformer import generate, parity
 from mlx_xformer.models.whisper import Whisper, WhisperConfig

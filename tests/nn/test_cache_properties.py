@@ -7,6 +7,7 @@ same. Most programs run with slots in multiples of 4 instead of 256, so that lin
 
 import itertools
 import os
+import random
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from support.harness import assert_within_budget
 
 from mlx_xformer.nn.attention.core import attention
-from mlx_xformer.nn.cache import KVCache, Quantized, RewindError, cache_bytes, load_caches, save_caches, sizes
+from mlx_xformer.nn.cache import (
+    KVCache,
+    Quantized,
+    RewindError,
+    cache_bytes,
+    load_caches,
+    quantized,
+    save_caches,
+    sizes,
+)
 from mlx_xformer.reference.nn import attention as twin_attention
 from mlx_xformer.reference.nn import cache as twin
 
@@ -217,3 +227,34 @@ def test_any_program(kind, tmp_path, monkeypatch):
             sizes.slots.cache_clear()
 
     drawn()
+
+
+def random_program(draw, ragged):
+    """A program as programs() draws them, from random.Random."""
+    step = draw.choice([4, 4, 4, 4, 256])
+    options = {"window": draw.randint(1, 13), "keep": draw.randint(1, 4), "slack": draw.randint(0, 6)}
+    options["capacity"] = draw.choice([None, None, draw.randint(20, 90) if step == 4 else draw.randint(200, 900)])
+    options["padding"] = [draw.randint(0, 9) for _ in range(draw.randint(1, 3))] if ragged else None
+
+    def some():
+        return draw.choice([draw.randint(1, 9), draw.randint(1, 30)] if step == 4 else [1, 2, 60, 250])
+
+    steps = [(draw.choice(OPERATIONS), some(), draw.randrange(2**16)) for _ in range(draw.randint(6, 14))]
+    return step, options, steps, draw.randrange(2**20)
+
+
+@pytest.mark.slow
+def test_programs_of_one_seed(tmp_path, monkeypatch):
+    """Twelve programs for each kind; packed keys and values are computed with in the smallest blocks."""
+    draw = random.Random(0)
+    monkeypatch.setattr(quantized, "_FLOATS", 1)
+    try:
+        for turn, (index, kind) in itertools.product(range(12), enumerate(KINDS)):
+            program = random_program(draw, kind[2] == "ragged")
+            monkeypatch.setattr(sizes, "STEP", program[0])
+            sizes.slots.cache_clear()
+            folder = tmp_path / f"{turn}.{index}"
+            folder.mkdir()
+            run(kind, program, folder)
+    finally:
+        sizes.slots.cache_clear()

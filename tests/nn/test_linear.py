@@ -7,8 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support.harness import as32, assert_within_budget, check_gradient
-from support.tensors import signal
+from support.harness import as32, assert_within_budget, check_gradient, signal
 
 from mlx_xformer.backend import products
 from mlx_xformer.backend.linux import blas

@@ -5,7 +5,8 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.mels import assert_like_the_twin, noise
+from support.audio import assert_log_mel_like_twin as assert_like_the_twin
+from support.audio import speech_noise as noise
 
 from mlx_xformer.nn.mel import N_FFT, SAMPLE_RATE, SAMPLES, log_mel, mel_filters
 from mlx_xformer.reference.nn import mel as twin

@@ -256,6 +256,7 @@ def test_half_precision(monkeypatch, dtype, how):
     near(y.astype(mx.float32), expected, 4 * mx.finfo(dtype).eps)
 
 
+@pytest.mark.slow  # g++ compiles each for 10 s
 @pytest.mark.parametrize("options", [{}, {"capacity": 1.25, "overflow": "expert"}, {"selection_bias": True}])
 @pytest.mark.parametrize("tokens", [1, 61])
 def test_compiles_forward_and_gradient(options, tokens):

@@ -7,7 +7,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.torch_oracle import Oracle
+from support.oracle import Oracle
 
 from mlx_xformer.converters.families.attention import LAYOUTS, attention_state, load_attention
 from mlx_xformer.nn.attention.layer import Attention

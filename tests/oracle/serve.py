@@ -22,7 +22,7 @@ def answer(line: str) -> dict:
     request = json.loads(line)
     operation = OPS.get(request["op"])
     if operation is None:  # transformers takes seconds to import
-        from support.language import OPS as LANGUAGE
+        from language import OPS as LANGUAGE
 
         operation = LANGUAGE[request["op"]]
     arrays: dict[str, np.ndarray] = {}

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
-from support import berts, whispers
-from support.decoders import config, write_folder
-from support.htdemucs_options import options
+from support.models import WHISPER_SIZES, bert_tokenizer, options, sentence_modules, write_bert
+from support.text import causal_lm_config as config
+from support.text import write_folder
 
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import htdemucs
@@ -360,9 +360,9 @@ def test_a_repository_that_is_neither(tmp_path, cache, hub):
 @pytest.mark.parametrize("listed", [True, False])
 def test_an_encoder_of_sentences_from_the_hub_and_then_without_it(tmp_path, cache, hub, listed):
     """With the files of sentence-transformers beside it, which are asked for where modules.json is there."""
-    berts.write_original(tmp_path / "bert")
-    berts.tokenizer(tmp_path / "bert")
-    berts.modules(tmp_path / "bert")
+    write_bert(tmp_path / "bert")
+    bert_tokenizer(tmp_path / "bert")
+    sentence_modules(tmp_path / "bert")
     pooling = tmp_path / "bert" / "1_Pooling"
     content = (pooling / "config.json").read_bytes()
     shutil.rmtree(pooling)
@@ -386,7 +386,7 @@ SEQUENCE = {"input_dim": 3, "output_dim": 2, "embed_dim": 10, "num_layers": 2, "
 @pytest.mark.parametrize(
     ("family", "config", "line"),
     [
-        ("whisper", whispers.SIZES, "2 + 3 of width 22, 53 tokens"),
+        ("whisper", WHISPER_SIZES, "2 + 3 of width 22, 53 tokens"),
         ("transformer", {"vocab_size": None, "embed_dim": 16, "num_decoder_layers": 0}, "6 of width 16"),
         ("transformer", {"vocab_size": 31, "embed_dim": 8, "num_encoder_layers": 2}, "2 + 6 of width 8, 31 tokens"),
         ("llm_prep", {"model": "regression", **SEQUENCE}, "2 of width 10"),

@@ -6,9 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.harness import assert_within_budget
-from support.tensors import same_tensors
-from support.torch_oracle import Oracle
+from support.harness import assert_within_budget, same_tensors
+from support.oracle import Oracle
 
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families.causal_lm import ABSENT, config, original

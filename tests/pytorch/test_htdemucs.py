@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.harness import pytorch_layout, snr_db, stem_snr_db, tap
-from support.htdemucs_options import OPTIONS, options
-from support.torch_oracle import Oracle
+from support.models import OPTIONS, options
+from support.oracle import Oracle
 
 from mlx_xformer.converters.families.htdemucs import rules
 from mlx_xformer.converters.rules import apply_rules

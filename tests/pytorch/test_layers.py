@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support.torch_oracle import Oracle
+from support.oracle import Oracle
 
 from mlx_xformer.backend import activations
 from mlx_xformer.converters.conversion import convert
@@ -21,7 +21,7 @@ from mlx_xformer.nn import layers, positions, spectral
 from mlx_xformer.nn.attention.layer import Attention, attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
-from support.htdemucs_options import options
+from support.models import options
 
 pytestmark = pytest.mark.torch
 

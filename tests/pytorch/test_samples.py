@@ -14,9 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import torch_adapters as adapters
-from support.torch_adapters import multi_head_attention_forward, sdpa
-from support.torch_oracle import Oracle
+from support import oracle
+from support.oracle import Oracle, multi_head_attention_forward, sdpa
 
 pytestmark = pytest.mark.torch
 SEEDS = range(8)
@@ -27,13 +26,13 @@ DRAWS = 400  # of a dropout, for its moments
 OPERATIONS = {
     "nn.functional.scaled_dot_product_attention": (sdpa, 25),
     "nn.functional.multi_head_attention_forward": (multi_head_attention_forward, 192),
-    "nn.functional.gelu": (adapters.gelu, 8),
-    "nn.functional.layer_norm": (adapters.layer_norm, 6),
-    "nn.functional.group_norm": (adapters.group_norm, 21),
-    "softmax": (adapters.softmax, 7),
-    "nn.functional.glu": (adapters.glu, 46),
-    "nn.functional.conv1d": (adapters.conv1d, 10),
-    "nn.functional.conv_transpose1d": (adapters.conv_transpose1d, 10),
+    "nn.functional.gelu": (oracle.gelu, 8),
+    "nn.functional.layer_norm": (oracle.layer_norm, 6),
+    "nn.functional.group_norm": (oracle.group_norm, 21),
+    "softmax": (oracle.softmax, 7),
+    "nn.functional.glu": (oracle.glu, 46),
+    "nn.functional.conv1d": (oracle.conv1d, 10),
+    "nn.functional.conv_transpose1d": (oracle.conv_transpose1d, 10),
 }
 SKIPPED: dict[str, str] = {}  # description of a sample -> why it is not compared; at most 5 % of an operation's
 
@@ -150,7 +149,7 @@ def test_the_samples_of_pytorch(oracle, name):
                 tally["skipped"] += 1
                 continue
             # The tail of GELU is a small difference of numbers as large as the input.
-            scale = np.abs(call.tensors["0"]).max() if adapter is adapters.gelu else 0.0
+            scale = np.abs(call.tensors["0"]).max() if adapter is oracle.gelu else 0.0
             reason, differentiated = compared(call, adapter, scale)
             tally["gradients"] += differentiated and not reason
             tally["passed"] += not reason

@@ -6,10 +6,9 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.harness import assert_within_budget
-from support.networks import same_gradients
-from support.tensors import same_tensors
-from support.torch_oracle import Oracle
+from support.harness import assert_within_budget, same_tensors
+from support.models import same_gradients
+from support.oracle import Oracle
 
 from mlx_xformer import generate
 from mlx_xformer.converters.conversion import convert

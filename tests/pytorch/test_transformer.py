@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import save_file
-from support.torch_oracle import Oracle
+from support.oracle import Oracle
 
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import transformer

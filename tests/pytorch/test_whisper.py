@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from support.harness import assert_within_budget
-from support.mels import assert_like_the_twin, noise
-from support.tensors import same_tensors
-from support.torch_oracle import Oracle
+from support.audio import assert_log_mel_like_twin as assert_like_the_twin
+from support.audio import speech_noise as noise
+from support.harness import assert_within_budget, same_tensors
+from support.oracle import Oracle
 
 from mlx_xformer import generate
 from mlx_xformer.converters.conversion import convert

@@ -11,8 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.harness import assert_within_budget, data_folder
-from support.tensors import same_tensors
+from support.harness import assert_within_budget, data_folder, same_tensors
 
 from mlx_xformer import load, parity
 from mlx_xformer.converters.conversion import convert

@@ -10,9 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.harness import assert_within_budget, data_folder
-from support.real import golden, proven
-from support.tensors import same_tensors
+from support.harness import assert_within_budget, data_folder, golden, proven, same_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_xformer.cli import main

@@ -13,9 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
-from support.harness import assert_within_budget
-from support.real import golden, proven
-from support.tensors import same_tensors
+from support.harness import assert_within_budget, golden, proven, same_tensors
 
 from mlx_xformer import Tokenizer, generate
 from mlx_xformer.converters.conversion import convert

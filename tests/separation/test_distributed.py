@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.children import FAST, STEMS, checkpoint, noise
-from support.processes import BIN, free_ports, run, side_by_side
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, checkpoint
+from support.processes import BIN, free_ports, run, run_command, side_by_side
 
 LENGTHS = {"a": 10007, "b": 120011, "c": 40009, "d": 90001, "e": 20011}  # samples
 
@@ -27,7 +28,8 @@ def songs(tmp_path):
 
 
 def plain(*arguments):
-    return run(([BIN / "mlx-xformer", "separate", *arguments], {}))[0]
+    """What one process answers: this one."""
+    return run_command("separate", *arguments)
 
 
 def launch(count, *arguments):
@@ -58,7 +60,13 @@ def whole(folder):
     return found
 
 
-@pytest.mark.parametrize("given", [[], ["--bits", 32, "--clip", "none", "--shifts", 2]], ids=["16", "32"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param([], id="16"),
+        pytest.param(["--bits", 32, "--clip", "none", "--shifts", 2], id="32", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_write_what_one_writes(model, songs, tmp_path, given):
     arguments = [songs, "-n", model, "--json", *given]
     for name, start in (("one", plain), ("two", partial(launch, 2))):
@@ -68,6 +76,7 @@ def test_two_processes_write_what_one_writes(model, songs, tmp_path, given):
     assert whole(tmp_path / "one") == whole(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_launch_of_one_process_changes_nothing(model, songs, tmp_path):
     for name, start in (("plain", plain), ("launched", partial(launch, 1))):
         code, out, err = start(songs, "-n", model, "--json", "-o", tmp_path / name)

@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from support.children import FAST, RATE, STEMS, checkpoint, end, noise, run_all, start
+from support.audio import TINY_RATE as RATE
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, checkpoint
+from support.processes import end, run_all, start
 
 from mlx_xformer.cli import main
 from mlx_xformer.separation.separator import Separator
@@ -131,6 +134,7 @@ def kill_often(target, seed):
     return seen
 
 
+@pytest.mark.slow
 def test_kills_leave_whole_stems_and_the_next_run_sweeps(targets):
     """50 runs, killed at random moments from the loaded model to the end."""
     with ThreadPoolExecutor(2) as pool:
@@ -165,6 +169,7 @@ Separator(sys.argv[2], shifts=0, mode="time_only").separate_file(sys.argv[3], sy
 """
 
 
+@pytest.mark.slow
 def test_kills_between_the_stems_renames(models, tmp_path):
     song = noise(tmp_path / "song.wav", 3001)
     aim = target(models, song, tmp_path, {})
@@ -364,6 +369,7 @@ def check_whole_or_nothing(result, files, what):
     return False
 
 
+@pytest.mark.slow
 def test_a_disk_that_ends_within_a_file(models, filled, tmp_path):
     """No file may exceed a limit, down from the size of the largest stem: one byte less, and nothing is left."""
     song, written = filled
@@ -388,6 +394,7 @@ def own_disk(folder):
     return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else None
 
 
+@pytest.mark.slow
 def test_a_full_disk(models, filled, tmp_path):
     """A disk with room for a part of what is written; where we can have none, each file has a part of the largest's."""
     song, written = filled

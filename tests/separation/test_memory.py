@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from support.children import FAST, RATE, STEMS, bag_checkpoint, checkpoint, end, noise, start
+from support.audio import TINY_RATE as RATE
+from support.audio import write_noise as noise
+from support.models import FAST, STEMS, bag_checkpoint, checkpoint
+from support.processes import end, start
 
 from mlx_xformer.audio.encode import quantize
 from mlx_xformer.audio.recording import Recording, read
@@ -85,6 +88,7 @@ def adts(path, minute, minutes):
     return path
 
 
+@pytest.mark.slow
 def test_an_hour_takes_the_memory_of_three_minutes(quick, tmp_path):
     """And gives the same samples, each of them, as the whole hour in memory, which is seen to take more."""
     songs = [noise(tmp_path / f"{n}.flac", 60 * n * HOUR_RATE, HOUR_RATE, seed=n) for n in (3, 60)]
@@ -96,6 +100,7 @@ def test_an_hour_takes_the_memory_of_three_minutes(quick, tmp_path):
     assert long["whole"] - long["peaks"][0] > 4 * MOST, long  # so growth would be seen
 
 
+@pytest.mark.slow
 def test_an_hour_that_waits_for_its_gain(quick, tmp_path):
     """In a format that tells its length only at its end, and at another rate, which is kept."""
     minute = np.random.default_rng(0).uniform(-0.9, 0.9, (2, 60 * 11025)).astype(np.float32)
@@ -106,6 +111,7 @@ def test_an_hour_that_waits_for_its_gain(quick, tmp_path):
     assert long["samples"] == 20 * short["samples"] > 3590 * 11025
 
 
+@pytest.mark.slow
 def test_songs_one_after_another_take_the_memory_of_one(quick, tmp_path):
     """The sixth song needs no more than the second: ten minutes would be 19 MiB, their stems twice as much."""
     songs = [noise(tmp_path / f"{n}.wav", 600 * HOUR_RATE + n, HOUR_RATE, seed=n) for n in range(6)]

@@ -9,7 +9,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import soundfile
-from support.separations import RATE, Page, embedding, made, save, tones
+from support.audio import RATE, Page, embedding, tones
+from support.audio import make_report as made
+from support.audio import save_separation as save
 
 from mlx_xformer.audio.recording import Recording
 from mlx_xformer.separation.report import page as report

@@ -5,8 +5,9 @@ import struct
 
 import numpy as np
 import pytest
-from support.browser import chromium
-from support.separations import RATE, embedding, made, tones
+from support.audio import RATE, embedding, tones
+from support.audio import make_report as made
+from support.processes import chromium
 
 from mlx_xformer.separation.report.measure import MARGIN, STRETCH
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.harness import as32, assert_within_budget, draw, snr_db
-from support.htdemucs_options import options
+from support.models import options
 
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 from mlx_xformer.reference import separation as twin
@@ -105,7 +105,7 @@ def test_one_sample():
     ids=str,
 )
 def test_options(given):
-    compare(track(3500), given)
+    compare(track(2300), given)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_options(given):
     ids=str,
 )
 def test_models_that_draw_or_pad_differently(model_options):
-    mix = track(3500, channels=model_options.get("audio_channels", 2))
+    mix = track(2300, channels=model_options.get("audio_channels", 2))
     compare(mix, {"shifts": 2, "seed": 6}, model_options)
     compare(mix, {"shifts": 1, "seed": 6, "batch_size": 3}, model_options)
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support.htdemucs_options import options
+from support.models import options
 
 from mlx_xformer.models import families
 from mlx_xformer.models.families import load_model

@@ -1,4 +1,4 @@
-"""What the comparisons share: drawn parameters, the derived budget, gradients against differences, decibels."""
+"""What comparisons share: drawn parameters, the derived budget, gradients against differences, golden files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_xformer import parity
 
 Params = dict[str, np.ndarray]
 
@@ -185,3 +187,25 @@ def snr_db(expected: np.ndarray, actual: np.ndarray) -> float:
 def stem_snr_db(expected: np.ndarray, actual: np.ndarray) -> list[float]:
     """snr_db for each entry of the first axis."""
     return [snr_db(e, a) for e, a in zip(expected, actual, strict=True)]
+
+
+def same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        y = b[name]
+        assert x.shape == y.shape and x.dtype == y.dtype, name
+        assert mx.array_equal(mx.view(x, mx.uint8), mx.view(y, mx.uint8)), name
+
+
+def signal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) * 1.7 + 0.4
+
+
+def golden(name):
+    with np.load(data_folder() / "golden" / f"{name}.npz") as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def proven(folder):
+    report = parity.run(folder=folder, seeds=1)
+    assert not report.failed, report.table()

@@ -5,7 +5,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.language import END, Rule, byte_tokenizer, tiny_causal_lm
+from support.text import END, Rule, byte_tokenizer, tiny_causal_lm
 
 from mlx_xformer.text.generation import batch_generate, generate
 from mlx_xformer.text.samplers import greedy, make_sampler

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.language import tiny_causal_lm
+from support.text import tiny_causal_lm
 
 from mlx_xformer.nn.cache import save_caches
 from mlx_xformer.text.generation import generate

@@ -5,7 +5,7 @@ import random
 import sys
 
 import pytest
-from support.language import END, START, byte_tokenizer, fallback_tokenizer
+from support.text import END, START, byte_tokenizer, fallback_tokenizer
 
 from mlx_xformer.text.tokenizer import TextStream, Tokenizer
 

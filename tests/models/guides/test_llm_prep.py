@@ -11,24 +11,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.harness import as32, assert_within_budget, draw
-from support.sequences import (
-    HEADS,
-    HIDDEN,
-    PROGRAMS,
-    TYPES,
-    WINDOWS,
-    E,
-    I,
-    L,
-    O,
-    S,
-    V,
-    config,
-    decoded,
-    made,
-    noise,
-    truths,
-)
+from support.models import HEADS, HIDDEN, PROGRAMS, TYPES, WINDOWS, E, I, L, O, S, V, noise
+from support.models import decode as decoded
+from support.models import llm_prep_config as config
+from support.models import llm_prep_truths as truths
+from support.models import make_llm_prep as made
 
 import mlx_xformer
 from mlx_xformer.models.guides.llm_prep import (

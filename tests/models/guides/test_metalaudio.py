@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +11,6 @@ import pytest
 from mlx.utils import tree_flatten
 from support.harness import check_forward, check_module, draw
 
-from mlx_xformer.models.guides import metalaudio
 from mlx_xformer.models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder, TransformerLayer
 from mlx_xformer.reference.models.guides.metalaudio import cross_transformer_encoder, transformer_layer
 
@@ -103,54 +101,6 @@ def test_an_empty_branch():
     check_forward(lambda t, f: out[0], lambda t, f: twin_of(closed)(t, f)[0], *pair())
     assert [x.shape for x in module(time[:, :0], freq[:, :0])] == [(B, 0, E)] * 2
     assert [x.shape for x in module(time[:0], freq[:0])] == [(0, LT, E), (0, LF, E)]
-
-
-MUTANTS = {
-    "sequential cross update": (
-        "normed_time, normed_freq = self.norm_time_cross(time), self.norm_freq_cross(freq)\n"
-        "        time = time + self.cross_attn_time(normed_time, normed_freq)\n"
-        "        freq = freq + self.cross_attn_freq(normed_freq, normed_time)",
-        "time = time + self.cross_attn_time(self.norm_time_cross(time), self.norm_freq_cross(freq))\n"
-        "        freq = freq + self.cross_attn_freq(self.norm_freq_cross(freq), self.norm_time_cross(time))",
-    ),
-    "time attends to itself twice": (
-        "self.cross_attn_time(normed_time, normed_freq)",
-        "self.cross_attn_time(normed_time)",
-    ),
-    "freq attends to itself twice": (
-        "self.cross_attn_freq(normed_freq, normed_time)",
-        "self.cross_attn_freq(normed_freq)",
-    ),
-    "queries and keys change places": (
-        "self.cross_attn_freq(normed_freq, normed_time)",
-        "self.cross_attn_time(normed_freq, normed_time)",
-    ),
-    "keys and values not normed": (
-        "self.cross_attn_time(normed_time, normed_freq)",
-        "self.cross_attn_time(normed_time, freq)",
-    ),
-    "norm of another step": ("self.norm_time_cross(time)", "self.norm_time_self(time)"),
-    "norm of the other branch": ("self.norm_freq_ffn(freq)", "self.norm_time_ffn(freq)"),
-    "no norm": ("self.ffn_time(self.norm_time_ffn(time))", "self.ffn_time(time)"),
-    "no residual": ("freq = freq + self.ffn_freq(", "freq = self.ffn_freq("),
-    "no residual of attention": ("time = time + self.self_attn_time(", "time = self.self_attn_time("),
-    "feed-forward of the other branch": ("self.ffn_freq(self.norm", "self.ffn_time(self.norm"),
-    "exact GELU": ("activation=config.activation", 'activation="gelu"'),
-    "first layer only": ("for layer in self.layers:", "for layer in self.layers[:1] * len(self.layers):"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bug_is_caught(name):
-    source, planted = MUTANTS[name]
-    text = Path(metalaudio.__file__).read_text()
-    assert text.count(source) == 1, f"{text.count(source)} times: {source}"
-    copy = types.ModuleType(metalaudio.__name__)
-    copy.__package__ = metalaudio.__package__
-    exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
-    module = copy.CrossTransformerEncoder(CONFIG)
-    with pytest.raises(AssertionError):
-        check(module, cross_transformer_encoder, CONFIG, gradient=False)
 
 
 # What the guide promises

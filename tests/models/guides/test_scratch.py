@@ -381,6 +381,7 @@ def test_proof_of_an_attention_layer(tmp_path):
     assert not report.failed and {row.name for row in report.rows} == {"attention"}
 
 
+@pytest.mark.mutants
 def test_a_proof_sees_a_bug(tmp_path, monkeypatch):
     saved(tmp_path / "a", "scratch_encoder_decoder", EncoderDecoder(CONFIG), CONFIG)
     from mlx_xformer.models.guides.scratch import blocks

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.harness import assert_within_budget
-from support.torch_oracle import Oracle
+from support.oracle import Oracle
 
 from mlx_xformer.converters.families.guides import metalaudio
 from mlx_xformer.models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder

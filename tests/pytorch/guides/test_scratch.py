@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support.torch_oracle import Oracle
+from support.oracle import Oracle
 
 from mlx_xformer.converters.families.guides import scratch, scratch_model
 from mlx_xformer.converters.rules import apply_rules
