@@ -26,4 +26,4 @@ def assert_like_the_twin(actual, audio, *, bins=80):
     w, E = mel_filters(bins).sum(axis=0), 10 ** (4 * truth - 4)
     budget = (2 * d * np.sqrt(w / E) + w * d**2 / E) / (4 * math.log(10)) + 2e-6
     excess = np.abs(np.asarray(actual) - truth) / budget
-    assert excess.shape == truth.shape and excess.max() <= 1, f"{excess.max():.2f} budgets"
+    assert excess.shape == truth.shape and excess.max() <= 1, f"{excess.max():.2f} times its tolerance"
