@@ -108,8 +108,10 @@ class Report:
         return not self.rows or any(row.failed for row in self.rows)
 
     def table(self) -> str:
-        """Fixed columns: a line for each row, then the reasons for skips, the failures and a summary. The column "error"
-        is the largest error divided by its tolerance, so that up to 1 passes."""
+        """Fixed columns: a line for each row, then the reasons for skips, the failures and a summary.
+
+        The column "error" is the largest error divided by its tolerance, so that up to 1 passes.
+        """
         heads = ("name", "check", "attempted", "passed", "skipped", "error", "sample of the largest error")
         lines = [heads, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(6)]

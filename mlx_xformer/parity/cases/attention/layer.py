@@ -1,4 +1,4 @@
-"""Samples of Attention, and of the cross-transformer whose layers are made of it.
+"""Samples of Attention.
 
 Axes: B batch, L queries, S keys, E embed_dim.
 """
@@ -12,14 +12,12 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ...backend.linux.blas import products_in_turn
-from ...models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder
-from ...nn.attention.layer import Attention
-from ...nn.positions import Rotary
-from ...reference.models.guides.metalaudio import cross_transformer_encoder
-from ...reference.nn import attention as twin
-from ...reference.nn.layers import linear, sub
-from ..samples import Case, Options, Rng, Sample, described, drawn, with_params
+from ....backend.linux.blas import products_in_turn
+from ....nn.attention.layer import Attention
+from ....nn.positions import Rotary
+from ....reference.nn import attention as twin
+from ....reference.nn.layers import linear, sub
+from ...samples import Case, Options, Rng, Sample, described, drawn, with_params
 
 E, HEADS = 18, 6
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -139,29 +137,7 @@ def _twin(params: dict, arrays: dict, options: Options) -> np.ndarray:
     return twin.attention_layer(params, **arrays, num_heads=HEADS, **kept)
 
 
-# Both branches of the documented cross-transformer
-
-
-def _encoder_samples(rng: Rng) -> Iterator[Sample]:
-    for activation, biased, layers in (("gelu_tanh", True, 2), ("gelu", True, 1), ("gelu", False, 1)):
-        options: dict[str, Any] = {"embed_dim": 15, "num_heads": 3, "num_layers": layers, "hidden_dim": 13}
-        options |= {"activation": activation, "attention_bias": biased, "ffn_bias": biased}
-        params = drawn(CrossTransformerEncoder(CrossTransformerConfig(**options)), rng)
-        for L, M in ((7, 11), (1, 5), (13, 1)):
-            arrays = {"time": rng.normal(size=(2, L, 15)), "freq": rng.normal(size=(2, M, 15))}
-            yield Sample(described(time=(2, L, 15), freq=(2, M, 15), **options), arrays, options, params, joint=True)
-
-
-def _encoder(params: dict, arrays: dict, options: Options) -> Any:
-    return with_params(CrossTransformerEncoder(CrossTransformerConfig(**options)), params)(**arrays)
-
-
-def _twin_encoder(params: dict, arrays: dict, options: Options) -> Any:
-    return cross_transformer_encoder(params, CrossTransformerConfig(**options), **arrays)
-
-
 CASES = {
     "Attention": Case(_samples, _attention, _twin, half=4.0, half_vjp=8.0),
     "Attention.step": Case(_one_row, _step, _twin, half=4.0),
-    "CrossTransformerEncoder": Case(_encoder_samples, _encoder, _twin_encoder, half=4.0, half_vjp=8.0),
 }
