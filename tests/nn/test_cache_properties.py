@@ -19,6 +19,7 @@ from mlx_xformer.nn.attention.core import attention
 from mlx_xformer.nn.cache import KVCache, Quantized, RewindError, cache_bytes, load_caches, save_caches, sizes
 from mlx_xformer.reference.nn import attention as twin_attention
 from mlx_xformer.reference.nn import cache as twin
+from mlx_xformer.reference.nn import linear
 
 KINDS = list(
     itertools.product(("full", "sliding", "sliding with sinks"), (None, 8, 4), ("one", "ragged"), ("MHA", "GQA", "MQA"))
@@ -35,7 +36,7 @@ def rounded(x, bits):
         return x.astype(np.float64)
     stored = Quantized.of(mx.array(x), bits)
     scales, biases = (np.array(part, np.float64) for part in (stored.scales, stored.biases))
-    return twin.dequantized(twin.unpacked(np.array(stored.packed), bits), scales, biases)[..., : x.shape[-1]]
+    return linear.dequantize(linear.unpack(np.array(stored.packed), bits), scales, biases)[..., : x.shape[-1]]
 
 
 class Pair:
