@@ -208,6 +208,7 @@ class Trial:
         return form(params, arrays, options)
 
     def primals(self, dtype: str) -> list[mx.array]:
+        """The arrays in MLX, in a dtype, in the order of `names`."""
         return [_device(self.given[name], dtype, self.sample.strided and name[0] == "/") for name in self.names]
 
     def values(self) -> Verdict:

@@ -16,10 +16,10 @@ def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     frequency response falls from 1 to 0 between 1 - w and 1 + w, where w is half the width of the window's main lobe,
     sqrt(1 + (_BETA / pi)^2) / _ZEROS = 0.054, and is off by 1e-8 elsewhere.
 
-    libsoxr at very high quality computes with 28 bits (4e-9), but its response rolls off towards the end of the band, by
-    at most 0.01 dB (1.2e-3) below 0.913. Measured, this and libsoxr agree to 1e-7 where nothing lies above 0.3 of half
-    the lower rate, to 1e-5 up to 0.5 and to 1e-4 up to 0.65; above 0.913 they are different filters. The proof takes
-    signals below 0.3, where the tolerance of float32 holds.
+    libsoxr at very high quality computes with 28 bits (4e-9), but its response rolls off towards the end of the band,
+    by at most 0.01 dB (1.2e-3) below 0.913. Measured, this and libsoxr agree to 1e-7 where nothing lies above 0.3 of
+    half the lower rate, to 1e-5 up to 0.5 and to 1e-4 up to 0.65; above 0.913 they are different filters. The proof
+    takes signals below 0.3, where the tolerance of float32 holds.
     """
     C, N = audio.shape
     count = (2 * N * to_rate + from_rate) // (2 * from_rate)  # N to_rate / from_rate, rounded
