@@ -15,6 +15,8 @@ from ....reference.nn.attention import attention_layer
 from ...samples import Arrays, Case, Options
 from ..common import CHUNKS, layer_case
 
+_LENGTHS = (3, sum(CHUNKS))
+
 
 def examples() -> dict[str, nn.Module]:
     """Small models by what they are."""
@@ -33,4 +35,4 @@ def cases(model: AttentionLayer) -> dict[str, Case]:
     def theirs(params: Arrays, arrays: Arrays, _: Options) -> np.ndarray:
         return attention_layer(params, arrays["x"], **heads)
 
-    return {"attention": layer_case(model, theirs, [{"x": (2, sum(CHUNKS), config.embed_dim)}])}
+    return {"attention": layer_case(model, theirs, [{"x": (2, L, config.embed_dim)} for L in _LENGTHS])}
