@@ -171,7 +171,7 @@ def _device(x: np.ndarray, dtype: str, strided: bool) -> mx.array:
 
 
 class Trial:
-    """A sample of a case in a dtype, asked of both sides."""
+    """A sample of a case in a dtype, computed by both sides."""
 
     def __init__(self, case: Case, sample: Sample, dtype: str):
         self.case, self.sample, self.dtype = case, sample, dtype
@@ -193,14 +193,14 @@ class Trial:
 
     @cached_property
     def truth(self) -> list[np.ndarray]:
-        """The twin's answer in float64."""
+        """The twin's results in float64."""
         return self.twin(self.given)
 
     @cached_property
     def single(self) -> list[np.ndarray]:
-        """The twin's answer in float32."""
-        answers = self.twin({name: x.astype(np.float32) for name, x in self.given.items()})
-        return [x.astype(np.float32) if x.dtype == np.float64 else x for x in answers]
+        """The twin's results in float32."""
+        results = self.twin({name: x.astype(np.float32) for name, x in self.given.items()})
+        return [x.astype(np.float32) if x.dtype == np.float64 else x for x in results]
 
     def _call(self, form: Callable, given: dict, options: Any) -> Any:
         params = {name: x for name, x in given.items() if not name.startswith("/")}
@@ -212,7 +212,7 @@ class Trial:
         return [_device(self.given[name], dtype, self.sample.strided and name[0] == "/") for name in self.names]
 
     def values(self) -> Verdict:
-        """The operation's values."""
+        """Compares the operation's values with the twin's."""
         outputs = _several(self.ours(*self.primals(self.dtype)))
         if len(outputs) != len(self.truth):
             return Verdict(np.inf, f"{len(outputs)} outputs, expected {len(self.truth)}")
@@ -239,7 +239,7 @@ class Trial:
         return max(map(_largest_finite, self.given.values()), default=0.0) if self.case.by_input else 0.0
 
     def vjp(self, rng: Rng) -> Verdict:
-        """The operation's vector-Jacobian product by every array."""
+        """Compares the operation's vector-Jacobian product by every array with differences of the twin."""
         cotangents = [rng.normal(size=x.shape) for x in self.truth]
         floor = 1e-8 * math.hypot(*map(np.linalg.norm, cotangents)) * math.hypot(*map(np.linalg.norm, self.truth))
         gradients = self._gradients(self.dtype, cotangents)

@@ -13,7 +13,7 @@ import numpy as np
 from ...backend import activations
 from ...backend.linux.blas import products_in_turn
 from ...nn import layers
-from ...reference import backend as twin_kernels
+from ...reference import backend as twin_backend
 from ...reference.nn import layers as twin
 from ..samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described, drawn, layer, with_params
 
@@ -177,7 +177,7 @@ def _twin_whole_rms_norm(params: Arrays, arrays: Arrays, options: Options) -> np
 
 
 def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
-    activation = getattr(twin_kernels, options.get("activation", "silu"))
+    activation = getattr(twin_backend, options.get("activation", "silu"))
     return twin.gated_feed_forward(params, arrays["x"], activation=activation)
 
 
@@ -191,7 +191,7 @@ def _as_linear(params: dict, arrays: dict, options: Options) -> Any:
 
 
 def _twin_feed_forward(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
-    return twin.feed_forward(params, arrays["x"], activation=getattr(twin_kernels, options["activation"]))
+    return twin.feed_forward(params, arrays["x"], activation=getattr(twin_backend, options["activation"]))
 
 
 CASES = {

@@ -54,7 +54,7 @@ def _by_distance(samples: Callable[[Rng], Iterator[Sample]]) -> Callable[[Rng], 
 def _rotary(rng: Rng) -> Iterator[Sample]:
     for (D, dims), interleaved in product(((2, 2), (6, 4), (11, 8), (64, 64)), (False, True)):
         for B, H, L in ((2, 3, 7), (1, 1, 1), (2, 1, 0)):
-            far = 5000 if L > 1 else 50  # a single far position leaves too little to derive a budget from
+            far = 5000 if L > 1 else 50  # a single far position leaves too little to derive a tolerance from
             places: list[dict[str, Any]] = [
                 {},
                 {"offset": int(rng.integers(1, far))},

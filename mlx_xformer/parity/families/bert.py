@@ -39,7 +39,7 @@ def cases(model: Bert) -> dict[str, Case]:
     for index in range(config.num_layers):
         layers[f"encoder.layers.{index}"] = layer_case(
             model.encoder.layers[index],
-            lambda params, arrays, options: layer_twin(params, twin.layer_of(config), **arrays, **options),
+            lambda params, arrays, options: layer_twin(params, twin.layer_config(config), **arrays, **options),
             [{"x": (2, L, E), "mask": _mask(L)[:, None, None]}],
         )
     found = {"embeddings": _embeddings(model, weights), **layers}

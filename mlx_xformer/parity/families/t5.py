@@ -101,7 +101,7 @@ def _layer(side: Side, index: int) -> Case:
     given: dict[str, Any] = {"x": (2, length, config.embed_dim)}
     given |= {"memory": (2, S, config.embed_dim), "memory_mask": mask} if cross else {"mask": mask}
     given["bias"] = (config.num_heads, length, length)
-    kind = twin.layer_of(config, decoder=cross)
+    kind = twin.layer_config(config, decoder=cross)
 
     def theirs(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
         return layer_twin(params, kind, **arrays, **options)

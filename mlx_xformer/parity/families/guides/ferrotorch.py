@@ -5,13 +5,11 @@ Axes: B batch, L positions, E embed_dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.nn as nn
 import numpy as np
 
 from ....models.guides.ferrotorch import AttentionLayer, AttentionLayerConfig
-from ....reference.nn.attention import attention_layer
+from ....reference.models.guides import ferrotorch as twin
 from ...samples import Arrays, Case, Options
 from ..common import CHUNKS, layer_case
 
@@ -30,9 +28,8 @@ def examples() -> dict[str, nn.Module]:
 def cases(model: AttentionLayer) -> dict[str, Case]:
     """A case for the layer."""
     config = model.config
-    heads: dict[str, Any] = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads, "causal": config.causal}
 
     def theirs(params: Arrays, arrays: Arrays, _: Options) -> np.ndarray:
-        return attention_layer(params, arrays["x"], **heads)
+        return twin.attention_layer(params, config, arrays["x"])
 
     return {"attention": layer_case(model, theirs, [{"x": (2, L, config.embed_dim)} for L in _LENGTHS])}
