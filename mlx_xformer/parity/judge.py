@@ -282,8 +282,12 @@ class Trial:
 
 
 def _excess(error: float, ratio: float) -> str:
-    """In words, if it is too much."""
-    return "" if ratio <= 1 else f"error {error:.3g} is {ratio:.3g} times its tolerance"
+    """What is wrong, in words, if the error is larger than its tolerance."""
+    if ratio <= 1:
+        return ""
+    return f"error {error:.3g} " + (
+        "where none is tolerated" if ratio == math.inf else f"is {ratio:.3g} times its tolerance"
+    )
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
