@@ -1,4 +1,4 @@
-"""run(): draws the samples, asks both sides, keeps count."""
+"""run(): draws the samples, computes both sides, counts."""
 
 from __future__ import annotations
 
@@ -12,27 +12,12 @@ import numpy as np
 
 from .._version import __version__
 from ..backend import device as runtime
-from .cases import attention, attention_layer, cache, layers, moe, positions, spectral, torch_layout, transformer
-from .families.guides import llm_prep, scratch
-from .families.htdemucs import model_cases
+from . import cases, families
 from .judge import DTYPES, Trial, Verdict
 from .report import Place, Report, Row
 from .samples import Case, Rng, Sample
 
-_PARTS = (
-    attention,
-    attention_layer,
-    transformer,
-    torch_layout,
-    cache,
-    positions,
-    layers,
-    moe,
-    llm_prep,
-    spectral,
-    scratch,
-)
-CASES: dict[str, Case] = {name: case for part in _PARTS for name, case in part.CASES.items()}
+CASES: dict[str, Case] = {**cases.CASES, **families.CASES}
 NAMES = tuple(CASES)
 _FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, KeyError, AttributeError)
 Progress = Callable[[str, int, int], None]
@@ -47,12 +32,22 @@ def run(
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Proves the operations of these names (all without any), or the layers of the checkpoint in `folder` with its
-    own weights, in float32, forward and vector-Jacobian product.
+    """Compares operations and layers with their NumPy twins, or those of a checkpoint with its own weights.
 
-    dtypes: names among DTYPES, all by default. seeds: how many, from 0, or which. device: "cpu" or "gpu", for this
-    call. progress(name, done, total) is told what comes next. ValueError for an unknown name or dtype, no seed, or a
-    folder of a family without a twin.
+    Args:
+        names: Names among NAMES, all by default.
+        dtypes: Names among DTYPES, all by default; "float32" alone for a checkpoint.
+        seeds: How many seeds samples are drawn from, counted from 0, or which.
+        device: "cpu" or "gpu", for this call; by default MLX's default device.
+        folder: A checkpoint, whose layers are proven instead.
+        progress: Called with the name that comes next, how many are done, and how many there are.
+
+    Returns:
+        A report with a row for each operation and check.
+
+    Raises:
+        ValueError: For an unknown name, dtype or device, no seed, names that are proven in float32 alone without that
+            dtype, or a folder whose family has no twin.
     """
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not chosen or min(chosen) < 0:
@@ -70,15 +65,25 @@ def run(
         raise ValueError(f"dtypes must be float32 where a folder is proven, got {', '.join(dtypes)}")
     began = time.monotonic()
     with runtime.device_of(device):
-        cases = {name: CASES[name] for name in names or NAMES} if folder is None else model_cases(folder)
+        chosen_cases = _chosen(names, dtypes) if folder is None else families.model_cases(folder)
         rows: list[Row] = []
-        for done, (name, case) in enumerate(cases.items()):
+        for done, (name, case) in enumerate(chosen_cases.items()):
             if progress is not None:
-                progress(name, done, len(cases))
+                progress(name, done, len(chosen_cases))
             rows += _prove(name, case, dtypes, chosen)
         facts = runtime.report()
     versions = {"mlx-xformer": __version__, "mlx": facts.mlx, "numpy": np.__version__}
     return Report(tuple(rows), f"{facts.device} ({facts.name})", versions, chosen, time.monotonic() - began)
+
+
+def _chosen(names: Sequence[str], dtypes: Sequence[str]) -> dict[str, Case]:
+    """The cases of these names, or of all, that are checked in one of the dtypes."""
+    chosen = {name: CASES[name] for name in names or NAMES}
+    kept = {name: case for name, case in chosen.items() if not case.float32_only or "float32" in dtypes}
+    lost = [name for name in names if name not in kept]
+    if lost:
+        raise ValueError(f"dtypes must hold float32 for {', '.join(lost)}, got {', '.join(dtypes)}")
+    return kept
 
 
 def _check_known(what: str, given: Sequence[str], known: tuple[str, ...]) -> None:
@@ -94,7 +99,7 @@ def generator(name: str, seed: int) -> Rng:
 
 def _prove(name: str, case: Case, dtypes: Sequence[str], seeds: Sequence[int]) -> list[Row]:
     """The rows of a case: its values in each dtype, then its vector-Jacobian products."""
-    if case.constant:
+    if case.constant or case.float32_only:
         dtypes = ("float32",)
     values = {dtype: Row(name, "exact" if case.constant else dtype) for dtype in dtypes}
     products = {} if case.constant or not case.vjp else {dtype: Row(name, f"{dtype} vjp") for dtype in dtypes}
@@ -107,7 +112,9 @@ def _prove(name: str, case: Case, dtypes: Sequence[str], seeds: Sequence[int]) -
 
 
 def _check(case: Case, sample: Sample, dtype: str, place: Place, values: Row, products: Row | None) -> None:
-    """One sample in one dtype. A refusal is a failure: every sample is one that the operation takes."""
+    """One sample in one dtype. An exception is a failure: every sample is one that the operation takes."""
+    if sample.case is not None:
+        case, products = sample.case, products if sample.case.vjp else None
     half = sample.skip_half if dtype != "float32" else ""
     trial = Trial(case, sample, dtype)
     draw = np.random.default_rng([place.seed, place.sample])

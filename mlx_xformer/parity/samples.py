@@ -1,4 +1,4 @@
-"""What the proof is made of: cases, their samples, and how parameters are drawn."""
+"""Cases, what the proof consists of; their samples; and how parameters are drawn."""
 
 from __future__ import annotations
 
@@ -23,9 +23,19 @@ NO_QUOTIENT = "a difference quotient of NaN is NaN"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a case is called with. `arrays` and `params` are floats, rounded to the dtype and differentiated by;
-    `options` is the rest. strided: MLX gets views with gaps. joint: differentiated along all arrays at once. skip_half,
-    skip_vjp: why a check makes no sense, in words."""
+    """What an operation is called with once.
+
+    Attributes:
+        what: Its shapes and options in words.
+        arrays: Float arrays by name, rounded to the dtype and differentiated by.
+        options: What else the operation is called with.
+        params: Parameters by their flat names, likewise rounded and differentiated by.
+        strided: MLX gets views with gaps between their values.
+        joint: Gradients are compared along one direction of all arrays, not along one of each.
+        skip_half: Why half precisions are not checked, in words.
+        skip_vjp: Why gradients are not checked, in words.
+        case: The case that it belongs to, where that is not the one whose samples it is among.
+    """
 
     what: str
     arrays: Arrays = field(default_factory=dict)
@@ -35,13 +45,25 @@ class Sample:
     joint: bool = False
     skip_half: str = ""
     skip_vjp: str = ""
+    case: Case | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation, its twin and their samples. half, half_vjp: the factors c of the half-precision budgets (judge.py).
-    by_input: budgets are in units of the largest input as well. result: the dtype of the result, where it is not
-    that of the input. constant: the samples have no floats. vjp: whether products are checked."""
+    """An operation, its twin and their samples.
+
+    Attributes:
+        samples: Draws the samples.
+        ours: The operation in MLX.
+        twin: The operation in NumPy.
+        half: The factor c of the tolerance of values in half precision, see judge.py.
+        half_vjp: The factor c of the tolerance of gradients in half precision.
+        by_input: Tolerances are parts of the largest input as well.
+        result: The dtype of the result, where it is not that of the input.
+        constant: The samples have no floats.
+        vjp: Whether gradients are checked.
+        float32_only: Half precisions are not checked.
+    """
 
     samples: Callable[[Rng], Iterator[Sample]]
     ours: Form
@@ -52,6 +74,7 @@ class Case:
     result: str | None = None
     constant: bool = False
     vjp: bool = True
+    float32_only: bool = False
 
 
 def function(called: Callable[..., Any]) -> Form:

@@ -41,7 +41,7 @@ def test_a_planted_bug_is_named(capsys, monkeypatch):
     assert main(["parity", "attention", "--seeds", "1", "--dtype", "float32"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (failed,) = [line for line in lines if line.startswith("FAILED   attention float32:")]
-    assert "worst seed 0 sample " in failed and "(nothing to attend): error " in failed
+    assert "largest error at seed 0 sample " in failed and "(nothing to attend): error " in failed
     assert lines[-1].startswith("FAILED: ")
 
 

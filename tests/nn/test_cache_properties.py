@@ -29,6 +29,7 @@ from mlx_xformer.nn.cache import (
 )
 from mlx_xformer.reference.nn import attention as twin_attention
 from mlx_xformer.reference.nn import cache as twin
+from mlx_xformer.reference.nn import linear
 
 KINDS = list(
     itertools.product(("full", "sliding", "sliding with sinks"), (None, 8, 4), ("one", "ragged"), ("MHA", "GQA", "MQA"))
@@ -45,7 +46,7 @@ def rounded(x, bits):
         return x.astype(np.float64)
     stored = Quantized.of(mx.array(x), bits)
     scales, biases = (np.array(part, np.float64) for part in (stored.scales, stored.biases))
-    return twin.dequantized(twin.unpacked(np.array(stored.packed), bits), scales, biases)[..., : x.shape[-1]]
+    return linear.dequantize(linear.unpack(np.array(stored.packed), bits), scales, biases)[..., : x.shape[-1]]
 
 
 class Pair:

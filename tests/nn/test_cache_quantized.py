@@ -13,7 +13,7 @@ from mlx_xformer.nn.attention import core
 from mlx_xformer.nn.attention.core import attention
 from mlx_xformer.nn.cache import Quantized, quantized
 from mlx_xformer.reference.nn import attention as twin
-from mlx_xformer.reference.nn import cache as twin_cache
+from mlx_xformer.reference.nn import linear
 
 B, D, DV = 2, 11, 37
 GROUPS = {"MHA": (5, 5), "GQA": (6, 2), "MQA": (3, 1)}
@@ -34,13 +34,13 @@ def test_codes(bits, width, dtype):
     assert found.group_size in (32, 64) and found.packed.shape[-1] * 32 // bits % found.group_size == 0
     exact = np.array(given.astype(mx.float32))
     more = found.packed.shape[-1] * 32 // bits - width
-    codes, scales, biases = twin_cache.quantized(np.pad(exact, [(0, 0)] * 3 + [(0, more)]), bits, found.group_size)
+    codes, scales, biases = linear.quantize(np.pad(exact, [(0, 0)] * 3 + [(0, more)]), bits, found.group_size)
     meant = np.array(found.dequantized(mx.float32))
     if dtype == mx.float32:
-        assert (np.array(found.packed) == twin_cache.packed(codes, bits)).all()
-        assert (twin_cache.unpacked(np.array(found.packed), bits) == codes).all()
+        assert (np.array(found.packed) == linear.pack(codes, bits)).all()
+        assert (linear.unpack(np.array(found.packed), bits) == codes).all()
         assert (np.array(found.scales) == scales).all() and (np.array(found.biases) == biases).all()
-        assert np.abs(meant - twin_cache.dequantized(codes, scales, biases)[..., :width]).max() <= 1e-6
+        assert np.abs(meant - linear.dequantize(codes, scales, biases)[..., :width]).max() <= 1e-6
     unit = {mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}[dtype]
     step = np.repeat(np.abs(scales), found.group_size, axis=-1)[..., :width]
     largest = np.abs(exact).max(axis=-1, keepdims=True)
@@ -70,8 +70,8 @@ def check(arrays, options, bits, dtype=mx.float32):
         pair = []
         for x in (k, v):
             scales, biases = (np.array(y.astype(mx.float32), precision) for y in (x.scales, x.biases))
-            codes = twin_cache.unpacked(np.array(x.packed), bits)
-            pair.append(twin_cache.dequantized(codes, scales, biases)[..., : x.width])
+            codes = linear.unpack(np.array(x.packed), bits)
+            pair.append(linear.dequantize(codes, scales, biases)[..., : x.width])
         ready = {n: x.astype(precision) if isinstance(x, np.ndarray) and x.dtype == np.float32 else x
                  for n, x in options.items()}  # fmt: skip
         answers.append(twin.attention(np.array(q.astype(mx.float32), precision), *pair, **ready))

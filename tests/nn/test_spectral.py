@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.harness import check_forward, check_gradient
+from support.harness import assert_within_budget, check_forward, check_gradient
 
 from mlx_xformer.nn import spectral
 from mlx_xformer.reference.nn import spectral as twin
@@ -53,8 +53,7 @@ def test_istft(n_fft, hop, normalized):
     length = 7 * hop
     ref64, ref32 = (twin.istft(a, length=length, **options) for a in (z, z.astype(np.complex64)))
     out = np.array(spectral.istft(mx.array(z.astype(np.complex64)), length=length, **options))
-    budget = 4 * np.abs(ref32 - ref64).max() + 1e-6 * np.abs(ref64).max()
-    assert np.abs(out - ref64).max() <= budget
+    assert_within_budget(out, ref64, ref32)
 
 
 @pytest.mark.parametrize(("n_fft", "hop"), SIZES[:2])

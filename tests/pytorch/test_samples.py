@@ -1,6 +1,6 @@
 """PyTorch's own sample inputs through our functions: values and gradients against PyTorch in double precision.
 
-The budget is PyTorch's own error in single precision: 4 max|torch32 - torch64| + 1e-6 max|torch64|. An adapter says how
+The tolerance is that of parity.judge, with PyTorch in both precisions in the place of the twin. An adapter says how
 our function does what an operation of PyTorch asks. Dropout samples are compared with nothing dropped, and by moments.
 """
 
@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from support import oracle
 from support.oracle import Oracle, multi_head_attention_forward, sdpa
+
+from mlx_xformer.parity import judge
 
 pytestmark = pytest.mark.torch
 SEEDS = range(8)
@@ -96,10 +98,9 @@ def difference(actual, truth, single, scale=0.0, nan_is_0=False) -> str:
         expected = np.isnan(truth)
     if (np.isnan(actual) != expected).any() or not np.isfinite(actual[~expected]).all():
         return f"NaN in {np.isnan(actual).sum()} places, PyTorch's in {expected.sum()}"
-    actual, truth, single = actual[~expected], truth[~expected], single[~expected].astype(np.float64)
-    budget = 4 * np.abs(single - truth).max(initial=0) + 1e-6 * max(np.abs(truth).max(initial=0), scale)
-    error = np.abs(actual - truth).max(initial=0)
-    return f"error {error:.3g} is {error / max(budget, 1e-300):.3g} budgets" if error > budget else ""
+    actual, truth, single = (x[~expected].astype(np.float64) for x in (actual, truth, single))
+    scale = max(np.abs(truth).max(initial=0), scale)
+    return judge.compare(actual, truth, judge.value_tolerance(truth, single, scale)).why
 
 
 def compared(call: Call, adapter, scale=0.0, nan_is_0=False) -> tuple[str, bool]:

@@ -26,6 +26,7 @@ from mlx_xformer.models.guides.llm_prep import (
 from mlx_xformer.models.transformer import Transformer, TransformerConfig
 from mlx_xformer.nn.masks import causal_mask
 from mlx_xformer.nn.transformer import Layer, LayerConfig
+from mlx_xformer.parity import judge
 
 pytestmark = pytest.mark.torch
 B, L, S, E, HEADS, HIDDEN = 2, 7, 5, 18, 3, 13
@@ -51,12 +52,9 @@ def padding(batch, length, seed=3):
 
 
 def check(what, ours, truth, single, scale):
-    """|ours - truth| <= 4 max|single - truth| + 1e-6 scale."""
-    ours = np.asarray(ours)
-    assert ours.shape == truth.shape, what
-    budget = 4 * np.abs(single - truth).max() + 1e-6 * scale
-    error = np.abs(ours - truth).max()
-    assert error <= budget, f"{what}: {error:.3g} is {error / budget:.1f} budgets"
+    """Ours within the judge's tolerance, of which 1e-6 is a part of `scale`."""
+    verdict = judge.compare(np.asarray(ours), truth, judge.value_tolerance(truth, single, scale))
+    assert verdict.passed, f"{what}: {verdict.why}"
 
 
 def compare(oracle, name, kwargs, inputs, module, rules, call, **options):

@@ -17,6 +17,7 @@ from ...nn.cache import CrossCache, KVCache, Quantized
 from ...nn.positions import Rotary
 from ...reference.nn import attention as twin
 from ...reference.nn import cache as twin_cache
+from ...reference.nn import linear
 from ..samples import Case, Options, Rng, Sample, described, drawn, with_params
 
 D, DV = 11, 13
@@ -114,7 +115,7 @@ def _quantized_sample(rng: Rng, heads: str, bits: int, L: int, S: int, names: Se
         biases = (-scales * 2 ** (bits - 1)).astype(np.float32)
         if name == "k":  # the zeros behind a head
             codes[..., width:] = 2 ** (bits - 1)
-        options |= {f"{name}_words": twin_cache.packed(codes, bits), f"{name}_scales": scales, f"{name}_biases": biases}
+        options |= {f"{name}_words": linear.pack(codes, bits), f"{name}_scales": scales, f"{name}_biases": biases}
     arrays = {"q": rng.normal(size=(B, H, L, D))}
     if "mask" in names:
         options["mask"] = rng.random((B, 1, L, S)) > 0.3
@@ -148,9 +149,9 @@ def _quantized(params: dict, arrays: dict, options: Options) -> mx.array:
 def _twin_quantized(params: dict, arrays: dict, options: Options) -> np.ndarray:
     pair = []
     for name, width in (("k", D), ("v", DV)):
-        codes = twin_cache.unpacked(options[f"{name}_words"], options["bits"])
+        codes = linear.unpack(options[f"{name}_words"], options["bits"])
         scales, biases = (options[f"{name}_{part}"].astype(arrays["q"].dtype) for part in ("scales", "biases"))
-        pair.append(twin_cache.dequantized(codes, scales, biases)[..., :width])
+        pair.append(linear.dequantize(codes, scales, biases)[..., :width])
     return twin.attention(arrays["q"], *pair, **_rest(arrays, options))
 
 

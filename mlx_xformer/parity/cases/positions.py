@@ -1,4 +1,4 @@
-"""Samples of masks and position tables. Axes: B batch, H heads, L queries, S keys, D head_dim."""
+"""Samples of tables of positions and of rotary ones. Axes: B batch, H heads, L queries, S keys, D head_dim."""
 
 from __future__ import annotations
 
@@ -9,80 +9,41 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...nn import masks, positions
-from ...reference.nn import masks as twin_masks
+from ...nn import positions
 from ...reference.nn import positions as twin
-from ..samples import Case, Rng, Sample, described, function
-
-_SIZES = ((1, 1), (5, 7), (7, 7), (1, 7), (11, 5), (0, 3), (3, 0), (197, 211))
-
-
-def _called(options: dict[str, Any]) -> Sample:
-    shown = {name: value if not isinstance(value, np.ndarray) else value.tolist() for name, value in options.items()}
-    return Sample(described(**shown)[:100], {}, options)
-
-
-def _causal(rng: Rng) -> Iterator[Sample]:
-    for (L, S), alignment in product(_SIZES, ("lower_right", "upper_left")):
-        yield _called({"L": L, "S": S, "alignment": alignment})
-
-
-def _padding(rng: Rng) -> Iterator[Sample]:
-    for S in (1, 7, 211):
-        lengths = rng.integers(0, S + 1, 5)
-        lengths[:2] = 0, S
-        yield _called({"lengths": lengths, "S": S})
-        yield _called({"lengths": lengths.tolist(), "S": S})
-
-
-def _sliding(rng: Rng) -> Iterator[Sample]:
-    for (L, S), window in product(_SIZES, (1, 2, 3, 50)):
-        yield _called({"L": L, "S": S, "window": window})
-
-
-def _prefix(rng: Rng) -> Iterator[Sample]:
-    for L, S in _SIZES:
-        if S:
-            yield _called({"L": L, "S": S, "lengths": int(rng.integers(0, S + 1))})
-            yield _called({"L": L, "S": S, "lengths": rng.integers(0, S + 1, 3).tolist()})
-
-
-def _segment(rng: Rng) -> Iterator[Sample]:
-    for B, L, S in ((1, 1, 1), (2, 5, 7), (3, 13, 11), (1, 23, 23), (2, 0, 3)):
-        queries, keys = np.sort(rng.integers(-1, 4, (B, L))), rng.integers(-1, 4, (B, S))
-        yield _called({"queries": queries})
-        yield _called({"queries": queries, "keys": keys})
+from ..samples import Case, Rng, Sample, described
+from .masks import SIZES, option_sample, table_case
 
 
 def _sinusoidal_1d(rng: Rng) -> Iterator[Sample]:
     for length, dim in ((1, 4), (7, 6), (50, 48), (1344, 24), (0, 4)):
         for given in ({}, {"shift": 13}, {"centered": True}, {"max_period": 77.0}):
             if length or not given.get("centered"):  # no positions have no mean
-                yield _called({"length": length, "dim": dim, **given})
+                yield option_sample({"length": length, "dim": dim, **given})
 
 
 def _sinusoidal_2d(rng: Rng) -> Iterator[Sample]:
     for height, width, dim in ((1, 1, 4), (8, 336, 24), (5, 7, 12), (3, 2, 48)):
         for given in ({}, {"max_period": 77.0}):
-            yield _called({"height": height, "width": width, "dim": dim, **given})
+            yield option_sample({"height": height, "width": width, "dim": dim, **given})
 
 
 def _sinusoidal(rng: Rng) -> Iterator[Sample]:
     for length, dim in ((1, 1), (7, 2), (5, 7), (211, 16), (0, 3)):
         for given in ({}, {"offset": 1009}, {"max_period": 77.0}):
-            yield _called({"length": length, "dim": dim, **given})
+            yield option_sample({"length": length, "dim": dim, **given})
 
 
 def _alibi(rng: Rng) -> Iterator[Sample]:
-    for H, (L, S) in product((1, 2, 3, 6, 8, 12), _SIZES[:6]):
-        yield _called({"num_heads": H, "L": L, "S": S})
+    for H, (L, S) in product((1, 2, 3, 6, 8, 12), SIZES[:6]):
+        yield option_sample({"num_heads": H, "L": L, "S": S})
 
 
 def _buckets(rng: Rng) -> Iterator[Sample]:
-    for (L, S), bidirectional in product((*_SIZES[:5], (67, 71)), (True, False)):
-        yield _called({"L": L, "S": S, "bidirectional": bidirectional})
+    for (L, S), bidirectional in product((*SIZES[:5], (67, 71)), (True, False)):
+        yield option_sample({"L": L, "S": S, "bidirectional": bidirectional})
         given = {"num_buckets": 8, "max_distance": 20, "bidirectional": bidirectional}
-        yield _called({"L": L, "S": S, **given})
+        yield option_sample({"L": L, "S": S, **given})
 
 
 def _by_distance(samples: Callable[[Rng], Iterator[Sample]]) -> Callable[[Rng], Iterator[Sample]]:
@@ -93,7 +54,7 @@ def _by_distance(samples: Callable[[Rng], Iterator[Sample]]) -> Callable[[Rng], 
 def _rotary(rng: Rng) -> Iterator[Sample]:
     for (D, dims), interleaved in product(((2, 2), (6, 4), (11, 8), (64, 64)), (False, True)):
         for B, H, L in ((2, 3, 7), (1, 1, 1), (2, 1, 0)):
-            far = 5000 if L > 1 else 50  # a single far position leaves too little to derive a budget from
+            far = 5000 if L > 1 else 50  # a single far position leaves too little to derive a tolerance from
             places: list[dict[str, Any]] = [
                 {},
                 {"offset": int(rng.integers(1, far))},
@@ -140,23 +101,14 @@ def _twin(params: dict, arrays: dict, options: Any) -> np.ndarray:
     return twin.rotary(x, places, **kept)
 
 
-def _table(samples: Any, ours: Any, theirs: Any) -> Case:
-    return Case(samples, function(ours), function(theirs), constant=True)
-
-
 CASES = {
-    "causal_mask": _table(_causal, masks.causal_mask, twin_masks.causal_mask),
-    "padding_mask": _table(_padding, masks.padding_mask, twin_masks.padding_mask),
-    "sliding_mask": _table(_sliding, masks.sliding_mask, twin_masks.sliding_mask),
-    "prefix_mask": _table(_prefix, masks.prefix_mask, twin_masks.prefix_mask),
-    "segment_mask": _table(_segment, masks.segment_mask, twin_masks.segment_mask),
-    "sinusoidal_1d": _table(_sinusoidal_1d, positions.sinusoidal_1d, twin.sinusoidal_1d),
-    "sinusoidal_2d": _table(_sinusoidal_2d, positions.sinusoidal_2d, twin.sinusoidal_2d),
-    "sinusoidal": _table(_sinusoidal, positions.sinusoidal, twin.sinusoidal),
-    "alibi_bias": _table(_alibi, positions.alibi_bias, twin.alibi_bias),
-    "alibi_by_distance": _table(_by_distance(_alibi), positions.alibi_by_distance, twin.alibi_by_distance),
-    "buckets_by_distance": _table(_by_distance(_buckets), positions.buckets_by_distance, twin.buckets_by_distance),
-    "relative_buckets": _table(_buckets, positions.relative_buckets, twin.relative_buckets),
+    "sinusoidal_1d": table_case(_sinusoidal_1d, positions.sinusoidal_1d, twin.sinusoidal_1d),
+    "sinusoidal_2d": table_case(_sinusoidal_2d, positions.sinusoidal_2d, twin.sinusoidal_2d),
+    "sinusoidal": table_case(_sinusoidal, positions.sinusoidal, twin.sinusoidal),
+    "alibi_bias": table_case(_alibi, positions.alibi_bias, twin.alibi_bias),
+    "alibi_by_distance": table_case(_by_distance(_alibi), positions.alibi_by_distance, twin.alibi_by_distance),
+    "buckets_by_distance": table_case(_by_distance(_buckets), positions.buckets_by_distance, twin.buckets_by_distance),
+    "relative_buckets": table_case(_buckets, positions.relative_buckets, twin.relative_buckets),
     "Rotary": Case(_rotary, _ours, _twin),
     "RotaryScaling": Case(_scaled, _ours, _twin),
 }

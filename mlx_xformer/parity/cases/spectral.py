@@ -1,5 +1,4 @@
-"""Samples of the short-time Fourier transform and its inverse, with real and imaginary parts as a last axis, and of
-log-mel spectrograms."""
+"""Samples of the short-time Fourier transform and its inverse, with real and imaginary parts as a last axis."""
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...nn import mel, spectral
-from ...reference.nn import mel as mel_twin
+from ...nn import spectral
 from ...reference.nn import spectral as twin
 from ..samples import Case, Rng, Sample, described, function, signal
 
@@ -59,27 +57,7 @@ def _reflect(rng: Rng) -> Iterator[Sample]:
                      {"left": left, "right": right})  # fmt: skip
 
 
-def _mel_samples(rng: Rng) -> Iterator[Sample]:
-    """Clicks, at most one a frame, whose spectrum has no bin near 0: the logarithm of those is what float32 has lost.
-    Zeros follow, which are raised. And silence."""
-    for lead, length, bins, samples in (
-        ((), 1601, 80, None),
-        ((2,), 1999, 80, 4001),
-        ((1, 3), 803, 128, 1601),
-        ((2, 1), 1203, 40, None),
-    ):
-        audio = np.zeros((*lead, length))
-        for at in range(211, length - 201, 401):
-            audio[..., at] = rng.uniform(0.1, 1, lead) * rng.choice([-1, 1], lead)
-        options = {"bins": bins, "samples": samples}
-        yield Sample(described(shape=audio.shape, **options), {"audio": audio}, options)
-    yield Sample("silence", {"audio": np.zeros(1009)}, {"bins": 7, "samples": None})
-
-
 CASES = {
-    "log_mel": Case(
-        _mel_samples, function(mel.log_mel), function(mel_twin.log_mel), result="float32", by_input=True, vjp=False
-    ),
     "stft": Case(_stft_samples, function(_stft), function(_twin_stft), result="float32"),
     "istft": Case(_istft_samples, function(_istft), function(_twin_istft), result="float32"),
     "reflect_pad": Case(_reflect, function(spectral.reflect_pad), function(twin.reflect_pad)),

@@ -1,50 +1,64 @@
-"""The layers of a converted BERT with its own weights, then all of them.
+"""BERT: its layers with the model's own weights, then all of them.
 
 Axes: B batch, L tokens, E embed_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from ...models.bert import Bert, mean_pooled, normalized
+from ...models.bert import Bert, BertConfig, mean_pooled, normalized
 from ...reference.models import bert as twin
 from ...reference.nn.transformer import layer as layer_twin
-from ..samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
+from ..samples import Arrays, Case, Options, Rng, Sample, described, with_params
+from .common import fixed_case, layer_case, weights_of
 
 _LENGTHS = (3, 11)
 _VALID = (11, 7)  # tokens of each row of the longest sample
 
 
-def bert_cases(model: Bert) -> dict[str, Case]:
+def examples() -> dict[str, nn.Module]:
+    """Small models by what they are."""
+    sizes: dict[str, Any] = {"vocab_size": 31, "embed_dim": 22, "num_layers": 2, "num_heads": 2, "hidden_dim": 29}
+    sizes |= {"max_positions": 13}
+    return {
+        "base": Bert(BertConfig(**sizes)),
+        "without a pooler": Bert(BertConfig(**sizes, activation="gelu_tanh", norm_eps=1e-3, pooler=False)),
+    }
+
+
+def cases(model: Bert) -> dict[str, Case]:
     """A case for the embeddings, for every layer, for the pooler, for vectors of sentences and for what follows the
     embeddings."""
-    config, weights = model.config, _arrays(model)
-    cases = {"embeddings": _embeddings(model, weights)}
+    config, weights, layers = model.config, weights_of(model), {}
+    L, E = _LENGTHS[-1], model.config.embed_dim
     for index in range(config.num_layers):
-        cases[f"encoder.layers.{index}"] = _layer(model, index)
+        layers[f"encoder.layers.{index}"] = layer_case(
+            model.encoder.layers[index],
+            lambda params, arrays, options: layer_twin(params, twin.layer_config(config), **arrays, **options),
+            [{"x": (2, L, E), "mask": _mask(L)[:, None, None]}],
+        )
+    found = {"embeddings": _embeddings(model, weights), **layers}
     if config.pooler:
-        cases["pooler"] = _fixed(config.embed_dim, lambda x, _: model.pooled(x), lambda x, _: twin.pooled(weights, x))
-    cases["sentences"] = _fixed(
-        config.embed_dim,
-        lambda x, mask: normalized(mean_pooled(x, mask)),
-        lambda x, mask: twin.normalized(twin.mean_pooled(x, mask)),
+        found["pooler"] = fixed_case(
+            model.pooled, lambda hidden: twin.pooled(weights, hidden), [{"hidden": (2, n, E)} for n in _LENGTHS]
+        )
+    found["sentences"] = fixed_case(
+        lambda hidden, mask: normalized(mean_pooled(hidden, mask)),
+        lambda hidden, mask: twin.normalized(twin.mean_pooled(hidden, mask)),
+        [{"hidden": (2, n, E), "mask": _mask(n)} for n in _LENGTHS],
     )
-    cases["model"] = _whole(model, weights)
-    return cases
-
-
-def _arrays(module: Any) -> Arrays:
-    return {name: np.array(x) for name, x in flat(module).items()}
+    found["model"] = _whole(model, weights)
+    return found
 
 
 def _embeddings(model: Bert, weights: Arrays) -> Case:
     """A look-up of tokens (2, L) in the three tables, and the norm, differentiated by the norm's weights."""
-    config, norm = model.config, _arrays(model.embeddings.norm)
+    config, norm = model.config, weights_of(model.embeddings.norm)
 
     def samples(rng: Rng) -> Iterator[Sample]:
         for L in _LENGTHS:
@@ -64,30 +78,14 @@ def _embeddings(model: Bert, weights: Arrays) -> Case:
     return Case(samples, ours, theirs)
 
 
-def _layer(model: Bert, index: int) -> Case:
-    """A layer, differentiated by its weights as well."""
-    layer = model.encoder.layers[index]
-
-    def samples(rng: Rng) -> Iterator[Sample]:
-        x, mask = rng.normal(size=(2, _LENGTHS[-1], model.config.embed_dim)), _mask(_LENGTHS[-1])
-        yield Sample(described(x=x.shape, valid=_VALID), {"x": x}, {"mask": mask}, _arrays(layer), joint=True)
-
-    def ours(params: dict, arrays: dict, options: Options) -> Any:
-        return with_params(layer, params)(arrays["x"], mask=options["mask"][:, None, None])
-
-    def theirs(params: dict, arrays: Arrays, options: Options) -> np.ndarray:
-        return layer_twin(params, twin.layer_of(model.config), arrays["x"], mask=options["mask"][:, None, None])
-
-    return Case(samples, ours, theirs)
-
-
 def _mask(L: int) -> np.ndarray:
+    """(2, L): which tokens are valid."""
     return np.arange(L)[None] < np.minimum(_VALID, L)[:, None]
 
 
 def _whole(model: Bert, weights: Arrays) -> Case:
-    """What follows the embeddings, on those of tokens (2, L): what no embedding gives, trained layers may blow up. The
-    gradient of many layers is that of their rounding; each of them is proven."""
+    """What follows the embeddings, on those of tokens (2, L): trained layers may overflow on what no embedding gives.
+    Gradients are not compared: rounding alone moves that of many layers, each of which has a case of its own."""
     config = model.config
 
     def samples(rng: Rng) -> Iterator[Sample]:
@@ -104,21 +102,3 @@ def _whole(model: Bert, weights: Arrays) -> Case:
         return twin.encode(weights, config, arrays["x"], options["mask"])
 
     return Case(samples, ours, theirs, vjp=False)
-
-
-def _fixed(
-    width: int,
-    ours: Callable[[mx.array, mx.array], mx.array],
-    theirs: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> Case:
-    """A function of x (2, L, width) and which of it is valid, (2, L), whose weights stay as they are."""
-
-    def samples(rng: Rng) -> Iterator[Sample]:
-        for L in _LENGTHS:
-            x, mask = rng.normal(size=(2, L, width)), _mask(L)
-            yield Sample(described(x=x.shape, valid=tuple(mask.sum(axis=1).tolist())), {"x": x}, {"mask": mask})
-
-    def form(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda _, arrays, options: function(arrays["x"], options["mask"])
-
-    return Case(samples, form(ours), form(theirs))

@@ -1,92 +1,77 @@
-"""The layers of a converted model with its own weights, on short random inputs, and the whole model on a short mix.
+"""HTDemucs: its layers with the model's own weights, on short random inputs, and the whole model on a short mix.
 
-Axes: B batch, T frames or samples, F frequencies, C channels, E embed_dim, L tokens.
+Axes: B batch, T frames or samples, F frequencies, C channels, E embed_dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from ...models.bert import Bert
-from ...models.causal_lm.model import CausalLM
-from ...models.families import load_model
-from ...models.guides.ferrotorch import AttentionLayer
-from ...models.guides.scratch import EncoderDecoder, TransformerStack
-from ...models.htdemucs import Bag, HTDemucs
-from ...models.t5 import T5
-from ...models.whisper import Whisper
+from ...models.htdemucs import Bag, HTDemucs, HTDemucsConfig, InferenceMode
 from ...reference.models.htdemucs import htdemucs
 from ...reference.models.htdemucs.layers import decoder_layer, encoder_layer
 from ...reference.models.htdemucs.model import levels
 from ...reference.models.htdemucs.transformer import cross_transformer, cross_transformer_layer
 from ...reference.nn.layers import linear
-from ..samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
-from .bert import bert_cases
-from .causal_lm import causal_lm_cases
-from .guides.scratch import attention_cases, scratch_cases
-from .t5 import t5_cases
-from .transformer import MODELS as SEQUENCE_MODELS
-from .transformer import transformer_cases
-from .whisper import whisper_cases
+from ..samples import Arrays, Case, Form, Options
+from .common import layer_case
 
 Shapes = Callable[[int], dict[str, tuple[int, ...]]]  # frames -> shape of each array
 _FRAMES = (3, 7)
 
 
-def model_cases(folder: str | Path) -> dict[str, Case]:
-    """A case for every layer of the checkpoint, by its name, and one for the whole. ValueError as load_model."""
-    model = load_model(folder)
+_SIZES: dict[str, Any] = {"sources": ("drums", "voice", "rest"), "samplerate": 8000, "segment": 1, "channels": 4}
+_SIZES |= {"nfft": 256, "depth": 2, "dconv_mode": 3, "dconv_comp": 2, "bottom_channels": 12, "t_heads": 3}
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "base": {"t_layers": 3},
+    "branches merge": {"depth": 3, "channels": 3, "t_layers": 1, "norm_starts": 1, "norm_groups": 3},
+    "post-norm, wide contexts": {
+        **{"t_layers": 2, "t_norm_first": False, "t_group_norm": 2, "t_emb": "cape", "t_cross_first": True},
+        **{"context": 2, "context_enc": 1, "audio_channels": 1, "bottom_channels": 0, "channels": 6, "t_gelu": False},
+    },
+}
+
+
+def examples() -> dict[str, nn.Module]:
+    """Small models by what they are."""
+    return {name: HTDemucs(HTDemucsConfig(**{**_SIZES, **options})) for name, options in _EXAMPLES.items()}
+
+
+def cases(model: HTDemucs | Bag) -> dict[str, Case]:
+    """A case for every layer, for the whole, and where no branches merge for the waveform's branch alone; those of
+    every member of a bag."""
     if isinstance(model, Bag):
         return {
             f"models.{index}.{name}": case
             for index, member in enumerate(model.models)
-            for name, case in _htdemucs_cases(member).items()
+            for name, case in cases(member).items()
         }
-    for kind, cases in _CASES.items():
-        if isinstance(model, kind):
-            return cases(model)
-    raise ValueError(f"{folder}: the family must have a twin, got {type(model).__name__}")
-
-
-def _htdemucs_cases(model: HTDemucs) -> dict[str, Case]:
     # Without padding to the segment that it was trained on, the whole model runs on as little as it is given.
     model.config = dataclasses.replace(model.config, use_train_segment=False)
-    cases: dict[str, Case] = {}
+    found: dict[str, Case] = {}
     frequencies = model.config.nfft // 2
     for index, level in enumerate(levels(model.config)):
         inner = 1 if level.merges or not level.freq else frequencies // level.stride
-        cases |= _level_cases(model, index, (frequencies, inner))
+        found |= _level_cases(model, index, (frequencies, inner))
         frequencies = inner
     for name in (n for n in model if n.startswith("channel_")):
-        cases[name] = _linear(model[name])
+        found[name] = _linear(model[name])
     if model.config.t_layers:
-        cases |= _transformer_cases(model)
-    cases["model"] = _whole(model)
-    return cases
+        found |= _transformer_cases(model)
+    found["model"] = _whole(model)
+    if not any(level.merges for level in levels(model.config)):
+        found["model, time only"] = _whole(model, time_only=True)
+    return found
 
 
-def _case(module: nn.Module, twin: Callable[..., Any], shapes: Shapes, call: Callable[..., Any] | None = None) -> Case:
-    """A layer with its own weights, on inputs of these shapes; call(module, **arrays): how it is called."""
-    params = {name: np.array(x.astype(mx.float32), np.float64) for name, x in flat(module).items()}
-
-    def samples(rng: Rng) -> Iterator[Sample]:
-        for frames in _FRAMES:
-            sizes = shapes(frames)
-            arrays = {name: rng.normal(size=shape) for name, shape in sizes.items()}
-            yield Sample(described(**sizes), arrays, {}, params, joint=True)
-
-    def ours(given: dict, arrays: dict, _: Options) -> Any:
-        ready = with_params(module, given)
-        return ready(**arrays) if call is None else call(ready, **arrays)
-
-    return Case(samples, ours, twin)
+def _case(module: nn.Module, twin: Form, shapes: Shapes, call: Callable[..., Any] | None = None) -> Case:
+    """A layer on inputs of these shapes, for a few frames and for more."""
+    return layer_case(module, twin, [shapes(frames) for frames in _FRAMES], call=call)
 
 
 def _linear(module: nn.Linear) -> Case:
@@ -187,23 +172,17 @@ def _transformer_cases(model: HTDemucs) -> dict[str, Case]:
     return cases
 
 
-def _whole(model: HTDemucs) -> Case:
+def _whole(model: HTDemucs, *, time_only: bool = False) -> Case:
     """A mix (1, C, samples) of a few frames."""
     config = model.config
 
     def shapes(T: int) -> dict[str, tuple[int, ...]]:
         return {"mix": (1, config.audio_channels, T * config.nfft // 4 + 101)}
 
-    return _case(model, lambda p, x, _: htdemucs(p, config, **x), shapes)
-
-
-_CASES: dict[Any, Callable[[Any], dict[str, Case]]] = {  # a kind of model, or several -> the cases of one
-    HTDemucs: _htdemucs_cases,
-    CausalLM: causal_lm_cases,
-    Bert: bert_cases,
-    T5: t5_cases,
-    Whisper: whisper_cases,
-    (TransformerStack, EncoderDecoder): scratch_cases,
-    AttentionLayer: attention_cases,
-    SEQUENCE_MODELS: transformer_cases,
-}
+    mode = InferenceMode.TIME_ONLY if time_only else InferenceMode.FULL
+    return _case(
+        model,
+        lambda p, x, _: htdemucs(p, config, **x, time_only=time_only),
+        shapes,
+        lambda ready, mix: ready(mix, mode=mode),
+    )

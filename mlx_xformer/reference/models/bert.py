@@ -23,8 +23,8 @@ def embed(params: Params, config: Any, tokens: np.ndarray, token_types: np.ndarr
     return layer_norm(sub(params, "norm"), x, config.norm_eps)
 
 
-def layer_of(config: Any) -> Any:
-    """What a layer is, as blocks.layer takes it."""
+def layer_config(config: Any) -> Any:
+    """The fields of a layer that nn.transformer.layer reads."""
     plain = {"num_kv_heads": None, "scale": None, "window": None, "moe": None, "gated": False, "norm": "layer"}
     plain |= {"causal": False, "cross": False, "norm_first": False}
     own = {"num_heads": config.num_heads, "activation": config.activation, "norm_eps": config.norm_eps}
@@ -35,7 +35,7 @@ def encode(params: Params, config: Any, x: np.ndarray, mask: np.ndarray | None =
     """All but the embeddings: (B, L, E) -> the same. mask (B, L): True = valid."""
     for index in range(config.num_layers):
         seen = None if mask is None else mask[:, None, None]
-        x = layer(sub(params, f"encoder.layers.{index}"), layer_of(config), x, mask=seen)
+        x = layer(sub(params, f"encoder.layers.{index}"), layer_config(config), x, mask=seen)
     return x
 
 

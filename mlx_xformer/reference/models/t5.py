@@ -10,8 +10,8 @@ from ..nn.positions import relative_buckets
 from ..nn.transformer import stack
 
 
-def layer_of(config: Any, *, decoder: bool) -> Any:
-    """What a layer is, as blocks.layer takes it."""
+def layer_config(config: Any, *, decoder: bool) -> Any:
+    """The fields of a layer that nn.transformer.layer reads."""
     plain = {"num_kv_heads": None, "scale": 1.0, "window": None, "moe": None, "norm": "rms", "norm_first": True}
     own = {"num_heads": config.num_heads, "activation": config.activation, "gated": config.gated}
     return SimpleNamespace(**plain, **own, norm_eps=config.norm_eps, causal=decoder, cross=decoder)
@@ -33,7 +33,7 @@ def encode(params: Params, config: Any, x: np.ndarray, mask: np.ndarray | None =
     own = sub(params, "encoder")
     added = bias(own, config, x.shape[1], bidirectional=True)
     seen = None if mask is None else mask[:, None, None]
-    return stack(sub(own, "stack"), layer_of(config, decoder=False), x, mask=seen, bias=added)
+    return stack(sub(own, "stack"), layer_config(config, decoder=False), x, mask=seen, bias=added)
 
 
 def decode(
@@ -43,7 +43,7 @@ def decode(
     own = sub(params, "decoder")
     added = bias(own, config, x.shape[1], bidirectional=False)
     seen = None if memory_mask is None else memory_mask[:, None, None]
-    return stack(sub(own, "stack"), layer_of(config, decoder=True), x, memory, memory_mask=seen, bias=added)
+    return stack(sub(own, "stack"), layer_config(config, decoder=True), x, memory, memory_mask=seen, bias=added)
 
 
 def logits(params: Params, config: Any, x: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from ..nn.transformer import stack
 
 
 def layer_config(config: Any, *, decoder: bool) -> SimpleNamespace:
-    """What blocks.layer reads."""
+    """The fields of a layer that nn.transformer.layer reads."""
     return SimpleNamespace(
         num_heads=config.num_heads,
         num_kv_heads=None,

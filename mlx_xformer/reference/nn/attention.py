@@ -160,3 +160,25 @@ def _normed(params: Params, x: np.ndarray, kind: str, eps: float) -> np.ndarray:
         x = x - x.mean(axis=-1, keepdims=True)
     x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.asarray(eps, x.dtype))
     return x * params["weight"] + params.get("bias", 0)
+
+
+def initialize(params: Params, scheme: str, noise: Params) -> dict[str, np.ndarray]:
+    """New weights for the four projections of a layer: uniform within a bound of each matrix, (2 noise - 1) bound.
+
+    "xavier" has the bound sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010). "torch" is what
+    torch.nn.MultiheadAttention has: one matrix for q, k and v where their inputs are as wide, and 1 / sqrt(inputs) for
+    the output. Biases are 0. noise: numbers in [0, 1) in the shape of each weight, by its name.
+    """
+    shapes = {name: params[f"{name}_proj.weight"].shape for name in ("q", "k", "v", "out")}
+    rows = sum(shapes[name][0] for name in "qkv")
+    one_matrix = shapes["q"][1] == shapes["k"][1] == shapes["v"][1]
+    made = {name: np.zeros_like(x) for name, x in params.items() if name.endswith("_proj.bias")}
+    for name, (outputs, inputs) in shapes.items():
+        if scheme == "torch" and name == "out":
+            bound = 1 / math.sqrt(inputs)
+        elif scheme == "torch" and one_matrix:
+            bound = math.sqrt(6 / (inputs + rows))
+        else:
+            bound = math.sqrt(6 / (inputs + outputs))
+        made[f"{name}_proj.weight"] = (2 * noise[name] - 1) * bound
+    return made

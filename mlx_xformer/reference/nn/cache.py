@@ -1,4 +1,4 @@
-"""A cache as a plain concatenation, with the mask that it stands for; keys and values in 8 or 4 bits.
+"""A cache as a plain concatenation, with the mask that it stands for.
 
 Axes: B batch, G key/value heads, n new positions, T positions so far, D and Dv head widths.
 """
@@ -94,40 +94,3 @@ def merge(caches: Sequence[KVCache]) -> KVCache:
         padding=tuple(length - row.length + row.padding[0] for row in rows),
         longest=length + late,
     )
-
-
-def quantized(x: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes like x (..., D), and the scale and bias of each group of channels (..., D / group): x is nearly code *
-    scale + bias, codes being 0 .. 2^bits - 1. The end of a group's range that is farther from 0 is met exactly."""
-    grouped = x.reshape(*x.shape[:-1], -1, group)
-    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
-    top = 2**bits - 1
-    step = np.maximum((high - low) / top, 1e-7)
-    farther = np.where(np.abs(low) > np.abs(high), low, high)
-    step = np.where(np.abs(low) > np.abs(high), step, -step)
-    count = np.round(farther / step)
-    scale = np.where(count == 0, step, farther / np.where(count == 0, 1, count))
-    bias = np.where(count == 0, 0, farther)
-    codes = np.clip(np.round((grouped - bias[..., None]) / scale[..., None]), 0, top)
-    return codes.reshape(x.shape).astype(np.uint32), scale, bias
-
-
-def dequantized(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
-    """The inverse, nearly: (..., D)."""
-    group = codes.shape[-1] // scales.shape[-1]
-    return codes.astype(scales.dtype) * np.repeat(scales, group, axis=-1) + np.repeat(biases, group, axis=-1)
-
-
-def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (..., D) in words of 32 bits (..., D bits / 32), the first in the lowest."""
-    per_word = 32 // bits
-    words = codes.reshape(*codes.shape[:-1], -1, per_word).astype(np.uint64)
-    shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)
-    return (words << shifts).sum(axis=-1).astype(np.uint32)
-
-
-def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse."""
-    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
-    codes = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
-    return codes.reshape(*words.shape[:-1], -1)

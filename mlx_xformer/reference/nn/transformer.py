@@ -1,4 +1,4 @@
-"""Layers of encoders and decoders, and stacks of them. `config` has the fields of blocks.LayerConfig.
+"""Layers of encoders and decoders, and stacks of them. `config` has the fields of nn.transformer.LayerConfig.
 
 Axes: B batch, L positions, S positions of a memory, E embed_dim.
 """

@@ -17,7 +17,7 @@ from mlx_xformer.converters.families.guides import llm_prep
 from mlx_xformer.models.families import load_model
 from mlx_xformer.models.guides.llm_prep import AutoregressiveTransformerModel, EncoderDecoder, TransformerModel
 from mlx_xformer.models.transformer import Transformer
-from mlx_xformer.parity.families import htdemucs
+from mlx_xformer.parity import families
 from mlx_xformer.storage.checkpoint import read_checkpoint
 
 E, HEADS, HIDDEN, I, O, L = 18, 6, 13, 5, 7, 11
@@ -263,6 +263,6 @@ def test_the_proof_of_a_folder_names_the_layer_that_is_wrong(tmp_path, monkeypat
     layer = model[side].layers[1]
     own = dataclasses.replace(layer.self_attn.config, **{n: x for n, x in change.items() if n != "norm_first"})
     layer.self_attn.config, layer.config = own, dataclasses.replace(layer.config, **change)
-    monkeypatch.setattr(htdemucs, "load_model", lambda folder: model)
+    monkeypatch.setattr(families, "load_model", lambda folder: model)
     failed = {row.name for row in parity.run(folder=tmp_path / "ours", seeds=1).rows if row.failed}
     assert failed - {"model.cached"} == {f"{side}.layers.1", "model"}

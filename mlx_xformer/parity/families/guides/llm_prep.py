@@ -1,5 +1,5 @@
-"""Samples of llm_prep's models and of the Transformer, at once and through caches; and the layers of a converted one
-with its own weights, then all of it.
+"""The models of llm_prep, at once and through caches; and the layers of a checkpoint with its own weights, then all of
+it.
 
 Axes: B batch, L target positions, S source positions, I input_dim, E embed_dim, V vocab_size.
 """
@@ -14,15 +14,15 @@ import mlx.nn as nn
 import numpy as np
 
 from ....models.guides.llm_prep import AutoregressiveTransformerModel, EncoderDecoder, SequenceConfig, TransformerModel
-from ....models.transformer import Transformer, TransformerConfig
 from ....nn.cache import CrossCache
 from ....nn.moe.layer import FFNConfig
-from ....reference.models import transformer as twin_transformer
 from ....reference.models.guides import llm_prep as twin
-from ...samples import Arrays, Case, Options, Rng, Sample, described, drawn, with_params
+from ....reference.nn.transformer import layer as layer_twin
+from ...samples import Arrays, Case, Options, Rng, Sample, described, with_params
+from ..common import drawn_smooth, in_chunks, layer_case, of_length, padding, weights_of
 
 I, O, E, HEADS, HIDDEN, V = 5, 7, 18, 6, 13, 11
-CHUNKS = (4, 1, 1, 3)
+CHUNKS = (4, 1, 1, 3)  # positions that go through the caches at once
 _ALL = {"use_moe": True, "num_experts": 3, "topk": 3}  # rounding cannot change who is chosen
 CONFIGS: dict[str, dict[str, Any]] = {
     "multi-head": {},
@@ -35,14 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "window": {"window": 3},
     "vocabulary": {"vocab_size": V},
 }
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "vectors": {"vocab_size": None},
-    "vectors, pre-norm": {"vocab_size": None, "norm_first": True, "final_norm": True, "activation": "gelu"},
-    "apart": {"tie_embeddings": False, "source_vocab_size": 17, "norm_eps": 1e-3},
-    "pre-norm": {"norm_first": True, "final_norm": True, "activation": "gelu"},
-}
-_CALLED = ("mask", "source_mask", "target_mask")
+_CALLED = ("mask", "source_mask")
 
 
 def _config(options: Options) -> SequenceConfig:
@@ -58,32 +51,6 @@ def _config(options: Options) -> SequenceConfig:
     return SequenceConfig(**{**given, "ffn": FFNConfig(E, HIDDEN, **options.get("ffn", {}))})
 
 
-def _transformer_config(options: Options) -> TransformerConfig:
-    given = {"vocab_size": V, "embed_dim": E, "num_heads": HEADS, "hidden_dim": HIDDEN, "max_len": 23, "dropout": 0.2}
-    given |= {"num_encoder_layers": 2, "num_decoder_layers": 3}
-    return TransformerConfig(
-        **(given | {name: x for name, x in options.items() if name in TransformerConfig.__dataclass_fields__})
-    )
-
-
-def _drawn(model: nn.Module, rng: Rng) -> Arrays:
-    """Parameters that keep ReLU far from where it has no derivative, and experts of about unit gain."""
-    params = drawn(model, rng)
-    for name, value in params.items():
-        if value.ndim == 3:
-            params[name] = rng.normal(size=value.shape) * value.shape[-1] ** -0.5
-        elif name.endswith("linear1.bias"):
-            params[name] = rng.uniform(22, 23, value.shape) * rng.choice([-1, 1], value.shape)
-    return params
-
-
-def _padding(rng: Rng, batch: int, length: int) -> np.ndarray:
-    """(B, L): some positions of each row, among them its first; in the last row no others."""
-    mask = rng.random((batch, length)) > 0.4
-    mask[:, 0], mask[-1, 1:] = True, False
-    return mask
-
-
 def _sequences(kind: Callable[[SequenceConfig], nn.Module], *names: str) -> Callable[[Rng], Iterator[Sample]]:
     """Samples of a model of llm_prep with these configurations."""
 
@@ -97,15 +64,15 @@ def _sequences(kind: Callable[[SequenceConfig], nn.Module], *names: str) -> Call
                 if kind is EncoderDecoder:
                     arrays["source"] = rng.normal(size=(batch, 5, I))
                     if batch > 1:
-                        called["source_mask"] = _padding(rng, batch, 5)
+                        called["source_mask"] = padding(rng, batch, 5)
                 if "vocab_size" in options:
                     called[target] = rng.integers(0, V, (batch, L))
                 else:
                     arrays[target] = rng.normal(size=(batch, L, I))
                 if kind is TransformerModel and batch > 1:
-                    called["mask"] = _padding(rng, batch, L)
+                    called["mask"] = padding(rng, batch, L)
                 facts = described(shape=(batch, L), masked=any(name in called for name in _CALLED))
-                params = _drawn(kind(_config(options)), rng)
+                params = drawn_smooth(kind(_config(options)), rng)
                 yield Sample(f"{what}: {facts}", arrays, {**options, **called}, params, joint=True)
 
     return samples
@@ -126,62 +93,21 @@ def _theirs(form: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return lambda params, arrays, options: form(params, _config(options), **arrays, **_given(options))
 
 
-def _in_chunks(step: Callable[..., mx.array], x: mx.array) -> mx.array:
-    """What `step` gives of x (B, L, ...), some positions at a time."""
-    parts, at = [], 0
-    for n in CHUNKS:
-        parts.append(step(x[:, at : at + n]))
-        at += n
-    return mx.concatenate(parts, axis=1)
-
-
-def cached(model: Any, arrays: dict) -> mx.array:
-    """A model of llm_prep, or the Transformer, through caches."""
+def _cached(model: Any, arrays: dict) -> mx.array:
+    """A model through caches."""
     caches = model.make_caches()
     if isinstance(model, AutoregressiveTransformerModel):
-        return _in_chunks(lambda x: model(x, caches=caches), arrays["x"])
+        return in_chunks(lambda x: model(x, caches=caches), arrays["x"], CHUNKS)
     mask = arrays.get("source_mask")
     memory = model.encode(arrays["source"], source_mask=mask)
     given: dict[str, Any] = {"memory_mask": mask, "caches": caches, "cross_caches": [CrossCache() for _ in caches]}
-    return _in_chunks(lambda x: model.decode(x, memory, **given), arrays["target"])
+    return in_chunks(lambda x: model.decode(x, memory, **given), arrays["target"], CHUNKS)
 
 
 def _through_caches(make: Callable[[Options], nn.Module]) -> Callable[..., mx.array]:
-    return lambda params, arrays, options: cached(
+    return lambda params, arrays, options: _cached(
         with_params(make(options), params).eval(), {**arrays, **_given(options)}
     )
-
-
-def _long(samples: Callable[[Rng], Iterator[Sample]]) -> Callable[[Rng], Iterator[Sample]]:
-    """Of several lengths the one that chunks are of."""
-    return lambda rng: (sample for sample in samples(rng) if f",{sum(CHUNKS)})" in sample.what)
-
-
-def _transformers(rng: Rng) -> Iterator[Sample]:
-    for what, options in TRANSFORMERS.items():
-        for batch, S, L in ((1, 5, 9), (2, 7, 3), (2, 1, 1)):
-            sizes = {"source": S, "target": L}
-            arrays: Arrays = {}
-            called: dict[str, Any] = {}
-            for side, length in sizes.items():
-                size = options.get("source_vocab_size", V) if side == "source" else V
-                if options.get("vocab_size", V) is None:
-                    arrays[side] = rng.normal(size=(batch, length, E))
-                else:
-                    called[side] = rng.integers(0, size, (batch, length))
-                if batch > 1:
-                    called[f"{side}_mask"] = _padding(rng, batch, length)
-            facts = described(shape=(batch, L), source=S, masked=batch > 1)
-            params = _drawn(Transformer(_transformer_config(options)), rng)
-            yield Sample(f"{what}: {facts}", arrays, {**options, **called}, params, joint=True)
-
-
-def _our_transformer(params: dict, arrays: dict, options: Options) -> mx.array:
-    return with_params(Transformer(_transformer_config(options)), params).eval()(**arrays, **_given(options))
-
-
-def _their_transformer(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
-    return twin_transformer.transformer(params, _transformer_config(options), **arrays, **_given(options))
 
 
 _SINGLE = tuple(name for name in CONFIGS if name not in ("one layer",))
@@ -198,7 +124,7 @@ CASES = {
         _sequences(_auto, *_SINGLE), _ours(_auto), _theirs(twin.autoregressive), **_HALF
     ),
     "AutoregressiveTransformerModel.cached": Case(
-        _long(_sequences(_auto, *_FREE_SINGLE)),
+        of_length(_sequences(_auto, *_FREE_SINGLE), sum(CHUNKS)),
         _through_caches(lambda options: _auto(_config(options))),
         _theirs(twin.autoregressive),
         half=6.0,
@@ -206,18 +132,79 @@ CASES = {
     ),
     "EncoderDecoder": Case(_sequences(_pair, *CONFIGS), _ours(_pair), _theirs(twin.encoder_decoder), **_HALF),
     "EncoderDecoder.cached": Case(
-        _long(_sequences(_pair, *_FREE)),
+        of_length(_sequences(_pair, *_FREE), sum(CHUNKS)),
         _through_caches(lambda options: _pair(_config(options))),
         _theirs(twin.encoder_decoder),
         half=6.0,
         vjp=False,
     ),
-    "Transformer": Case(_transformers, _our_transformer, _their_transformer, **_HALF),
-    "Transformer.cached": Case(
-        _long(_transformers),
-        _through_caches(lambda options: Transformer(_transformer_config(options))),
-        _their_transformer,
-        half=6.0,
-        vjp=False,
-    ),
 }
+
+
+# A model with its own weights
+
+_TWINS: dict[type, Callable[..., np.ndarray]] = {
+    TransformerModel: twin.regression,
+    AutoregressiveTransformerModel: twin.autoregressive,
+    EncoderDecoder: twin.encoder_decoder,
+}
+_LENGTHS = (3, sum(CHUNKS))
+
+
+def examples() -> dict[str, nn.Module]:
+    """Small models by what they are."""
+    return {
+        "regression, grouped": TransformerModel(_config(CONFIGS["grouped"])),
+        "autoregressive, mixture": AutoregressiveTransformerModel(_config(CONFIGS["mixture"])),
+        "autoregressive, window": AutoregressiveTransformerModel(_config(CONFIGS["window"])),
+        "encoder-decoder": EncoderDecoder(_config(CONFIGS["vocabulary"])),
+    }
+
+
+def cases(model: Any) -> dict[str, Case]:
+    """A case for every layer, for the whole, and for that through caches, unless experts overflow, as other tokens do
+    in chunks than at once."""
+    found = {}
+    for side in ("stack", "encoder", "decoder"):
+        for index, layer in enumerate(model[side].layers if side in model else ()):
+            found[f"{side}.layers.{index}"] = _layer(layer, side, model)
+    found["model"] = _whole(model, lambda **arrays: model(**arrays), _LENGTHS)
+    overflows = model.config.ffn.use_moe and model.config.ffn.capacity is not None
+    if not isinstance(model, TransformerModel) and not overflows:
+        found["model.cached"] = _whole(model, lambda **arrays: _cached(model, arrays), _LENGTHS[-1:])
+    return found
+
+
+def _layer(layer: nn.Module, side: str, model: Any) -> Case:
+    E, decoder = model.config.embed_dim, side == "decoder"
+    causal = decoder or isinstance(model, AutoregressiveTransformerModel)
+    kind = twin.layer_config(model.config, causal=causal, cross=decoder)
+    memory = {"memory": (2, 5, E)} if decoder else {}
+    return layer_case(
+        layer,
+        lambda given, arrays, _: layer_twin(given, kind, **arrays),
+        [{"x": (2, L, E), **memory} for L in _LENGTHS],
+    )
+
+
+def _whole(model: Any, ours: Callable[..., mx.array], lengths: tuple[int, ...]) -> Case:
+    """All of the model. Gradients are not compared: rounding alone moves that of many layers."""
+    config, weights = model.config, weights_of(model)
+    target = "target" if isinstance(model, EncoderDecoder) else "x"
+
+    def samples(rng: Rng) -> Iterator[Sample]:
+        for L in lengths:
+            arrays: Arrays = {"source": rng.normal(size=(1, 5, config.input_dim))} if target == "target" else {}
+            options: dict[str, Any] = {}
+            if config.vocab_size is None:
+                arrays[target] = rng.normal(size=(1, L, config.input_dim))
+            else:
+                options[target] = rng.integers(0, config.vocab_size, (1, L))
+            yield Sample(described(length=L), arrays, options)
+
+    return Case(
+        samples,
+        lambda _, arrays, options: ours(**arrays, **options),
+        lambda _, arrays, options: _TWINS[type(model)](weights, config, **arrays, **options),
+        vjp=False,
+    )

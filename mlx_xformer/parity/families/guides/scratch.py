@@ -1,5 +1,5 @@
-"""Samples of the stack's norm and blocks; and the blocks of a converted stack or encoder-decoder with its own weights,
-then all of it, at once and through caches.
+"""The norm, the blocks and the loss of scratch; and the blocks of a stack or encoder-decoder with its own weights, then
+all of it, at once and through caches.
 
 Axes: B batch, L positions, S positions of a memory, E model_dim, M enc_out_dim, V vocab_size.
 """
@@ -13,28 +13,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ....models.guides.ferrotorch import AttentionLayer
-from ....models.guides.scratch import EncoderDecoder, StackConfig, TransformerBlock, TransformerStack, UnbiasedLayerNorm
+from ....models.guides.scratch import (
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    StackConfig,
+    TransformerBlock,
+    TransformerStack,
+    UnbiasedLayerNorm,
+    cross_entropy,
+)
 from ....nn.cache import CrossCache
 from ....reference.models.guides import scratch as twin
-from ....reference.nn.attention import attention_layer
-from ...samples import (
-    NO_QUOTIENT,
-    Arrays,
-    Case,
-    Form,
-    Options,
-    Rng,
-    Sample,
-    described,
-    drawn,
-    flat,
-    signal,
-    with_params,
-)
+from ...samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described, drawn, function, signal, with_params
+from ..common import CHUNKS, fixed_case, in_chunks, layer_case, table_case, weights_of
 
-_LENGTHS, _MEMORY = (3, 13), 7
-_CHUNKS = (4, 1, 5, 1, 2)  # positions that go through the caches at once, as many as the longest sample has
+_LENGTHS, _MEMORY = (3, sum(CHUNKS)), 7
 
 
 def _norms(rng: Rng) -> Iterator[Sample]:
@@ -90,104 +83,89 @@ def _norm_twin(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     return twin.unbiased_layer_norm(params, arrays["x"], options.get("eps", 1e-6))
 
 
+def _losses(rng: Rng) -> Iterator[Sample]:
+    """With padding and without, a text of padding alone, and logits that overflow an exponential."""
+    for batch, L, vocab in ((2, 5, 11), (1, 1, 2), (3, 7, 101)):
+        for padding in (None, 0, vocab - 1):
+            labels = rng.integers(0, vocab, (batch, L))
+            labels[-1, L // 2 :] = 0 if padding is None else padding
+            facts = described(logits=(batch, L, vocab), padding_idx=padding)
+            logits = rng.normal(size=(batch, L, vocab)) * 3
+            yield Sample(facts, {"logits": logits}, {"labels": labels, "padding_idx": padding})
+    options = {"labels": np.zeros((1, 5), np.int64), "padding_idx": 0}
+    yield Sample("padding alone", {"logits": rng.normal(size=(1, 5, 7))}, options)
+    options = {"labels": rng.integers(0, 7, (2, 3)), "padding_idx": None}
+    yield Sample("logits near 1000", {"logits": rng.normal(size=(2, 3, 7)) + 1000}, options)
+
+
 CASES = {
+    "cross_entropy": Case(
+        _losses, function(cross_entropy), function(twin.cross_entropy), result="float32", by_input=True
+    ),
     "unbiased_layer_norm": Case(_norms, _norm, _norm_twin),
     "transformer_block": Case(_blocks, _block, _block_twin, half=4.0, half_vjp=12.0),  # 4 a branch, of three
 }
 
 
-# A checkpoint
+# A model with its own weights
 
 
-def scratch_cases(model: TransformerStack | EncoderDecoder) -> dict[str, Case]:
-    """A case for every block, for all of them and for what follows them; of an encoder-decoder for its table too, and
-    for what follows that through caches."""
-    if isinstance(model, TransformerStack):
-        weights = {name: np.array(x) for name, x in flat(model).items()}
-        theirs = lambda x, memory: twin.stack(weights, model.config, x, memory)  # noqa: E731
-        return {**_own_blocks(model, ""), "stack": _fixed(model, theirs, model.config)}
-    config, weights = model.config, {name: np.array(x) for name, x in flat(model).items()}
-
-    def ours(x: mx.array, memory: mx.array | None) -> mx.array:
-        return model.unembed(model.decoder(x, memory))
-
-    def cached(x: mx.array, memory: mx.array | None) -> mx.array:
-        caches, cross, at, parts = model.make_caches(), [CrossCache() for _ in model.decoder.blocks], 0, []
-        for n in _CHUNKS:
-            parts.append(model.decoder(x[:, at : at + n], memory, caches=caches, cross_caches=cross))
-            at += n
-        return model.unembed(mx.concatenate(parts, axis=1))
-
-    def whole(x: np.ndarray, memory: np.ndarray | None) -> np.ndarray:
-        return twin.from_embedded(weights, config, x, memory)
-
-    def tokens(rng: Rng) -> Iterator[Sample]:
-        for L in _LENGTHS:
-            yield Sample(described(tokens=(2, L)), {}, {"tokens": rng.integers(0, config.vocab_size, (2, L))})
-
-    table = Case(
-        tokens,
-        lambda _, __, options: model.embedded(options["tokens"]),
-        lambda _, __, options: twin.embedded(weights, options["tokens"]),
-        vjp=False,
-    )
+def examples() -> dict[str, nn.Module]:
+    """Small models by what they are."""
+    stack = StackConfig(15, 7, 13, num_heads=3, num_stack=2)
+    decoder = StackConfig(15, 7, 13, num_heads=3, num_stack=2, causal=True, enc_out_dim=11)
+    unbiased = StackConfig(15, 5, 13, num_heads=5, num_stack=2, causal=True, norm="unbiased")
     return {
-        "embed": table,
-        **_own_blocks(model.decoder, "decoder."),
-        "logits": _fixed(ours, whole, config.stack),
-        "logits, cached": _fixed(cached, whole, config.stack, (sum(_CHUNKS),)),
+        "stack": TransformerStack(stack),
+        "encoder-decoder": EncoderDecoder(EncoderDecoderConfig(23, decoder, max_len=29)),
+        "decoder alone": EncoderDecoder(EncoderDecoderConfig(23, unbiased, padding_idx=None, max_len=29)),
     }
 
 
-def attention_cases(model: AttentionLayer) -> dict[str, Case]:
-    """The layer with its own weights."""
-    own = model.config
+def cases(model: TransformerStack | EncoderDecoder) -> dict[str, Case]:
+    """A case for every block, for all of them and for what follows them; of an encoder-decoder for its table too, and
+    for what follows that through caches."""
+    weights = weights_of(model)
+    if isinstance(model, TransformerStack):
 
-    def theirs(params: Arrays, arrays: Arrays, _: Options) -> np.ndarray:
-        heads: Options = {"num_heads": own.num_heads, "num_kv_heads": own.kv_heads, "causal": own.causal}
-        return attention_layer(params, arrays["x"], **heads)
+        def whole(x: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
+            return twin.stack(weights, model.config, x, memory)
 
-    return {"attention": _module(model, theirs, (model.config.embed_dim, None))}
+        sizes = [_sizes(model.config, 1, L) for L in _LENGTHS]
+        return {**_blocks_of(model, ""), "stack": fixed_case(model, whole, sizes, vjp=False)}
+    config = model.config
+
+    def at_once(x: mx.array, memory: mx.array | None = None) -> mx.array:
+        return model.unembed(model.decoder(x, memory))
+
+    def cached(x: mx.array, memory: mx.array | None = None) -> mx.array:
+        caches, cross = model.make_caches(), [CrossCache() for _ in model.decoder.blocks]
+        return model.unembed(in_chunks(lambda y: model.decoder(y, memory, caches=caches, cross_caches=cross), x))
+
+    def theirs(x: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
+        return twin.from_embedded(weights, config, x, memory)
+
+    sizes = [_sizes(config.stack, 1, L) for L in _LENGTHS]
+    return {
+        "embed": table_case(model.embedded, lambda x: twin.embedded(weights, x), config.vocab_size, _LENGTHS),
+        **_blocks_of(model.decoder, "decoder."),
+        "logits": fixed_case(at_once, theirs, sizes, vjp=False),
+        "logits, cached": fixed_case(cached, theirs, sizes[-1:], vjp=False),
+    }
 
 
-def _own_blocks(stack: TransformerStack, prefix: str) -> dict[str, Case]:
+def _blocks_of(stack: TransformerStack, prefix: str) -> dict[str, Case]:
     """A case for each block."""
     config = stack.config
 
     def theirs(params: Arrays, arrays: Arrays, _: Options) -> np.ndarray:
-        return twin.block(params, config, arrays["x"], arrays.get("memory"))
+        return twin.block(params, config, **arrays)
 
-    widths = config.model_dim, config.enc_out_dim
-    return {f"{prefix}blocks.{i}": _module(block, theirs, widths) for i, block in enumerate(stack.blocks)}
-
-
-def _inputs(rng: Rng, B: int, L: int, widths: tuple[int, int | None]) -> Arrays:
-    arrays = {"x": rng.normal(size=(B, L, widths[0]))}
-    if widths[1] is not None:
-        arrays["memory"] = rng.normal(size=(B, _MEMORY, widths[1]))
-    return arrays
+    sizes = [_sizes(config, 2, _LENGTHS[-1])]
+    return {f"{prefix}blocks.{i}": layer_case(block, theirs, sizes) for i, block in enumerate(stack.blocks)}
 
 
-def _module(module: nn.Module, theirs: Form, widths: tuple[int, int | None]) -> Case:
-    """A module with its own weights, which are differentiated by as well."""
-
-    def samples(rng: Rng) -> Iterator[Sample]:
-        own = {name: np.array(x) for name, x in flat(module).items()}
-        arrays = _inputs(rng, 2, _LENGTHS[-1], widths)
-        yield Sample(described(**{name: x.shape for name, x in arrays.items()}), arrays, {}, own, joint=True)
-
-    return Case(samples, lambda params, arrays, _: with_params(module, params)(**arrays), theirs)
-
-
-def _fixed(ours: Any, theirs: Any, config: StackConfig, lengths: tuple[int, ...] = _LENGTHS) -> Case:
-    """A function of x (1, L, E) and of the memory (1, S, M) whose weights stay as they are."""
-
-    def samples(rng: Rng) -> Iterator[Sample]:
-        for L in lengths:
-            arrays = _inputs(rng, 1, L, (config.model_dim, config.enc_out_dim))
-            yield Sample(described(**{name: x.shape for name, x in arrays.items()}), arrays)
-
-    def called(form: Any) -> Form:
-        return lambda _, arrays, __: form(arrays["x"], arrays.get("memory"))
-
-    return Case(samples, called(ours), called(theirs), vjp=False)
+def _sizes(config: StackConfig, B: int, L: int) -> dict[str, tuple[int, ...]]:
+    """x (B, L, E) and the memory (B, S, M), if there is one."""
+    sizes: dict[str, tuple[int, ...]] = {"x": (B, L, config.model_dim)}
+    return sizes if config.enc_out_dim is None else sizes | {"memory": (B, _MEMORY, config.enc_out_dim)}

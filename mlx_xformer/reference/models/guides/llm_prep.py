@@ -1,4 +1,4 @@
-"""The models of llm_prep, step by step. `config` has the fields of models.seq2seq.SequenceConfig.
+"""The models of llm_prep, step by step. `config` has the fields of models.guides.llm_prep.SequenceConfig.
 
 Axes: B batch, L positions, S source positions, I input_dim, E embed_dim, O output_dim, V vocab_size.
 """
@@ -14,7 +14,7 @@ from ...nn.transformer import stack
 
 
 def layer_config(config: Any, *, causal: bool, cross: bool = False) -> SimpleNamespace:
-    """What blocks.layer reads: post-norm, ReLU or a mixture of experts with ReLU."""
+    """The fields of a layer that nn.transformer.layer reads: post-norm, with ReLU or a mixture of experts with ReLU."""
     groups = config.num_groups if config.num_groups is not None else max(1, config.num_heads // 2)
     shared = {"mha": config.num_heads, "mqa": 1, "gqa": groups}
     moe = None

@@ -1,4 +1,5 @@
-"""The stack of pre-norm blocks, and the encoder-decoder made of it. `config` has the fields of models/stack.py.
+"""The stack of pre-norm blocks, and the encoder-decoder made of it. `config` has the fields of
+models.guides.scratch.StackConfig.
 
 Axes: B batch, L positions, S positions of a memory, E model_dim, V vocab_size.
 """

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ...nn.attention.torch_layout import MultiheadAttention
-from ...reference.nn.torch_layout import multihead_attention
-from ..samples import Case, Options, Rng, Sample, described, drawn, layer
+from ....nn.attention.torch_layout import MultiheadAttention
+from ....reference.nn.torch_layout import multihead_attention
+from ...samples import Case, Options, Rng, Sample, described, drawn, layer
 
 _MASKS = ("key_padding_mask", "attn_mask")
 

@@ -1,4 +1,4 @@
-"""Samples of Attention, and of the cross-transformer whose layers are made of it.
+"""Samples of Attention.
 
 Axes: B batch, L queries, S keys, E embed_dim.
 """
@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import mlx.nn as nn
+import mlx.core as mx
 import numpy as np
 
-from ...backend.linux.blas import products_in_turn
-from ...models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder
-from ...nn.attention.layer import Attention
-from ...nn.positions import Rotary
-from ...reference.models.guides.metalaudio import cross_transformer_encoder
-from ...reference.nn import attention as twin
-from ...reference.nn.layers import linear, sub
-from ..samples import Case, Options, Rng, Sample, described, drawn, with_params
+from ....backend.linux.blas import products_in_turn
+from ....nn.attention.layer import Attention, initialize
+from ....nn.positions import Rotary
+from ....reference.nn import attention as twin
+from ....reference.nn.layers import linear, sub
+from ...samples import Arrays, Case, Options, Rng, Sample, described, drawn, flat, with_params
 
 E, HEADS = 18, 6
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -58,7 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 _CALLED = ("mask", "offset", "positions")  # options of the call, not of the module
 
 
-def _made(options: Options) -> nn.Module:
+def _made(options: Options) -> Attention:
     """The module. head_dim, value_dim and biases are what the twin reads off the parameters."""
     rotary = options.get("rotary")
     given = {name: value for name, value in options.items() if name not in _CALLED}
@@ -139,29 +137,37 @@ def _twin(params: dict, arrays: dict, options: Options) -> np.ndarray:
     return twin.attention_layer(params, **arrays, num_heads=HEADS, **kept)
 
 
-# Both branches of the documented cross-transformer
+# New weights, from the numbers that MLX draws
 
 
-def _encoder_samples(rng: Rng) -> Iterator[Sample]:
-    for activation, biased, layers in (("gelu_tanh", True, 2), ("gelu", True, 1), ("gelu", False, 1)):
-        options: dict[str, Any] = {"embed_dim": 15, "num_heads": 3, "num_layers": layers, "hidden_dim": 13}
-        options |= {"activation": activation, "attention_bias": biased, "ffn_bias": biased}
-        params = drawn(CrossTransformerEncoder(CrossTransformerConfig(**options)), rng)
-        for L, M in ((7, 11), (1, 5), (13, 1)):
-            arrays = {"time": rng.normal(size=(2, L, 15)), "freq": rng.normal(size=(2, M, 15))}
-            yield Sample(described(time=(2, L, 15), freq=(2, M, 15), **options), arrays, options, params, joint=True)
+def _schemes(rng: Rng) -> Iterator[Sample]:
+    for scheme in ("torch", "xavier"):
+        for options in ({}, {"bias": False}, {"num_kv_heads": 2, "head_dim": 5}, {"kv_dim": 10, "num_kv_heads": 1}):
+            params = drawn(_made(options), rng)
+            key = rng.integers(0, 2**32, 2, dtype=np.uint32)
+            noise = {
+                name: np.array(mx.random.uniform(shape=params[f"{name}_proj.weight"].shape, key=part))
+                for name, part in zip(("q", "k", "v", "out"), mx.random.split(mx.array(key), 4), strict=True)
+            }
+            given = {"scheme": scheme, "layer": options, "params": params, "key": key, "noise": noise}
+            yield Sample(described(scheme=scheme, **options), {}, given)
 
 
-def _encoder(params: dict, arrays: dict, options: Options) -> Any:
-    return with_params(CrossTransformerEncoder(CrossTransformerConfig(**options)), params)(**arrays)
+def _initialized(params: dict, _: dict, options: Options) -> list[mx.array]:
+    layer = _made(options["layer"])
+    with_params(layer, {name: mx.array(x) for name, x in options["params"].items()})
+    initialize(layer, options["scheme"], key=options["key"])
+    made = flat(layer)
+    return [made[name] for name in sorted(made)]
 
 
-def _twin_encoder(params: dict, arrays: dict, options: Options) -> Any:
-    return cross_transformer_encoder(params, CrossTransformerConfig(**options), **arrays)
+def _twin_initialized(_: Arrays, __: Arrays, options: Options) -> list[np.ndarray]:
+    made = twin.initialize(options["params"], options["scheme"], options["noise"])
+    return [made[name] for name in sorted(made)]
 
 
 CASES = {
     "Attention": Case(_samples, _attention, _twin, half=4.0, half_vjp=8.0),
+    "initialize": Case(_schemes, _initialized, _twin_initialized, constant=True),
     "Attention.step": Case(_one_row, _step, _twin, half=4.0),
-    "CrossTransformerEncoder": Case(_encoder_samples, _encoder, _twin_encoder, half=4.0, half_vjp=8.0),
 }

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ...nn.attention.core import attention, attention_weights
-from ...reference.nn import attention as twin
-from ..samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described, function
+from ....nn.attention.core import attention, attention_weights
+from ....reference.nn import attention as twin
+from ...samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described, function
 
 FEW = {"B": 2, "H": 6, "G": 3, "L": 5, "S": 7, "D": 11, "Dv": 13}
 MANY = {**FEW, "L": 197, "S": 211}  # blocks of rows, bands, and the softmax of cpu.py
