@@ -7,40 +7,26 @@ L tokens of the answer, H heads, E embed_dim, V vocab_size.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
-from ..nn import config as fields
 from ..nn.cache import CrossCache, KVCache
 from ..nn.checks import check_tokens, key_mask
+from ..nn.config import Config
 from ..nn.layers import Embedding, dropped
 from ..nn.linear import Linear
 from ..nn.positions import buckets_by_distance
 from ..nn.transformer import LayerConfig, Stack
 from .bound import Conditioned
 
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LIMITS = {
-    "vocab_size": (1, 10**8),
-    "embed_dim": (1, 10**6),
-    "num_layers": (1, 1000),
-    "num_decoder_layers": (1, 1000),
-    "num_heads": (1, 10**5),
-    "head_dim": (1, 10**5),
-    "hidden_dim": (1, 10**7),
-    "num_buckets": (1, 10**6),
-    "max_distance": (1, 10**9),
-}
-
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Config):
     """What a T5 is. ValueError names the field that is unknown, of the wrong type or out of range.
 
     num_decoder_layers: as many as num_layers unless given. gated: the feed-forward networks are, with activation "silu"
@@ -48,6 +34,8 @@ class T5Config:
     embeddings. scale_logits: what the head gets is divided by sqrt(embed_dim), as in models whose head is tied from the
     start. dropout: in training. start_token: what an answer begins with.
     """
+
+    _what: ClassVar[str] = "the T5"
 
     vocab_size: int
     embed_dim: int
@@ -69,13 +57,12 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.num_decoder_layers is None:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        fields.check_whole(self, _LIMITS)
-        fields.check_flags(self, "gated", "tie_embeddings", "scale_logits")
-        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
-        for name, end in (("norm_eps", float("inf")), ("dropout", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
-                raise ValueError(f"{name} must be a number from 0 and below {end}, got {value!r:.80}")
+        self._check_whole("vocab_size", "embed_dim", "num_layers", "num_heads", "head_dim", "hidden_dim")
+        self._check_whole("num_decoder_layers", "num_buckets", "max_distance")
+        self._check_flags("gated", "tie_embeddings", "scale_logits")
+        self._check_one_of("activation", GATED if self.gated else ACTIVATIONS)
+        self._check_above_0("norm_eps")
+        self._check_rates("dropout")
         if type(self.start_token) is not int or not 0 <= self.start_token < self.vocab_size:
             raise ValueError(f"start_token must be from 0 to {self.vocab_size - 1}, got {self.start_token!r:.80}")
         for bidirectional in (True, False):
@@ -113,15 +100,6 @@ class T5Config:
             dropout=self.dropout,
             **more,
         )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """The configuration from plain values."""
-        return fields.read(cls, "the T5", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
 
 
 class Side(nn.Module):

@@ -6,38 +6,26 @@ the logits. Axes: B batch, L target positions, S source positions, E embed_dim, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
-from ..nn import config as fields
 from ..nn.cache import CrossCache, KVCache
 from ..nn.checks import check_tokens, check_vectors, key_mask
+from ..nn.config import LIMITS, Config
 from ..nn.layers import Embedding, dropped
 from ..nn.linear import Linear
 from ..nn.transformer import LayerConfig, Stack
 from .bound import Conditioned, positioned
 
-_LIMITS = {
-    "vocab_size": (1, fields.VOCABULARY),
-    "source_vocab_size": (1, fields.VOCABULARY),
-    "embed_dim": (1, fields.WIDTH),
-    "num_heads": (1, fields.WIDTH),
-    "num_encoder_layers": (0, fields.LAYERS),
-    "num_decoder_layers": (0, fields.LAYERS),
-    "hidden_dim": (1, 10 * fields.WIDTH),
-    "max_len": (1, 10**8),
-}
-
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Config):
     """Sizes of a Transformer; unless given, those of Vaswani's base model. ValueError names a field that does not fit.
 
     vocab_size: of the target's tokens; None: source and target are vectors (embed_dim wide), which get no positions,
@@ -46,6 +34,8 @@ class TransformerConfig:
     decoder layers an encoder only. norm_first: pre-norm; final_norm: a norm after each stack, as torch.nn.Transformer
     has it. max_len: the most positions of a source or a target.
     """
+
+    _what: ClassVar[str] = "the transformer"
 
     vocab_size: int | None
     source_vocab_size: int | None = None
@@ -63,14 +53,16 @@ class TransformerConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        fields.check_whole(self, _LIMITS, ("vocab_size", "source_vocab_size"))
-        fields.check_flags(self, "norm_first", "final_norm", "tie_embeddings")
-        fields.check_rate(self, "dropout")
-        fields.check_one_of(self, "activation", ACTIVATIONS)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
-        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be a number above 0 and below 1, got {self.norm_eps!r:.80}")
+        if self.vocab_size is not None:
+            self._check_whole("vocab_size")
+        self._check_whole("source_vocab_size", "embed_dim", "num_heads", "hidden_dim", "max_len")
+        most = LIMITS["num_layers"][1]
+        self._check_whole(num_encoder_layers=(0, most), num_decoder_layers=(0, most))
+        self._check_flags("norm_first", "final_norm", "tie_embeddings")
+        self._check_rates("dropout")
+        self._check_one_of("activation", ACTIVATIONS)
+        self._check_multiple("embed_dim", "num_heads")
+        self._check_above_0("norm_eps")
         if not self.num_encoder_layers + self.num_decoder_layers:
             raise ValueError("num_encoder_layers and num_decoder_layers must not both be 0")
         if self.source_vocab_size is None:
@@ -96,15 +88,6 @@ class TransformerConfig:
             cross=decoder,
             dropout=self.dropout,
         )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "the transformer", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
 
 
 class Transformer(nn.Module):

@@ -6,44 +6,32 @@ spectrogram, F mel bins, S positions of the memory, L tokens, E embed_dim, V voc
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import gelu
-from ..nn import config as fields
 from ..nn.cache import CrossCache, KVCache
 from ..nn.checks import check_tokens
+from ..nn.config import Config
 from ..nn.layers import Embedding
 from ..nn.positions import sinusoidal_1d
 from ..nn.transformer import LayerConfig, Stack
 from .bound import Conditioned
 
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LIMITS = {
-    "vocab_size": (1, 10**8),
-    "embed_dim": (1, 10**6),
-    "num_heads": (1, 10**5),
-    "hidden_dim": (1, 10**7),
-    "encoder_layers": (1, 1000),
-    "decoder_layers": (1, 1000),
-    "mel_bins": (1, 10**5),
-    "source_positions": (1, 10**7),
-    "target_positions": (1, 10**7),
-}
-
 
 @dataclass(frozen=True)
-class WhisperConfig:
+class WhisperConfig(Config):
     """What a Whisper is. ValueError names the field that is unknown, of the wrong type or out of range.
 
     num_heads, hidden_dim: of the layers on both sides. source_positions: the most that the memory has, half as many as
     the spectrogram has frames. target_positions: the most tokens that there may be.
     """
+
+    _what: ClassVar[str] = "Whisper"
 
     vocab_size: int
     embed_dim: int
@@ -56,20 +44,11 @@ class WhisperConfig:
     target_positions: int = 448
 
     def __post_init__(self) -> None:
-        fields.check_whole(self, _LIMITS)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        self._check_whole("vocab_size", "embed_dim", "num_heads", "hidden_dim", "encoder_layers", "decoder_layers")
+        self._check_whole("mel_bins", "source_positions", "target_positions")
+        self._check_multiple("embed_dim", "num_heads")
         if self.embed_dim < 4 or self.embed_dim % 2:
             raise ValueError(f"embed_dim must be even and at least 4, got {self.embed_dim}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> WhisperConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "Whisper", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
 
     def layer(self, *, decoder: bool) -> LayerConfig:
         """The layers of the encoder, or of the decoder. Keys have no bias: it would change no weight of attention."""

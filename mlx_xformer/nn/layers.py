@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..backend import activations, dispatch, fused, norms
 from ..backend.products import quantized_product
+from .config import check_eps, check_sizes
 from .linear import Linear, applied, one_row
 
 
@@ -20,6 +21,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dims: int, eps: float = 1e-5):
         super().__init__()
+        check_sizes(dims=dims)
+        check_eps(eps)
         self.dims, self.eps = dims, eps
         self.weight = mx.ones((dims,))
         self.bias = mx.zeros((dims,))
@@ -35,6 +38,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dims: int, eps: float = 1e-5, plus_one: bool = False):
         super().__init__()
+        check_sizes(dims=dims)
+        check_eps(eps)
         self.dims, self.eps, self.plus_one = dims, eps, plus_one
         self.weight = mx.zeros((dims,)) if plus_one else mx.ones((dims,))
 
@@ -60,7 +65,9 @@ class GroupNorm(nn.Module):
 
     def __init__(self, num_groups: int, dims: int, eps: float = 1e-5):
         super().__init__()
-        if num_groups < 1 or dims % num_groups:
+        check_sizes(num_groups=num_groups, dims=dims)
+        check_eps(eps)
+        if dims % num_groups:
             raise ValueError(f"num_groups must divide dims, {dims}, got {num_groups}")
         self.num_groups, self.eps = num_groups, eps
         self.weight = mx.ones((dims,))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
-from . import config as fields
 from .attention.layer import Attention
 from .cache import CrossCache, KVCache
+from .config import Config
 from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, dropped
 from .moe.layer import MoE, MoEConfig, Routing
 
@@ -24,7 +24,7 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNor
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(Config):
     """What a Layer is. ValueError names a field that does not fit.
 
     num_kv_heads, head_dim, causal, window, scale, bias (of projections): see AttentionConfig; bias and scale are those
@@ -32,6 +32,9 @@ class LayerConfig:
     came in (pre-norm), else the sum is normed (post-norm). cross: attends to a memory too, memory_dim wide. dropout: of
     attention weights, inside the feed-forward network and after every step. moe: a mixture instead of the network.
     """
+
+    _what: ClassVar[str] = "the layer"
+    _parts: ClassVar = {"moe": MoEConfig}
 
     embed_dim: int
     num_heads: int
@@ -54,10 +57,11 @@ class LayerConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        fields.check_one_of(self, "norm", _NORMS)
-        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
-        fields.check_whole(self, {"hidden_dim": (1, 10 * fields.WIDTH)})
-        fields.check_rate(self, "dropout")
+        self._check_one_of("norm", _NORMS)
+        self._check_one_of("activation", GATED if self.gated else ACTIVATIONS)
+        self._check_whole("embed_dim", "num_heads", "hidden_dim", "num_kv_heads", "head_dim", "window", "memory_dim")
+        self._check_above_0("norm_eps")
+        self._check_rates("dropout")
         if self.memory_dim is not None and not self.cross:
             raise ValueError(f"memory_dim must come with cross, got {self.memory_dim} alone")
         if self.moe is not None and self.moe.embed_dim != self.embed_dim:

@@ -1,5 +1,7 @@
 """Norms, feed-forward networks and convolutions against the NumPy twin, forward and gradient."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from support.harness import check_forward, check_module, draw
@@ -97,3 +99,21 @@ def test_transposed_convolution(kernel, stride):
     module = layers.ConvTranspose1d(5, 3, kernel, stride)
     # A stride beyond the kernel leaves gaps that only the bias fills.
     check_module(module, lambda p, x: twin.conv_transpose1d(p, x, stride=stride), signal(2, 11, 5))
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan"), "1e-5", True])
+@pytest.mark.parametrize(
+    "make", [layers.LayerNorm, layers.RMSNorm, layers.WholeRMSNorm, partial(layers.GroupNorm, 2)], ids=str
+)
+def test_norms_refuse_an_eps_that_gives_nan(make, eps):
+    with pytest.raises(ValueError, match=f"eps must be a number above 0, got {eps!r}"):
+        make(8, eps)
+
+
+@pytest.mark.parametrize(("groups", "dims"), [(4, 0), (0, 4), (4, 8.0), ("2", 8), (2, -8)])
+def test_group_norm_refuses_sizes(groups, dims):
+    with pytest.raises(ValueError, match=r"(num_groups|dims) must be a whole number from 1, got"):
+        layers.GroupNorm(groups, dims)
+    if groups == 4:
+        with pytest.raises(ValueError, match="dims must be a whole number from 1, got"):
+            layers.LayerNorm(dims)

@@ -300,7 +300,7 @@ def test_score_dropout_refuses_a_cache_in_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 1000000, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 100000, got 0"),
         ({"num_heads": 2}, "model_dim must be a multiple of num_heads, 2, got 21"),
         ({"num_stack": 0}, "num_stack must be a whole number from 1 to 1000, got 0"),
         ({"model_dim": True}, "model_dim must be a whole number"),

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ....backend import norms
 from ....nn.attention.layer import Attention
 from ....nn.cache import CrossCache, KVCache
+from ....nn.config import check_eps
 from ....nn.layers import FeedForward, LayerNorm, dropped
 from .config import RATES, StackConfig
 
@@ -25,6 +26,7 @@ class UnbiasedLayerNorm(nn.Module):
         super().__init__()
         if dims < 2:
             raise ValueError(f"dims must be at least 2 for an unbiased deviation, got {dims}")
+        check_eps(eps)
         self.dims, self.eps = dims, eps
         self.weight = mx.ones((dims,))
         self.bias = mx.zeros((dims,))
