@@ -161,7 +161,7 @@ def test_arguments_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": (B, H, L)}, r"q must be \(batch, heads, length, dim\) with dim above 0, got shape \(2, 6, 5\)"),
+        ({"q": (B, H, L)}, r"k must be \(batch, length, dim\), as q is, \(2, 6, 5\), got shape \(2, 3, 7, 11\)"),
         ({"q": (B, H, L, 0), "k": (B, G, S, 0)}, r"q must be .* dim above 0, got shape \(2, 6, 5, 0\)"),
         ({"k": (3, G, S, D)}, "k must have the batch size of q, 2, got 3"),
         ({"k": (B, G, S, 12)}, "k must have the head_dim of q, 11, got 12"),

@@ -203,7 +203,7 @@ class Attention(nn.Module):
         causal = config.causal if causal is None else causal
         far = []
         if config.alibi:
-            far.append(alibi_by_distance(config.num_heads, L, S))
+            far.append(alibi_by_distance(config.num_heads, L, S).astype(q.dtype))
         if config.relative is not None:
             count, distance = config.relative
             buckets = buckets_by_distance(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)

@@ -41,11 +41,22 @@ def attention_weights(
     """softmax(softcap(scale q k^T) + bias) over the keys that mask, causal and window leave, (B, H, L, S); a row
     without keys is 0.
 
-    q (B, H, L, D), k (B, Hkv, S, D); query head h uses key head h // (H // Hkv). `mask` (boolean, True = attend) and
+    q (B, H, L, D), k (B, Hkv, S, D), or of one head (B, L, D) and (B, S, D) -> (B, L, S), with mask and bias over
+    (B, L, S); query head h uses key head h // (H // Hkv). `mask` (boolean, True = attend) and
     `bias` (float) broadcast to (B, H, L, S); `by_distance` (H, S + L - 1) is a bias by how far a key is ahead of the
     query, from -(S - 1); the queries are the last L of the S positions. `sinks` (H,) are scores
     that take part in the sum only. `softcap` c bounds scores to c tanh(score / c). `scale` is D ** -0.5 by default.
     """
+    if q.ndim == 3:
+        mask, bias = (x[:, None] if x is not None and x.ndim == 3 else x for x in (mask, bias))
+        given: dict[str, Any] = {
+            "mask": mask,
+            "bias": bias,
+            "by_distance": by_distance,
+            "causal": causal,
+            "window": window,
+        }
+        return attention_weights(q[:, None], k[:, None], **given, scale=scale, sinks=sinks, softcap=softcap)[:, 0]
     _check(q, k, k, mask, causal, window)
     (B, H, L, D), (_, Hkv, S, _) = q.shape, k.shape
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
@@ -76,7 +87,10 @@ def attention_weights(
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> np.ndarray:
-    """The values v (B, Hkv, S, Dv), weighed: (B, H, L, Dv). The options are those of attention_weights."""
+    """The values v (B, Hkv, S, Dv), weighed: (B, H, L, Dv); or of one head (B, S, Dv): (B, L, Dv). The options are
+    those of attention_weights."""
+    if q.ndim == 3:
+        return attention_weights(q, k, **options) @ v
     _check(q, k, v, options.get("mask"), False, None)
     weights = attention_weights(q, k, **options)
     B, H = weights.shape[:2]
