@@ -163,7 +163,7 @@ MUTANTS = {
     ),
     "sinks of MLX's function forgotten": (
         SCORES,
-        "mask=mask, sinks=self.sinks)",
+        "mask=mask, sinks=sinks)",
         "mask=mask, sinks=None)",
         "attention",
     ),
@@ -206,8 +206,8 @@ MUTANTS = {
     ),
     "ALiBi the wrong way": (
         LAYER,
-        "far.append(alibi_by_distance(config.num_heads, L, S))",
-        "far.append(-alibi_by_distance(config.num_heads, L, S))",
+        "far.append(alibi_by_distance(config.num_heads, L, S)",
+        "far.append(-alibi_by_distance(config.num_heads, L, S)",
         "Attention",
     ),
     "buckets for the wrong direction": (LAYER, "bidirectional=not causal", "bidirectional=causal", "Attention"),

@@ -242,3 +242,19 @@ def test_relative_buckets(L, S, bidirectional):
 def test_rotary_of_one_head_without_an_axis_of_heads(rotary, given):
     x = mx.random.normal((2, 3, 6), key=mx.random.key(1))
     assert (rotary(x, **given) == rotary(x[:, None], **given)[:, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "given"), [(5, {}), (3, {"m": 7}), (3, {"m": 7, "offset": 2}), (1, {"m": 4}), (4, {"offset": 3}), (0, {})]
+)
+def test_create_causal_mask(n, given):
+    made = np.array(masks.create_causal_mask(n, **given))
+    assert made.dtype == bool and (made == twin_masks.create_causal_mask(n, **given)).all()
+    assert made.shape == (n, given.get("m", n + given.get("offset", 0)))
+    if "offset" not in given:
+        assert (made == np.array(masks.causal_mask(n, given.get("m", n)))).all()
+
+
+def test_create_causal_mask_refuses():
+    with pytest.raises(ValueError, match="offset must be at least 0, got -2"):
+        masks.create_causal_mask(5, 3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import mlx.core as mx
+
 from ...nn.attention.layer import Attention
 from ...nn.config import Config
 
@@ -35,3 +37,29 @@ class AttentionLayer(Attention):
     def __init__(self, config: AttentionLayerConfig):
         options = {"num_kv_heads": config.num_kv_heads, "bias": config.bias, "causal": config.causal}
         super().__init__(config.embed_dim, config.num_heads, **options)
+
+    @property
+    def is_gqa(self) -> bool:
+        """Whether query heads share key/value heads."""
+        return self.config.is_gqa
+
+    def forward_2d(self, x: mx.array) -> mx.array:
+        """Multi-head self-attention of one sequence without a batch axis.
+
+        Args:
+            x: (L, E).
+
+        Returns:
+            (L, E).
+
+        Raises:
+            ValueError: x has other axes or channels, or the layer has grouped key/value heads.
+        """
+        if self.is_gqa:
+            raise ValueError(
+                f"forward_2d needs a key/value head for every query head, {self.config.num_heads}, "
+                f"got {self.config.kv_heads}"
+            )
+        if x.ndim != 2:
+            raise ValueError(f"x must be (length, channels), got shape {x.shape}")
+        return self(x)

@@ -91,6 +91,11 @@ class AttentionConfig(Config):
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
+    def is_gqa(self) -> bool:
+        """Whether query heads share key/value heads: grouped-query attention, of which multi-query is the extreme."""
+        return self.kv_heads < self.num_heads
+
+    @property
     def widths(self) -> tuple[int, int]:
         """head_dim and value_dim, resolved."""
         head_dim = self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim

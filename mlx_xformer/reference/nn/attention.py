@@ -98,6 +98,22 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> np
     return np.stack([np.stack([weights[b, h] @ v[b, h // group] for h in range(H)]) for b in range(B)])
 
 
+def reshape_to_heads(x: np.ndarray, num_heads: int) -> np.ndarray:
+    """x (..., L, H D) -> (..., H, L, D)"""
+    D = x.shape[-1] // num_heads
+    return np.stack([x[..., h * D : (h + 1) * D] for h in range(num_heads)], axis=-3)
+
+
+def transpose_heads_to_2d(x: np.ndarray) -> np.ndarray:
+    """x (..., H, L, D) -> (..., L, H D)"""
+    return np.concatenate([x[..., h, :, :] for h in range(x.shape[-3])], axis=-1)
+
+
+def repeat_kv(x: np.ndarray, group_size: int) -> np.ndarray:
+    """x (..., G, S, D) -> (..., G group_size, S, D), whose head h is head h // group_size of x."""
+    return np.stack([x[..., h // group_size, :, :] for h in range(x.shape[-3] * group_size)], axis=-3)
+
+
 def online_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, block: int, scale: float) -> np.ndarray:
     """One head, q (L, D), k (S, D), v (S, Dv), by blocks of keys: what is summed so far is turned down when a larger
     score comes (Milakov and Gimelshein 2018, arXiv 1805.02867), so that no row of scores is ever held whole."""

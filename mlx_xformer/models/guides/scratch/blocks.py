@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....backend import norms
+from ....nn.attention.heads import reshape_to_heads
 from ....nn.attention.layer import Attention
 from ....nn.cache import CrossCache, KVCache
 from ....nn.config import check_eps
@@ -102,16 +103,12 @@ class TransformerBlock(nn.Module):
         if given["cache"] is not None:
             raise ValueError("score_dropout must not be with a cache in training, got one")
         source = x if memory is None else memory
-        q, k = (_heads(form(y), layer.config.num_heads) for form, y in ((layer.q_proj, x), (layer.k_proj, source)))
+        projected = layer.q_proj(x), layer.k_proj(source)
+        q, k = (reshape_to_heads(y, layer.config.num_heads) for y in projected)
         scores = (q * layer.scale) @ k.swapaxes(-1, -2)  # (B, H, L, S)
         change = dropped(scores, self.config.attention_dropout, key) - scores
         bias = given.get("bias")
         return layer(x, memory, **{**given, "bias": change if bias is None else change + bias})
-
-
-def _heads(x: mx.array, heads: int) -> mx.array:
-    """(B, L, H * D) -> (B, H, L, D)."""
-    return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)
 
 
 def needed(key: mx.array | None) -> mx.array:
