@@ -39,8 +39,8 @@ class TokenDecoder(Protocol):
 
     @property
     def decode(self) -> Callable[..., mx.array]:
-        """A function of a target (B, L), a memory (B, S, E), caches and cross_caches, one of each a layer, last and,
-        where there is one, memory_mask (B, S): logits (B, L or last, V)."""
+        """A function of a target (B, L), a memory (B, S, E), caches and cross_caches, one of each a layer, last, check
+        and, where there is one, memory_mask (B, S): logits (B, L or last, V)."""
 
     def make_caches(self, **options: Any) -> list[KVCache]:
         """A cache of self-attention for each layer of the decoder."""
@@ -98,15 +98,17 @@ class Conditioned(nn.Module):
         return [_Rows.of(cache, self._whole.rows) for cache in self.model.make_caches(**options)]
 
     def __call__(
-        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
+        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None, check: bool = True
     ) -> mx.array:
-        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only."""
+        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. check: as of the model's
+        decode()."""
         memory = self._memory_of(caches)
         if len(tokens) != len(memory.rows):
             raise ValueError(f"tokens must be {len(memory.rows)} rows, as many as the memory has, got {len(tokens)}")
         cross_caches = None if caches is None else memory.caches
+        given: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "last": last, "check": check}
         masked = {} if memory.mask is None else {"memory_mask": memory.mask}
-        return self.model.decode(tokens, memory.array, **masked, caches=caches, cross_caches=cross_caches, last=last)
+        return self.model.decode(tokens, memory.array, **masked, **given)
 
     @property
     def memory(self) -> mx.array:

@@ -155,8 +155,8 @@ class T5(nn.Module):
         """source (B, S), tokens (B, L), which begin with the start token -> logits (B, L, V) of the tokens after each.
         mask (B, S): True where the source is valid. key: random, for dropout in training."""
         keys = [None] * 2 if key is None else mx.random.split(key, 2)
-        memory = self.encode(source, mask=mask, key=keys[0])
         check_tokens("tokens", tokens, self.config.vocab_size)
+        memory = self.encode(source, mask=mask, key=keys[0])
         return self.decode(tokens, memory, memory_mask=mask, key=keys[1])
 
     def encode(self, source: mx.array, *, mask: mx.array | None = None, key: mx.array | None = None) -> mx.array:
@@ -174,11 +174,28 @@ class T5(nn.Module):
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
         key: mx.array | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. caches, one
-        a layer, have the tokens before, and get these; cross_caches the memory, projected. The tokens are not read, so
-        that steps can be queued: those of a vocabulary's size and beyond give numbers without a meaning."""
-        check_tokens("tokens", tokens)
+        """Computes the logits of the token after each, given a memory.
+
+        Args:
+            tokens: (B, L), from 0 to vocab_size - 1.
+            memory: (B, S, E), what encode() gives.
+            memory_mask: (B, S), True where the memory is valid; by default everywhere.
+            caches: One for each layer. They hold the tokens before these, and these are appended.
+            cross_caches: One for each layer, for what is projected of the memory.
+            last: Of how many of the last positions to compute the logits; by default of all.
+            key: The random key of the dropout in training.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
+        check_tokens("tokens", tokens, self.config.vocab_size if check else None)
         if memory.ndim != 3 or memory.shape[::2] != (len(tokens), self.config.embed_dim):
             expected = f"({len(tokens)}, S, {self.config.embed_dim})"
             raise ValueError(f"memory must be {expected}, the batch of the tokens by embed_dim, got {memory.shape}")

@@ -91,11 +91,7 @@ class TransformerConfig(Config):
 
 
 class Transformer(nn.Module):
-    """A source and a target to the logits of the tokens after those of the target, or to vectors.
-
-    Whether tokens are in the vocabulary is checked by a call, conditioned() and generate(), but not by encode() and
-    decode(), which do not wait to read them.
-    """
+    """A source and a target to the logits of the tokens after those of the target, or to vectors."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -134,10 +130,8 @@ class Transformer(nn.Module):
         """source (B, S) and target (B, L) of tokens -> logits (B, L, V), or (B, last, V) of the last positions only;
         without a vocabulary (B, S, E) and (B, L, E) -> (B, L, E). source_mask (B, S), target_mask (B, L): True where
         there is no padding. key: random, for dropout in training."""
-        size = self.config.vocab_size
-        if size is not None:
-            check_tokens("source", source, self.config.source_vocab_size or size)
-            check_tokens("target", target, size)
+        if self.config.vocab_size is not None:
+            check_tokens("target", target, self.config.vocab_size)
         keys = [None, None] if key is None else list(mx.random.split(key))
         memory = self.encode(source, source_mask=source_mask, key=keys[0])
         given: dict[str, Any] = {"memory_mask": source_mask, "target_mask": target_mask, "last": last, "key": keys[1]}
@@ -148,7 +142,7 @@ class Transformer(nn.Module):
         if "encoder" not in self:
             raise ValueError("encode() needs encoder layers, got num_encoder_layers 0")
         keys = [None, None] if key is None else list(mx.random.split(key))
-        x = self._embedded("source", source, None, keys[0])
+        x = self._embedded("source", source, self.config.source_vocab_size or self.config.vocab_size, None, keys[0])
         return self.encoder(x, mask=key_mask("source_mask", source_mask, source.shape), key=keys[1])
 
     def decode(
@@ -162,17 +156,35 @@ class Transformer(nn.Module):
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
         key: mx.array | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """target (B, L) and a memory (B, S, E) -> logits (B, L, V), or (B, last, V), or vectors as in a call. The
-        target is causal. `caches`, one a layer, have what came before and get the target; cross_caches hold the
-        projected memory."""
+        """Computes the logits of the token after each of a target, given a memory.
+
+        Args:
+            target: Tokens (B, L), from 0 to vocab_size - 1; without a vocabulary vectors (B, L, E). It is causal.
+            memory: (B, S, E), what encode() gives.
+            memory_mask: (B, S), True where there is no padding; by default everywhere.
+            target_mask: (B, L), likewise.
+            caches: One for each layer. They hold the positions before the target, which is appended.
+            cross_caches: One for each layer, for what is projected of the memory.
+            last: Of how many of the last positions to compute the result; by default of all.
+            key: The random key of the dropout in training.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V); without a vocabulary vectors (B, L, E), or (B, last, E).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
         if "decoder" not in self:
             raise ValueError("decode() needs decoder layers, got num_decoder_layers 0")
         if last is not None and last < 0:
             raise ValueError(f"last must be at least 0, got {last}")
         keys = [None, None] if key is None else list(mx.random.split(key))
         check_vectors("memory", memory, self.config.embed_dim)
-        x = self._embedded("target", target, caches[0] if caches else None, keys[0])
+        x = self._embedded("target", target, self.config.vocab_size if check else None, caches, keys[0])
         x = self.decoder(
             x,
             memory,
@@ -187,15 +199,18 @@ class Transformer(nn.Module):
             return x
         return self.embed.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
 
-    def _embedded(self, side: str, x: mx.array, cache: KVCache | None, key: mx.array | None) -> mx.array:
-        """Tokens (B, L) of a side as vectors times sqrt(E), with their positions; vectors as they are."""
+    def _embedded(
+        self, side: str, x: mx.array, size: int | None, caches: Sequence[KVCache] | None, key: mx.array | None
+    ) -> mx.array:
+        """Tokens (B, L) of a side, below `size`, as vectors times sqrt(E), with their positions; vectors as they
+        are."""
         config = self.config
         if config.vocab_size is None:
             check_vectors(side, x, config.embed_dim)
             return x
-        check_tokens(side, x)
+        check_tokens(side, x, size)
         table = self.embed if config.tie_embeddings else self[f"{side}_embed"]
-        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, cache)
+        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
         return dropped(x, config.dropout, key) if self.training else x
 
     def make_caches(self, **options: Any) -> list[KVCache]:
@@ -209,5 +224,4 @@ class Transformer(nn.Module):
         ValueError for tokens outside the vocabulary."""
         if self.config.vocab_size is None:
             raise ValueError("conditioned() needs a vocabulary, got vocab_size None")
-        check_tokens("source", source, self.config.source_vocab_size or self.config.vocab_size)
         return Conditioned(self, self.encode(source, source_mask=source_mask), source_mask)

@@ -134,11 +134,27 @@ class Whisper(nn.Module):
         caches: Sequence[KVCache] | None = None,
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`,
-        one a layer, have the tokens before, and get these; `cross_caches` the memory, once it has been seen."""
+        """Computes the logits of the token after each, given a memory.
+
+        Args:
+            tokens: (B, L), from 0 to vocab_size - 1.
+            memory: (B, S, E), what the encoder gives.
+            caches: One for each layer. They hold the tokens before these, and these are appended.
+            cross_caches: One for each layer, for what is projected of the memory.
+            last: Of how many of the last positions to compute the logits; by default of all.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
         E, most = self.config.embed_dim, self.config.target_positions
-        check_tokens("tokens", tokens)
+        check_tokens("tokens", tokens, self.config.vocab_size if check else None)
         if memory.ndim != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != E:
             raise ValueError(f"memory must be ({tokens.shape[0]}, length, {E}), got shape {memory.shape}")
         if last is not None and last < 0:

@@ -64,7 +64,7 @@ class Rule:
     def make_caches(self, **options):
         return [RuleCache(**options)]
 
-    def __call__(self, tokens, *, caches, last):
+    def __call__(self, tokens, *, caches, last, check=True):
         (cache,) = caches
         self.calls.append((*tokens.shape, last))
         cache.rows = cache.rows or [[] for _ in range(tokens.shape[0])]

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ...nn.attention.layer import Attention
 from ...nn.cache import KVCache
+from ...nn.checks import check_tokens
 from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
 from ...nn.linear import Linear
 from ...nn.moe.layer import MoE, Routing
@@ -111,11 +112,25 @@ class CausalLM(nn.Module):
         caches: Sequence[KVCache] | None = None,
         last: int | None = None,
         routings: list[Routing] | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have
-        the tokens before, and get these. `routings` gets the Routing of every mixture, in the order of the layers."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
+        """Computes the logits of the token after each.
+
+        Args:
+            tokens: (B, L), from 0 to vocab_size - 1.
+            caches: One for each layer. They hold the tokens before these, and these are appended.
+            last: Of how many of the last positions to compute the logits; by default of all.
+            routings: A list that gets the Routing of every mixture, in the order of the layers.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
+        check_tokens("tokens", tokens, self.config.vocab_size if check else None)
         if caches is not None and len(caches) != self.config.num_layers:
             raise ValueError(f"caches must be one a layer, {self.config.num_layers}, got {len(caches)}")
         if last is not None and last < 0:
@@ -124,7 +139,7 @@ class CausalLM(nn.Module):
         return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """(B, L) -> (B, L, E)."""
+        """Tokens (B, L), which are not checked -> (B, L, E)"""
         x = self.model.embed_tokens(tokens)
         return x if self.config.embed_scale is None else x * self.config.embed_scale
 

@@ -68,13 +68,12 @@ class AutoregressiveTransformerModel(nn.Module):
         caches: Sequence[KVCache] | None = None,
         last: int | None = None,
         routings: list[Routing] | None = None,
+        check: bool = True,
     ) -> mx.array:
         """x (B, L, I) -> (B, L, O), or tokens (B, L) -> logits (B, L, V); with `last` of so many last positions only.
-        `caches`, one a layer, have what came before, and get x. Without caches tokens are looked at first, which waits
-        for them: ValueError for one outside the vocabulary."""
-        if caches is None and self.config.vocab_size is not None:
-            check_tokens("x", x, self.config.vocab_size)
-        y = self.input_proj(_vectors(self, "x", x))
+        `caches`, one a layer, have what came before, and get x. check: whether to refuse tokens outside the
+        vocabulary, for which the call waits until they are computed."""
+        y = self.input_proj(_vectors(self, "x", x, check))
         y = positioned(y, self.config.max_len, "x", caches[0] if caches else None)
         return _answer(self, self.stack(y, caches=caches, routings=routings), last)
 
@@ -116,10 +115,8 @@ class EncoderDecoder(nn.Module):
         last: int | None = None,
         routings: list[Routing] | None = None,
     ) -> mx.array:
-        """source (B, S, I), target (B, L, I) -> (B, L, O), or target tokens (B, L), which are looked at first,
-        -> logits (B, L, V)."""
-        if self.config.vocab_size is not None:
-            check_tokens("target", target, self.config.vocab_size)
+        """source (B, S, I), target (B, L, I) -> (B, L, O), or target tokens (B, L) -> logits (B, L, V)."""
+        _check_tokens(self, "target", target)
         memory = self.encode(source, source_mask=source_mask, routings=routings)
         return self.decode(target, memory, memory_mask=source_mask, last=last, routings=routings)
 
@@ -141,11 +138,13 @@ class EncoderDecoder(nn.Module):
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
         routings: list[Routing] | None = None,
+        check: bool = True,
     ) -> mx.array:
         """As a call, given a memory (B, S, E). `caches`, one a layer, have what came before and get the target;
-        cross_caches hold the projected memory."""
+        cross_caches hold the projected memory. check: whether to refuse tokens outside the vocabulary, for which the
+        call waits until they are computed."""
         check_vectors("memory", memory, self.config.embed_dim)
-        y = self.decoder_input_proj(_vectors(self, "target", target))
+        y = self.decoder_input_proj(_vectors(self, "target", target, check))
         y = positioned(y, self.config.max_len, "target", caches[0] if caches else None)
         seen = key_mask("memory_mask", memory_mask, memory.shape)
         given: dict[str, Any] = {"memory_mask": seen, "caches": caches, "cross_caches": cross_caches}
@@ -191,10 +190,16 @@ def _add_vocabulary(model: nn.Module, config: SequenceConfig) -> None:
         model.lm_head = Linear(config.output_dim, config.vocab_size)
 
 
-def _vectors(model: nn.Module, name: str, x: mx.array) -> mx.array:
+def _check_tokens(model: nn.Module, name: str, x: mx.array) -> None:
+    """ValueError for tokens outside the vocabulary, if there is one."""
+    if model.config.vocab_size is not None:
+        check_tokens(name, x, model.config.vocab_size)
+
+
+def _vectors(model: nn.Module, name: str, x: mx.array, check: bool) -> mx.array:
     """Vectors (B, L, I) as they are, tokens (B, L) as rows of the table."""
     if "embed_tokens" in model:
-        check_tokens(name, x)
+        check_tokens(name, x, model.config.vocab_size if check else None)
         return model.embed_tokens(x)
     check_vectors(name, x, model.config.input_dim)
     return x
