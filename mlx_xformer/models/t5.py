@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
-from ..nn.cache import CrossCache, KVCache
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ..nn.checks import check_tokens, key_mask
 from ..nn.config import Config
 from ..nn.layers import Embedding, dropped
@@ -136,7 +136,7 @@ class Side(nn.Module):
         return mx.take(by_distance, ahead, axis=1)
 
 
-class T5(nn.Module):
+class T5(CacheMaker, nn.Module):
     """A text and the beginning of an answer to the logits of the answer's next tokens."""
 
     def __init__(self, config: T5Config):
@@ -212,9 +212,9 @@ class T5(nn.Module):
             x = x * self.config.embed_dim**-0.5
         return self.shared.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder; options as of Stack.make_caches. The bias by distance needs keep 0."""
-        return self.decoder.stack.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder, whose bias by distance needs keep 0."""
+        return self.decoder.stack.caches_for(options)
 
     def conditioned(self, source: mx.array, *, mask: mx.array | None = None) -> Conditioned:
         """The model given texts (B, S), see encode, for generate() (of one) or batch_generate(): an answer begins with

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
-from ..nn.cache import CrossCache, KVCache
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ..nn.checks import check_tokens, check_vectors, key_mask
 from ..nn.config import LIMITS, Config
 from ..nn.layers import Embedding, dropped
@@ -90,7 +90,7 @@ class TransformerConfig(Config):
         )
 
 
-class Transformer(nn.Module):
+class Transformer(CacheMaker, nn.Module):
     """A source and a target to the logits of the tokens after those of the target, or to vectors."""
 
     def __init__(self, config: TransformerConfig):
@@ -213,11 +213,11 @@ class Transformer(nn.Module):
         x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
         return dropped(x, config.dropout, key) if self.training else x
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder; options as Stack's."""
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder."""
         if "decoder" not in self:
             raise ValueError("make_caches() needs decoder layers, got num_decoder_layers 0")
-        return self.decoder.make_caches(**options)
+        return self.decoder.caches_for(options)
 
     def conditioned(self, source: mx.array, source_mask: mx.array | None = None) -> Conditioned:
         """What generate() takes: the decoder with what the encoder gives of a source (B, S), for one prompt a row.

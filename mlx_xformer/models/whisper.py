@@ -7,14 +7,14 @@ spectrogram, F mel bins, S positions of the memory, L tokens, E embed_dim, V voc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import gelu
-from ..nn.cache import CrossCache, KVCache
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ..nn.checks import check_tokens
 from ..nn.config import Config
 from ..nn.layers import Embedding
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         return self.embed_tokens.as_linear(x)
 
 
-class Whisper(nn.Module):
+class Whisper(CacheMaker, nn.Module):
     """A spectrogram and the tokens so far to the logits of the tokens after them."""
 
     def __init__(self, config: WhisperConfig):
@@ -166,12 +166,12 @@ class Whisper(nn.Module):
         x = self.decoder.stack(x, memory, caches=caches, cross_caches=cross_caches)
         return self.decoder.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder, see Stack.make_caches. They hold as many tokens as there are
-        positions, if no other capacity is given."""
-        if options.get("capacity") is None:
-            options["capacity"] = self.config.target_positions
-        return self.decoder.stack.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder. Unless a capacity is given, they hold as many tokens as the
+        model has positions."""
+        if options.capacity is None:
+            options = replace(options, capacity=self.config.target_positions)
+        return self.decoder.stack.caches_for(options)
 
     def listen(self, mel: mx.array) -> Conditioned:
         """A model of the tokens of one recording, mel (T, F), for generate(), or of several, (B, T, F), for

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
 from .attention.layer import Attention
-from .cache import CrossCache, KVCache
+from .cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from .config import Config
 from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, dropped
 from .moe.layer import MoE, MoEConfig, Routing
@@ -151,7 +151,7 @@ class Layer(nn.Module):
         return y
 
 
-class Stack(nn.Module):
+class Stack(CacheMaker, nn.Module):
     """Layers of one kind in a row, with a norm after the last if `final_norm`."""
 
     def __init__(self, config: LayerConfig, num_layers: int, *, final_norm: bool = False):
@@ -196,23 +196,9 @@ class Stack(nn.Module):
             )
         return self.norm(x) if "norm" in self else x
 
-    def make_caches(
-        self,
-        *,
-        window: int | None = None,
-        keep: int = 0,
-        slack: int = 0,
-        bits: int | None = None,
-        capacity: int | None = None,
-        padding: Sequence[int] | None = None,
-    ) -> list[KVCache]:
-        """A cache of self-attention for each layer. The layers' own window goes before a larger one, and keeps no first
-        positions."""
-        own = self.config.window
-        if own is not None and (window is None or own <= window):
-            window, keep = own, 0
-        options = {"window": window, "keep": keep, "slack": slack, "bits": bits, "capacity": capacity}
-        return [KVCache(**options, padding=padding) for _ in self.layers]  # type: ignore[arg-type]
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        return [KVCache.from_options(options.within(self.config.window)) for _ in self.layers]
 
 
 def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:

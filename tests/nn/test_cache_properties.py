@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from support.harness import assert_within_budget
 
 from mlx_xformer.nn.attention.core import attention
-from mlx_xformer.nn.cache import KVCache, Quantized, RewindError, cache_bytes, load_caches, save_caches, sizes
+from mlx_xformer.nn.cache import (
+    KVCache,
+    Quantized,
+    RewindError,
+    cache_bytes,
+    load_caches,
+    merge_caches,
+    save_caches,
+    sizes,
+)
 from mlx_xformer.reference.nn import attention as twin_attention
 from mlx_xformer.reference.nn import cache as twin
 
@@ -103,7 +112,7 @@ class Pair:
 
 
 def merged(pairs):
-    return Pair(KVCache.merge([p.cache for p in pairs]), twin.merge([p.expected for p in pairs]), simple=False)
+    return Pair(merge_caches([p.cache for p in pairs]), twin.merge([p.expected for p in pairs]), simple=False)
 
 
 def saved(pairs, folder):

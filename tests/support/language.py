@@ -27,7 +27,7 @@ CHAT = (
 class RuleCache:
     """Holds the tokens themselves."""
 
-    def __init__(self, padding=None, capacity=None, window=None, slack=0):
+    def __init__(self, padding=None, capacity=None, window=None, slack=0, keep=0, bits=None):
         self.rows, self.padding = None, padding
         self.capacity, self.window, self.slack, self.arrays = capacity, window, slack, []
 

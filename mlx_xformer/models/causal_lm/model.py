@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...nn.attention.layer import Attention
-from ...nn.cache import KVCache
+from ...nn.cache import CacheMaker, CacheOptions, KVCache
 from ...nn.checks import check_tokens
 from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
 from ...nn.linear import Linear
@@ -93,7 +93,7 @@ class Layers(nn.Module):
         return x
 
 
-class CausalLM(nn.Module):
+class CausalLM(CacheMaker, nn.Module):
     """Tokens to the logits of the tokens after them."""
 
     def __init__(self, config: CausalLMConfig):
@@ -150,26 +150,10 @@ class CausalLM(nn.Module):
         cap = self.config.logit_softcap
         return y if cap is None else mx.tanh(y / cap) * cap
 
-    def make_caches(
-        self,
-        *,
-        window: int | None = None,
-        keep: int = 0,
-        slack: int = 0,
-        bits: int | None = None,
-        capacity: int | None = None,
-        padding: Sequence[int] | None = None,
-    ) -> list[KVCache]:
-        """A cache for each layer. A layer's own window goes before a larger one, and keeps no first positions."""
-        caches = []
-        for index in range(self.config.num_layers):
-            own, kept = self.config.layer_window(index), keep
-            if own is not None and (window is None or own <= window):
-                kept = 0
-            else:
-                own = window
-            caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
-        return caches
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        windows = map(self.config.layer_window, range(self.config.num_layers))
+        return [KVCache.from_options(options.within(window)) for window in windows]
 
 
 def quantize(model: nn.Module, quantization: Quantization) -> None:

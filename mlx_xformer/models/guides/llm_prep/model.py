@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ....nn.cache import CrossCache, KVCache
+from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ....nn.checks import check_tokens, check_vectors, key_mask
 from ....nn.layers import Embedding
 from ....nn.linear import Linear
@@ -48,7 +48,7 @@ class TransformerModel(nn.Module):
         return self.out_proj((weights[:, None] @ y)[:, 0])  # a product, as long sums in sequence round too much
 
 
-class AutoregressiveTransformerModel(nn.Module):
+class AutoregressiveTransformerModel(CacheMaker, nn.Module):
     """A sequence to what follows each of its positions. It is causal. With a vocabulary generate() takes it."""
 
     def __init__(self, config: SequenceConfig):
@@ -83,17 +83,18 @@ class AutoregressiveTransformerModel(nn.Module):
             raise ValueError(f"x must hold at least one position, got shape {x.shape}")
         return self(x, caches=caches, last=1)
 
-    def generate(self, x: mx.array, steps: int, **options: Any) -> mx.array:
-        """x (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). options: of make_caches."""
-        caches = self.make_caches(**options)
+    def generate(self, x: mx.array, steps: int, *, caches: Sequence[KVCache] | None = None) -> mx.array:
+        """x (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). caches: from make_caches(), by
+        default without options."""
+        caches = self.make_caches() if caches is None else caches
         return _fed_back(self.config, x, steps, lambda x: self.generate_next_token(x, caches=caches))
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer; options as Stack's."""
-        return self.stack.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        return self.stack.caches_for(options)
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(CacheMaker, nn.Module):
     """A source and a target to what follows each position of the target, which is causal; the source is seen whole."""
 
     def __init__(self, config: SequenceConfig):
@@ -151,17 +152,24 @@ class EncoderDecoder(nn.Module):
         return _answer(self, self.decoder(y, memory, **given, routings=routings), last)
 
     def generate(
-        self, source: mx.array, start: mx.array, steps: int, *, source_mask: mx.array | None = None, **options: Any
+        self,
+        source: mx.array,
+        start: mx.array,
+        steps: int,
+        *,
+        source_mask: mx.array | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> mx.array:
-        """`start` (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). options: of make_caches."""
-        memory, caches = self.encode(source, source_mask=source_mask), self.make_caches(**options)
+        """`start` (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). caches: from make_caches(),
+        by default without options."""
+        memory, caches = self.encode(source, source_mask=source_mask), self.make_caches() if caches is None else caches
         cross_caches = [CrossCache() for _ in caches]
         given: dict[str, Any] = {"memory_mask": source_mask, "caches": caches, "cross_caches": cross_caches}
         return _fed_back(self.config, start, steps, lambda x: self.decode(x, memory, **given, last=1))
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder; options as Stack's."""
-        return self.decoder.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder."""
+        return self.decoder.caches_for(options)
 
     def conditioned(self, source: mx.array, source_mask: mx.array | None = None) -> Conditioned:
         """What generate() takes: the decoder with what the encoder gives of a source (B, S, I), a prompt for each

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ....nn.cache import CrossCache, KVCache
+from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ....nn.checks import check_range, check_tokens, key_mask
 from ....nn.layers import Embedding, dropped
 from ....nn.linear import Linear
@@ -18,7 +18,7 @@ from .blocks import TransformerStack, needed
 from .config import EncoderDecoderConfig
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(CacheMaker, nn.Module):
     """Tokens, and a memory that they listen to, to the logits of the tokens after them."""
 
     def __init__(self, config: EncoderDecoderConfig):
@@ -95,9 +95,9 @@ class EncoderDecoder(nn.Module):
         logits = self(target[:, :-1], memory, **options, check=False)
         return cross_entropy(logits, target[:, 1:], self.config.padding_idx)
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache of self-attention for each block. options: of KVCache."""
-        return [KVCache(**options) for _ in self.decoder.blocks]
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        return [KVCache.from_options(options) for _ in self.decoder.blocks]
 
     def conditioned(self, memory: mx.array, memory_mask: mx.array | None = None) -> Conditioned:
         """What generate() takes: the model with a memory (B, S, M), a prompt for each row."""
