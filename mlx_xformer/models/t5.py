@@ -16,12 +16,12 @@ import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import check_tokens, key_mask
+from ..nn.checks import check_last, check_tokens, key_mask
 from ..nn.config import Config
 from ..nn.layers import Embedding, dropped
 from ..nn.linear import Linear
 from ..nn.positions import buckets_by_distance
-from ..nn.transformer import LayerConfig, Stack
+from ..nn.transformer import LayerConfig, Stack, last_positions
 from .bound import Conditioned
 
 
@@ -200,11 +200,10 @@ class T5(CacheMaker, nn.Module):
             expected = f"({len(tokens)}, S, {self.config.embed_dim})"
             raise ValueError(f"memory must be {expected}, the batch of the tokens by embed_dim, got {memory.shape}")
         memory_mask = key_mask("memory_mask", memory_mask, memory.shape)
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         more: dict[str, Any] = {"memory_mask": memory_mask, "caches": caches, "cross_caches": cross_caches, "key": key}
         x = self.decoder(self.shared(tokens), memory, **more)
-        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.logits(last_positions(x, last))
 
     def logits(self, x: mx.array) -> mx.array:
         """What the decoder gives, (B, L, E) -> (B, L, V)."""

@@ -16,11 +16,11 @@ import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import check_tokens, check_vectors, key_mask
+from ..nn.checks import check_last, check_tokens, check_vectors, key_mask
 from ..nn.config import LIMITS, Config
 from ..nn.layers import Embedding, dropped
 from ..nn.linear import Linear
-from ..nn.transformer import LayerConfig, Stack
+from ..nn.transformer import LayerConfig, Stack, last_positions
 from .bound import Conditioned, positioned
 
 
@@ -180,8 +180,7 @@ class Transformer(CacheMaker, nn.Module):
         """
         if "decoder" not in self:
             raise ValueError("decode() needs decoder layers, got num_decoder_layers 0")
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         keys = [None, None] if key is None else list(mx.random.split(key))
         check_vectors("memory", memory, self.config.embed_dim)
         x = self._embedded("target", target, self.config.vocab_size if check else None, caches, keys[0])
@@ -194,7 +193,7 @@ class Transformer(CacheMaker, nn.Module):
             cross_caches=cross_caches,
             key=keys[1],
         )
-        x = x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :]
+        x = last_positions(x, last)
         if self.config.vocab_size is None:
             return x
         return self.embed.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)

@@ -15,11 +15,11 @@ import mlx.nn as nn
 
 from ..backend.activations import gelu
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import check_tokens
+from ..nn.checks import check_last, check_tokens
 from ..nn.config import Config
 from ..nn.layers import Embedding
 from ..nn.positions import sinusoidal_1d
-from ..nn.transformer import LayerConfig, Stack
+from ..nn.transformer import LayerConfig, Stack, last_positions
 from .bound import Conditioned
 
 
@@ -157,14 +157,13 @@ class Whisper(CacheMaker, nn.Module):
         check_tokens("tokens", tokens, self.config.vocab_size if check else None)
         if memory.ndim != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != E:
             raise ValueError(f"memory must be ({tokens.shape[0]}, length, {E}), got shape {memory.shape}")
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         before = caches[0].length if caches else 0
         if before + tokens.shape[1] > most:
             raise ValueError(f"tokens must be at most {most}, one a position, got {before + tokens.shape[1]}")
         x = self.decoder.embed(tokens, caches[0].offset if caches else 0)
         x = self.decoder.stack(x, memory, caches=caches, cross_caches=cross_caches)
-        return self.decoder.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.decoder.logits(last_positions(x, last))
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:
         """See make_caches(): of the layers of the decoder. Unless a capacity is given, they hold as many tokens as the

@@ -40,6 +40,12 @@ def check_range(name: str, tokens: mx.array, size: int, other: int | None = None
         raise ValueError(f"{name} must be from 0 to {size - 1}, got {wrong[0]}")
 
 
+def check_last(last: int | None) -> None:
+    """ValueError unless the number of last positions is None or from 0."""
+    if last is not None and last < 0:
+        raise ValueError(f"last must be at least 0, got {last}")
+
+
 def check_vectors(name: str, x: mx.array, width: int) -> None:
     """ValueError unless x is (batch, length, width) of floats."""
     if x.ndim != 3 or x.shape[-1] != width or not mx.issubdtype(x.dtype, mx.floating):

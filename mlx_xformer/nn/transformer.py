@@ -151,6 +151,49 @@ class Layer(nn.Module):
         return y
 
 
+def run_layers(
+    layers: Sequence[Callable[..., mx.array]],
+    x: mx.array,
+    *,
+    caches: Sequence[KVCache] | None = None,
+    cross_caches: Sequence[CrossCache] | None = None,
+    key: mx.array | None = None,
+    **shared: Any,
+) -> mx.array:
+    """x through layers, or blocks, one after the other.
+
+    Args:
+        layers: What is called with x, with everything in `shared`, and with its own cache, cross_cache and key, where
+            they are given.
+        x: (B, L, E).
+        caches: Of self-attention, one for each layer.
+        cross_caches: Of a memory, one for each layer.
+        key: A random key, which is split.
+
+    Returns:
+        (B, L, E), what the last layer gives.
+
+    Raises:
+        ValueError: There are not as many caches as layers.
+    """
+    count, own = len(layers), dict[str, Any]()
+    for name, given in (("caches", caches), ("cross_caches", cross_caches)):
+        if given is not None:
+            if len(given) != count:
+                raise ValueError(f"{name} must be one a layer, {count}, got {len(given)}")
+            own[name.removesuffix("s")] = given
+    if key is not None:
+        own["key"] = mx.random.split(key, count)
+    for index, layer in enumerate(layers):
+        x = layer(x, **{name: of_layers[index] for name, of_layers in own.items()}, **shared)
+    return x
+
+
+def last_positions(x: mx.array, last: int | None) -> mx.array:
+    """The last positions of x (B, L, E), so many or all: (B, last or L, E)."""
+    return x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :]
+
+
 class Stack(CacheMaker, nn.Module):
     """Layers of one kind in a row, with a norm after the last if `final_norm`."""
 
@@ -177,23 +220,9 @@ class Stack(CacheMaker, nn.Module):
         routings: list[Routing] | None = None,
     ) -> mx.array:
         """As Layer, with a cache of each kind for every layer."""
-        count = len(self.layers)
-        for name, given in (("caches", caches), ("cross_caches", cross_caches)):
-            if given is not None and len(given) != count:
-                raise ValueError(f"{name} must be one a layer, {count}, got {len(given)}")
-        keys = [None] * count if key is None else list(mx.random.split(key, count))
-        for index, layer in enumerate(self.layers):
-            x = layer(
-                x,
-                memory,
-                mask=mask,
-                memory_mask=memory_mask,
-                bias=bias,
-                cache=None if caches is None else caches[index],
-                cross_cache=None if cross_caches is None else cross_caches[index],
-                key=keys[index],
-                routings=routings,
-            )
+        shared: dict[str, Any] = {"memory": memory, "mask": mask, "memory_mask": memory_mask, "bias": bias}
+        own: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "key": key}
+        x = run_layers(self.layers, x, **own, **shared, routings=routings)
         return self.norm(x) if "norm" in self else x
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:

@@ -25,10 +25,20 @@ MUTANTS = {
         'return FeedForward(self.embed_dim, self.hidden_dim, "relu",',
         "Layer",
     ),
-    "layers from the last": (BLOCKS, "enumerate(self.layers):", "enumerate(self.layers[::-1]):", "Stack"),
+    "layers from the last": (BLOCKS, "enumerate(layers):", "enumerate(layers[::-1]):", "Stack"),
     "no norm at the end": (BLOCKS, 'return self.norm(x) if "norm" in self else x', "return x", "Stack"),
-    "one cache for all layers": (BLOCKS, "else caches[index]", "else caches[0]", "Stack.cached"),
-    "one memory for all layers": (BLOCKS, "else cross_caches[index]", "else cross_caches[0]", "Stack.cached"),
+    "one cache for all layers": (
+        BLOCKS,
+        "name: of_layers[index]",
+        'name: of_layers[0 if name == "cache" else index]',
+        "Stack.cached",
+    ),
+    "one memory for all layers": (
+        BLOCKS,
+        "name: of_layers[index]",
+        'name: of_layers[0 if name == "cross_cache" else index]',
+        "Stack.cached",
+    ),
     "a step has position 0": (
         CONDITIONING,
         "offset=before - row)",

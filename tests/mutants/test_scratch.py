@@ -111,15 +111,15 @@ MUTANTS = {
         *(WHOLE, "test_t2_7_memory_changes_every_position", {}),
     ),
     "the first positions instead of the last": (
-        MODEL,
-        "x[:, x.shape[1] - last :])",
-        "x[:, :last])",
+        "nn.transformer",
+        "x[:, x.shape[1] - last :]",
+        "x[:, :last]",
         *(WHOLE, "test_last_positions_alone", {}),
     ),
     "tokens not looked at": (
         MODEL,
-        "if caches is None:",
-        "if caches is not None:",
+        "self.config.vocab_size if check else None",
+        "None",
         *(WHOLE, "test_a_token_beyond_the_vocabulary", {}),
     ),
     "the mask of the model's memory ignored": (

@@ -14,11 +14,11 @@ import mlx.nn as nn
 
 from ...nn.attention.layer import Attention
 from ...nn.cache import CacheMaker, CacheOptions, KVCache
-from ...nn.checks import check_tokens
+from ...nn.checks import check_last, check_tokens
 from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
 from ...nn.linear import Linear
 from ...nn.moe.layer import MoE, Routing
-from ...nn.transformer import auxiliary_loss
+from ...nn.transformer import auxiliary_loss, last_positions, run_layers
 from .config import DTYPES, CausalLMConfig, Quantization
 
 __all__ = ["DTYPES", "CausalLM", "CausalLMConfig", "Quantization", "auxiliary_loss", "quantize"]
@@ -88,9 +88,7 @@ class Layers(nn.Module):
         self, x: mx.array, caches: Sequence[KVCache] | None = None, routings: list[Routing] | None = None
     ) -> mx.array:
         """Embedded tokens (B, L, E) through the blocks, not yet normed."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, None if caches is None else caches[index], routings)
-        return x
+        return run_layers(self.layers, x, caches=caches, routings=routings)
 
 
 class CausalLM(CacheMaker, nn.Module):
@@ -131,12 +129,9 @@ class CausalLM(CacheMaker, nn.Module):
             ValueError: An argument does not fit, or a token is outside the vocabulary.
         """
         check_tokens("tokens", tokens, self.config.vocab_size if check else None)
-        if caches is not None and len(caches) != self.config.num_layers:
-            raise ValueError(f"caches must be one a layer, {self.config.num_layers}, got {len(caches)}")
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         x = self.model(self.embed(tokens), caches, routings)
-        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.logits(last_positions(x, last))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Tokens (B, L), which are not checked -> (B, L, E)"""

@@ -14,11 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ....nn.checks import check_tokens, check_vectors, key_mask
+from ....nn.checks import check_last, check_tokens, check_vectors, key_mask
 from ....nn.layers import Embedding
 from ....nn.linear import Linear
 from ....nn.moe.layer import Routing
-from ....nn.transformer import Stack
+from ....nn.transformer import Stack, last_positions
 from ...bound import Conditioned, positioned
 from .config import SequenceCheckpoint, SequenceConfig
 
@@ -73,6 +73,7 @@ class AutoregressiveTransformerModel(CacheMaker, nn.Module):
         """x (B, L, I) -> (B, L, O), or tokens (B, L) -> logits (B, L, V); with `last` of so many last positions only.
         `caches`, one a layer, have what came before, and get x. check: whether to refuse tokens outside the
         vocabulary, for which the call waits until they are computed."""
+        check_last(last)
         y = self.input_proj(_vectors(self, "x", x, check))
         y = positioned(y, self.config.max_len, "x", caches[0] if caches else None)
         return _answer(self, self.stack(y, caches=caches, routings=routings), last)
@@ -144,6 +145,7 @@ class EncoderDecoder(CacheMaker, nn.Module):
         """As a call, given a memory (B, S, E). `caches`, one a layer, have what came before and get the target;
         cross_caches hold the projected memory. check: whether to refuse tokens outside the vocabulary, for which the
         call waits until they are computed."""
+        check_last(last)
         check_vectors("memory", memory, self.config.embed_dim)
         y = self.decoder_input_proj(_vectors(self, "target", target, check))
         y = positioned(y, self.config.max_len, "target", caches[0] if caches else None)
@@ -215,9 +217,7 @@ def _vectors(model: nn.Module, name: str, x: mx.array, check: bool) -> mx.array:
 
 def _answer(model: nn.Module, x: mx.array, last: int | None) -> mx.array:
     """What the layers give (B, L, E), of the last positions, as vectors or logits."""
-    if last is not None and last < 0:
-        raise ValueError(f"last must be at least 0, got {last}")
-    x = model.out_proj(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+    x = model.out_proj(last_positions(x, last))
     return model.lm_head(x) if "lm_head" in model else x
 
 

@@ -15,6 +15,7 @@ from ....nn.attention.layer import Attention
 from ....nn.cache import CrossCache, KVCache
 from ....nn.config import check_eps
 from ....nn.layers import FeedForward, LayerNorm, dropped
+from ....nn.transformer import run_layers
 from .config import RATES, StackConfig
 
 
@@ -139,14 +140,5 @@ class TransformerStack(nn.Module):
         key: mx.array | None = None,
     ) -> mx.array:
         """As TransformerBlock, with a cache of each kind for every block."""
-        count = len(self.blocks)
-        for name, caches_given in (("caches", caches), ("cross_caches", cross_caches)):
-            if caches_given is not None and len(caches_given) != count:
-                raise ValueError(f"{name} must be one a block, {count}, got {len(caches_given)}")
-        keys: Any = [None] * count if key is None else mx.random.split(key, count)
-        shared: dict[str, Any] = {"mask": mask, "memory_mask": memory_mask, "bias": bias}
-        for index, block in enumerate(self.blocks):
-            own = None if caches is None else caches[index]
-            cross = None if cross_caches is None else cross_caches[index]
-            x = block(x, memory, cache=own, cross_cache=cross, key=keys[index], **shared)
-        return x
+        shared: dict[str, Any] = {"memory": memory, "mask": mask, "memory_mask": memory_mask, "bias": bias}
+        return run_layers(self.blocks, x, caches=caches, cross_caches=cross_caches, key=key, **shared)

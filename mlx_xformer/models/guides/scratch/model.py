@@ -10,9 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ....nn.checks import check_range, check_tokens, key_mask
+from ....nn.checks import check_last, check_range, check_tokens, key_mask
 from ....nn.layers import Embedding, dropped
 from ....nn.linear import Linear
+from ....nn.transformer import last_positions
 from ...bound import Conditioned, positioned
 from .blocks import TransformerStack, needed
 from .config import EncoderDecoderConfig
@@ -64,14 +65,13 @@ class EncoderDecoder(CacheMaker, nn.Module):
             ValueError: An argument does not fit, or a token is outside the vocabulary.
         """
         check_tokens("target", target, self.config.vocab_size if check else None)
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         seen = None if memory is None else key_mask("memory_mask", memory_mask, memory.shape)
         first, second = (None, None) if key is None else mx.random.split(key)
         x = self.embedded(target, caches[0] if caches else None, first)
         given: dict[str, Any] = {"mask": mask, "memory_mask": seen, "caches": caches, "cross_caches": cross_caches}
         x = self.decoder(x, memory, **given, key=second)
-        return self.unembed(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.unembed(last_positions(x, last))
 
     decode = __call__  # what generation given a memory calls
 
