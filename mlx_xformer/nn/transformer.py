@@ -163,12 +163,12 @@ def run_layers(
     """x through layers, or blocks, one after the other.
 
     Args:
-        layers: What is called with x, with everything in `shared`, and with its own cache, cross_cache and key, where
-            they are given.
+        layers: Each is called with x, and with its own cache, cross_cache and key where they are given.
         x: (B, L, E).
         caches: Of self-attention, one for each layer.
         cross_caches: Of a memory, one for each layer.
         key: A random key, which is split.
+        **shared: What every layer is called with.
 
     Returns:
         (B, L, E), what the last layer gives.

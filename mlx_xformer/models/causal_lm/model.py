@@ -134,7 +134,7 @@ class CausalLM(CacheMaker, nn.Module):
         return self.logits(last_positions(x, last))
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Tokens (B, L), which are not checked -> (B, L, E)"""
+        """Tokens (B, L), which are not checked -> (B, L, E)."""
         x = self.model.embed_tokens(tokens)
         return x if self.config.embed_scale is None else x * self.config.embed_scale
 

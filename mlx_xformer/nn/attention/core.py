@@ -271,7 +271,16 @@ def attention_weights(
     """The weights that attention() gives to the values.
 
     Args:
-        q, k, scale, mask, bias, by_distance, causal, window, sinks, softcap: As in attention().
+        q: Queries, floats (B, H, L, D), or (B, L, D) of one head; then k has three axes too.
+        k: Keys (B, G, S, D), where G divides H.
+        scale: What the scores are multiplied with; by default 1 / sqrt(D).
+        mask: Boolean, True = attend; see attention() for this and what follows.
+        bias: Floats that are added to the scores.
+        by_distance: Floats that are added by how far a key is ahead of the query.
+        causal: Hides the keys after a query's own position.
+        window: Hides the keys `window` or more positions away, to either side.
+        sinks: For each head the score of a key that has no value.
+        softcap: The bound of the scores.
         average: Whether to return the mean over the heads.
 
     Returns:

@@ -99,13 +99,13 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> np
 
 
 def reshape_to_heads(x: np.ndarray, num_heads: int) -> np.ndarray:
-    """x (..., L, H D) -> (..., H, L, D)"""
+    """x (..., L, H D) -> (..., H, L, D)."""
     D = x.shape[-1] // num_heads
     return np.stack([x[..., h * D : (h + 1) * D] for h in range(num_heads)], axis=-3)
 
 
 def transpose_heads_to_2d(x: np.ndarray) -> np.ndarray:
-    """x (..., H, L, D) -> (..., L, H D)"""
+    """x (..., H, L, D) -> (..., L, H D)."""
     return np.concatenate([x[..., h, :, :] for h in range(x.shape[-3])], axis=-1)
 
 
