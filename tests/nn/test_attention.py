@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support.harness import check_forward, check_gradient, check_module, draw
 
-from mlx_xformer.nn.attention.layer import (
+from mlx_xformer.nn.attention import (
     Attention,
     AttentionConfig,
     CrossAttention,

@@ -35,8 +35,8 @@ class AttentionLayer(Attention):
     """Attention by a configuration that JSON can hold."""
 
     def __init__(self, config: AttentionLayerConfig):
-        options = {"num_kv_heads": config.num_kv_heads, "bias": config.bias, "causal": config.causal}
-        super().__init__(config.embed_dim, config.num_heads, **options)
+        sizes = config.embed_dim, config.num_heads
+        super().__init__(*sizes, num_kv_heads=config.num_kv_heads, bias=config.bias, causal=config.causal)
 
     @property
     def is_gqa(self) -> bool:

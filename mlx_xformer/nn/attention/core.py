@@ -5,7 +5,7 @@ Axes: B batch, H query heads, G key/value heads, L queries, S keys, D head_dim, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ...backend import dispatch, fused
 from ..cache import KeysOrValues, Quantized
+from .plans import BLOCK_SCORES, plan
 from .scores import (
     Hidden,
     Softmax,
@@ -26,59 +27,10 @@ from .scores import (
     part_of,
 )
 
-_SCORES = 2**20  # scores that a block of rows holds at once
-_SMALL = 2**16  # scores up to which nothing is gained by blocks
-_ROWS = 64  # queries of a block, at least
-# Head widths that Metal's fused kernels take, for more than 8 queries and for up to 8 (MLX 0.32.4: 192 and 256 have a
-# kernel for many queries too, which its heuristics do not choose).
-_FUSED, _FUSED_FEW = (64, 72, 80, 96, 128), (64, 96, 128, 192, 256)
 _BLOCK = 2**17  # scores of a head's block of queries on a CPU
 _FEW = 8  # queries up to which quantized keys and values are not made floats, head by head
 _HALF = (mx.float16, mx.bfloat16)
 _FEW_ROWS = 16  # and on a CPU those of all heads that share them
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How attention is computed: in blocks of `rows` queries; each by MLX's own function (with heads padded to `width`
-    if not None, on Metal) or, `explicit`, by products and a softmax of ours."""
-
-    rows: int
-    explicit: bool
-    width: int | None = None
-
-
-def plan(
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    value_dim: int,
-    *,
-    vectorizes: bool,
-    gpu: bool,
-    causal: bool = False,
-    window: int | None = None,
-    explicit: bool = False,
-) -> Plan:
-    """The plan for shapes q (B, H, L, D) and k (B, G, S, D). vectorizes: our softmax outdoes MLX's (Linux's CPU);
-    explicit: MLX has no function for what is asked."""
-    B, H, L, D = q
-    S = k[2]
-    explicit = explicit or (vectorizes and B * H * L * S > _SMALL)
-    rows = L
-    if explicit:
-        rows = max(16, _SCORES // max(1, B * H * S))
-    if window is not None and 2 * window < S:
-        rows = max(_ROWS, window // 8) if not gpu else max(256, window // 4)
-    elif causal and not gpu and L > 2 * _ROWS:
-        rows = min(rows, max(_ROWS, L // 16))
-    width = None
-    if gpu and not explicit and L > 1:
-        sizes = _FUSED if L > 8 else _FUSED_FEW
-        if value_dim != D or D not in sizes:
-            wide = max(D, value_dim)
-            # Padded heads cost their width, unfused scores L x S: worth it for long sequences.
-            width = next((size for size in sizes if size >= wide), None) if L * S >= 2**20 else None
-    return Plan(min(rows, L), explicit, width)
 
 
 def attention(
@@ -203,7 +155,7 @@ def _quantized(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden
     group, gpu = H // max(G, 1), not dispatch.on_cpu()
     if not S or not q.size:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
-    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= _SCORES:
+    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= BLOCK_SCORES:
         hidden = replace(hidden, bias=hidden.bias if hidden.bias is None else bias_in(hidden.bias, q.dtype))
         return softmax.explicit((q, k, v), hidden.block(range(L), range(S)), None)
     heads: list[mx.array] = []
