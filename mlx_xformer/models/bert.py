@@ -6,40 +6,29 @@ by Reimers and Gurevych 2019, arXiv 1908.10084. Axes: B batch, L tokens, E embed
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
-from ..nn import config as fields
 from ..nn.checks import check_mask, check_tokens, key_mask
+from ..nn.config import Config
 from ..nn.layers import LayerNorm
 from ..nn.linear import Linear
 from ..nn.transformer import LayerConfig, Stack
 
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LIMITS = {
-    "vocab_size": (1, 10**8),
-    "embed_dim": (1, 10**6),
-    "num_layers": (1, 1000),
-    "num_heads": (1, 10**5),
-    "hidden_dim": (1, 10**7),
-    "max_positions": (1, 10**7),
-    "num_token_types": (1, 10**4),
-}
-
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(Config):
     """What a Bert is. ValueError names the field that is unknown, of the wrong type or out of range.
 
     max_positions: tokens that a text may have. num_token_types: kinds of segments. pooler: a layer on the first token,
     see Bert.pooled.
     """
+
+    _what: ClassVar[str] = "the BERT"
 
     vocab_size: int
     embed_dim: int
@@ -53,29 +42,18 @@ class BertConfig:
     pooler: bool = True
 
     def __post_init__(self) -> None:
-        fields.check_whole(self, _LIMITS)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
-        fields.check_one_of(self, "activation", ACTIVATIONS)
-        eps = self.norm_eps
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < float("inf"):
-            raise ValueError(f"norm_eps must be a number above 0, got {eps!r:.80}")
-        fields.check_flags(self, "pooler")
+        self._check_whole("vocab_size", "embed_dim", "num_layers", "num_heads", "hidden_dim")
+        self._check_whole("max_positions", "num_token_types")
+        self._check_multiple("embed_dim", "num_heads")
+        self._check_one_of("activation", ACTIVATIONS)
+        self._check_above_0("norm_eps")
+        self._check_flags("pooler")
 
     @property
     def layer(self) -> LayerConfig:
         """What each layer is."""
         sizes = self.embed_dim, self.num_heads, self.hidden_dim
         return LayerConfig(*sizes, activation=self.activation, norm_eps=self.norm_eps)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BertConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "the BERT", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
 
 
 class Embeddings(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..nn.cache import CrossCache, KVCache
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ..nn.checks import key_mask
 from ..nn.positions import sinusoidal
 
@@ -39,10 +39,10 @@ class TokenDecoder(Protocol):
 
     @property
     def decode(self) -> Callable[..., mx.array]:
-        """A function of a target (B, L), a memory (B, S, E), caches and cross_caches, one of each a layer, last and,
-        where there is one, memory_mask (B, S): logits (B, L or last, V)."""
+        """A function of a target (B, L), a memory (B, S, E), caches and cross_caches, one of each a layer, last, check
+        and, where there is one, memory_mask (B, S): logits (B, L or last, V)."""
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
         """A cache of self-attention for each layer of the decoder."""
 
 
@@ -81,7 +81,7 @@ class _Rows(KVCache):
         return _Rows.of(super().select(chosen), tuple(self.memory_rows[row] for row in chosen))
 
 
-class Conditioned(nn.Module):
+class Conditioned(CacheMaker, nn.Module):
     """A decoder and the memory that it attends to, as generate() and batch_generate() take a model: they feed it the
     new tokens only, and the memory is projected once. A batch has a prompt for every row of the memory."""
 
@@ -93,20 +93,23 @@ class Conditioned(nn.Module):
         self.model, self.config = model, model.config
         self._whole = self._current = _Memory(memory, memory_mask, tuple(range(len(memory))))
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """As the model's. They know which rows of the memory theirs go with, also once some of them are selected."""
-        return [_Rows.of(cache, self._whole.rows) for cache in self.model.make_caches(**options)]
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): as the model's. They know which rows of the memory theirs go with, also once some of them
+        are selected."""
+        return [_Rows.of(cache, self._whole.rows) for cache in self.model.caches_for(options)]
 
     def __call__(
-        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None
+        self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None, check: bool = True
     ) -> mx.array:
-        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only."""
+        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. check: as of the model's
+        decode()."""
         memory = self._memory_of(caches)
         if len(tokens) != len(memory.rows):
             raise ValueError(f"tokens must be {len(memory.rows)} rows, as many as the memory has, got {len(tokens)}")
         cross_caches = None if caches is None else memory.caches
+        given: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "last": last, "check": check}
         masked = {} if memory.mask is None else {"memory_mask": memory.mask}
-        return self.model.decode(tokens, memory.array, **masked, caches=caches, cross_caches=cross_caches, last=last)
+        return self.model.decode(tokens, memory.array, **masked, **given)
 
     @property
     def memory(self) -> mx.array:

@@ -7,40 +7,26 @@ L tokens of the answer, H heads, E embed_dim, V vocab_size.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
-from ..nn import config as fields
-from ..nn.cache import CrossCache, KVCache
-from ..nn.checks import check_tokens, key_mask
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
+from ..nn.checks import check_last, check_tokens, key_mask
+from ..nn.config import Config
 from ..nn.layers import Embedding, dropped
 from ..nn.linear import Linear
 from ..nn.positions import buckets_by_distance
-from ..nn.transformer import LayerConfig, Stack
+from ..nn.transformer import LayerConfig, Stack, last_positions
 from .bound import Conditioned
-
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LIMITS = {
-    "vocab_size": (1, 10**8),
-    "embed_dim": (1, 10**6),
-    "num_layers": (1, 1000),
-    "num_decoder_layers": (1, 1000),
-    "num_heads": (1, 10**5),
-    "head_dim": (1, 10**5),
-    "hidden_dim": (1, 10**7),
-    "num_buckets": (1, 10**6),
-    "max_distance": (1, 10**9),
-}
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Config):
     """What a T5 is. ValueError names the field that is unknown, of the wrong type or out of range.
 
     num_decoder_layers: as many as num_layers unless given. gated: the feed-forward networks are, with activation "silu"
@@ -48,6 +34,8 @@ class T5Config:
     embeddings. scale_logits: what the head gets is divided by sqrt(embed_dim), as in models whose head is tied from the
     start. dropout: in training. start_token: what an answer begins with.
     """
+
+    _what: ClassVar[str] = "the T5"
 
     vocab_size: int
     embed_dim: int
@@ -69,13 +57,12 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.num_decoder_layers is None:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        fields.check_whole(self, _LIMITS)
-        fields.check_flags(self, "gated", "tie_embeddings", "scale_logits")
-        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
-        for name, end in (("norm_eps", float("inf")), ("dropout", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
-                raise ValueError(f"{name} must be a number from 0 and below {end}, got {value!r:.80}")
+        self._check_whole("vocab_size", "embed_dim", "num_layers", "num_heads", "head_dim", "hidden_dim")
+        self._check_whole("num_decoder_layers", "num_buckets", "max_distance")
+        self._check_flags("gated", "tie_embeddings", "scale_logits")
+        self._check_one_of("activation", GATED if self.gated else ACTIVATIONS)
+        self._check_above_0("norm_eps")
+        self._check_rates("dropout")
         if type(self.start_token) is not int or not 0 <= self.start_token < self.vocab_size:
             raise ValueError(f"start_token must be from 0 to {self.vocab_size - 1}, got {self.start_token!r:.80}")
         for bidirectional in (True, False):
@@ -114,15 +101,6 @@ class T5Config:
             **more,
         )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """The configuration from plain values."""
-        return fields.read(cls, "the T5", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
-
 
 class Side(nn.Module):
     """The encoder or the decoder: layers in a row, a norm, and what all of them add to scores by distance."""
@@ -158,7 +136,7 @@ class Side(nn.Module):
         return mx.take(by_distance, ahead, axis=1)
 
 
-class T5(nn.Module):
+class T5(CacheMaker, nn.Module):
     """A text and the beginning of an answer to the logits of the answer's next tokens."""
 
     def __init__(self, config: T5Config):
@@ -177,8 +155,8 @@ class T5(nn.Module):
         """source (B, S), tokens (B, L), which begin with the start token -> logits (B, L, V) of the tokens after each.
         mask (B, S): True where the source is valid. key: random, for dropout in training."""
         keys = [None] * 2 if key is None else mx.random.split(key, 2)
-        memory = self.encode(source, mask=mask, key=keys[0])
         check_tokens("tokens", tokens, self.config.vocab_size)
+        memory = self.encode(source, mask=mask, key=keys[0])
         return self.decode(tokens, memory, memory_mask=mask, key=keys[1])
 
     def encode(self, source: mx.array, *, mask: mx.array | None = None, key: mx.array | None = None) -> mx.array:
@@ -196,20 +174,36 @@ class T5(nn.Module):
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
         key: mx.array | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. caches, one
-        a layer, have the tokens before, and get these; cross_caches the memory, projected. The tokens are not read, so
-        that steps can be queued: those of a vocabulary's size and beyond give numbers without a meaning."""
-        check_tokens("tokens", tokens)
+        """Computes the logits of the token after each, given a memory.
+
+        Args:
+            tokens: (B, L), from 0 to vocab_size - 1.
+            memory: (B, S, E), what encode() gives.
+            memory_mask: (B, S), True where the memory is valid; by default everywhere.
+            caches: One for each layer. They hold the tokens before these, and these are appended.
+            cross_caches: One for each layer, for what is projected of the memory.
+            last: Of how many of the last positions to compute the logits; by default of all.
+            key: The random key of the dropout in training.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
+        check_tokens("tokens", tokens, self.config.vocab_size if check else None)
         if memory.ndim != 3 or memory.shape[::2] != (len(tokens), self.config.embed_dim):
             expected = f"({len(tokens)}, S, {self.config.embed_dim})"
             raise ValueError(f"memory must be {expected}, the batch of the tokens by embed_dim, got {memory.shape}")
         memory_mask = key_mask("memory_mask", memory_mask, memory.shape)
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         more: dict[str, Any] = {"memory_mask": memory_mask, "caches": caches, "cross_caches": cross_caches, "key": key}
         x = self.decoder(self.shared(tokens), memory, **more)
-        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.logits(last_positions(x, last))
 
     def logits(self, x: mx.array) -> mx.array:
         """What the decoder gives, (B, L, E) -> (B, L, V)."""
@@ -217,9 +211,9 @@ class T5(nn.Module):
             x = x * self.config.embed_dim**-0.5
         return self.shared.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder; options as of Stack.make_caches. The bias by distance needs keep 0."""
-        return self.decoder.stack.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder, whose bias by distance needs keep 0."""
+        return self.decoder.stack.caches_for(options)
 
     def conditioned(self, source: mx.array, *, mask: mx.array | None = None) -> Conditioned:
         """The model given texts (B, S), see encode, for generate() (of one) or batch_generate(): an answer begins with

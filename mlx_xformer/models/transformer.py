@@ -6,38 +6,26 @@ the logits. Axes: B batch, L target positions, S source positions, E embed_dim, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
-from ..nn import config as fields
-from ..nn.cache import CrossCache, KVCache
-from ..nn.checks import check_tokens, check_vectors, key_mask
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
+from ..nn.checks import check_last, check_tokens, check_vectors, key_mask
+from ..nn.config import LIMITS, Config
 from ..nn.layers import Embedding, dropped
 from ..nn.linear import Linear
-from ..nn.transformer import LayerConfig, Stack
+from ..nn.transformer import LayerConfig, Stack, last_positions
 from .bound import Conditioned, positioned
-
-_LIMITS = {
-    "vocab_size": (1, fields.VOCABULARY),
-    "source_vocab_size": (1, fields.VOCABULARY),
-    "embed_dim": (1, fields.WIDTH),
-    "num_heads": (1, fields.WIDTH),
-    "num_encoder_layers": (0, fields.LAYERS),
-    "num_decoder_layers": (0, fields.LAYERS),
-    "hidden_dim": (1, 10 * fields.WIDTH),
-    "max_len": (1, 10**8),
-}
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Config):
     """Sizes of a Transformer; unless given, those of Vaswani's base model. ValueError names a field that does not fit.
 
     vocab_size: of the target's tokens; None: source and target are vectors (embed_dim wide), which get no positions,
@@ -46,6 +34,8 @@ class TransformerConfig:
     decoder layers an encoder only. norm_first: pre-norm; final_norm: a norm after each stack, as torch.nn.Transformer
     has it. max_len: the most positions of a source or a target.
     """
+
+    _what: ClassVar[str] = "the transformer"
 
     vocab_size: int | None
     source_vocab_size: int | None = None
@@ -63,14 +53,16 @@ class TransformerConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        fields.check_whole(self, _LIMITS, ("vocab_size", "source_vocab_size"))
-        fields.check_flags(self, "norm_first", "final_norm", "tie_embeddings")
-        fields.check_rate(self, "dropout")
-        fields.check_one_of(self, "activation", ACTIVATIONS)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
-        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be a number above 0 and below 1, got {self.norm_eps!r:.80}")
+        if self.vocab_size is not None:
+            self._check_whole("vocab_size")
+        self._check_whole("source_vocab_size", "embed_dim", "num_heads", "hidden_dim", "max_len")
+        most = LIMITS["num_layers"][1]
+        self._check_whole(num_encoder_layers=(0, most), num_decoder_layers=(0, most))
+        self._check_flags("norm_first", "final_norm", "tie_embeddings")
+        self._check_rates("dropout")
+        self._check_one_of("activation", ACTIVATIONS)
+        self._check_multiple("embed_dim", "num_heads")
+        self._check_above_0("norm_eps")
         if not self.num_encoder_layers + self.num_decoder_layers:
             raise ValueError("num_encoder_layers and num_decoder_layers must not both be 0")
         if self.source_vocab_size is None:
@@ -97,22 +89,9 @@ class TransformerConfig:
             dropout=self.dropout,
         )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "the transformer", values)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
-
-
-class Transformer(nn.Module):
-    """A source and a target to the logits of the tokens after those of the target, or to vectors.
-
-    Whether tokens are in the vocabulary is checked by a call, conditioned() and generate(), but not by encode() and
-    decode(), which do not wait to read them.
-    """
+class Transformer(CacheMaker, nn.Module):
+    """A source and a target to the logits of the tokens after those of the target, or to vectors."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -151,10 +130,8 @@ class Transformer(nn.Module):
         """source (B, S) and target (B, L) of tokens -> logits (B, L, V), or (B, last, V) of the last positions only;
         without a vocabulary (B, S, E) and (B, L, E) -> (B, L, E). source_mask (B, S), target_mask (B, L): True where
         there is no padding. key: random, for dropout in training."""
-        size = self.config.vocab_size
-        if size is not None:
-            check_tokens("source", source, self.config.source_vocab_size or size)
-            check_tokens("target", target, size)
+        if self.config.vocab_size is not None:
+            check_tokens("target", target, self.config.vocab_size)
         keys = [None, None] if key is None else list(mx.random.split(key))
         memory = self.encode(source, source_mask=source_mask, key=keys[0])
         given: dict[str, Any] = {"memory_mask": source_mask, "target_mask": target_mask, "last": last, "key": keys[1]}
@@ -165,7 +142,7 @@ class Transformer(nn.Module):
         if "encoder" not in self:
             raise ValueError("encode() needs encoder layers, got num_encoder_layers 0")
         keys = [None, None] if key is None else list(mx.random.split(key))
-        x = self._embedded("source", source, None, keys[0])
+        x = self._embedded("source", source, self.config.source_vocab_size or self.config.vocab_size, None, keys[0])
         return self.encoder(x, mask=key_mask("source_mask", source_mask, source.shape), key=keys[1])
 
     def decode(
@@ -179,17 +156,34 @@ class Transformer(nn.Module):
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
         key: mx.array | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """target (B, L) and a memory (B, S, E) -> logits (B, L, V), or (B, last, V), or vectors as in a call. The
-        target is causal. `caches`, one a layer, have what came before and get the target; cross_caches hold the
-        projected memory."""
+        """Computes the logits of the token after each of a target, given a memory.
+
+        Args:
+            target: Tokens (B, L), from 0 to vocab_size - 1; without a vocabulary vectors (B, L, E). It is causal.
+            memory: (B, S, E), what encode() gives.
+            memory_mask: (B, S), True where there is no padding; by default everywhere.
+            target_mask: (B, L), likewise.
+            caches: One for each layer. They hold the positions before the target, which is appended.
+            cross_caches: One for each layer, for what is projected of the memory.
+            last: Of how many of the last positions to compute the result; by default of all.
+            key: The random key of the dropout in training.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V); without a vocabulary vectors (B, L, E), or (B, last, E).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
         if "decoder" not in self:
             raise ValueError("decode() needs decoder layers, got num_decoder_layers 0")
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         keys = [None, None] if key is None else list(mx.random.split(key))
         check_vectors("memory", memory, self.config.embed_dim)
-        x = self._embedded("target", target, caches[0] if caches else None, keys[0])
+        x = self._embedded("target", target, self.config.vocab_size if check else None, caches, keys[0])
         x = self.decoder(
             x,
             memory,
@@ -199,32 +193,34 @@ class Transformer(nn.Module):
             cross_caches=cross_caches,
             key=keys[1],
         )
-        x = x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :]
+        x = last_positions(x, last)
         if self.config.vocab_size is None:
             return x
         return self.embed.as_linear(x) if self.config.tie_embeddings else self.lm_head(x)
 
-    def _embedded(self, side: str, x: mx.array, cache: KVCache | None, key: mx.array | None) -> mx.array:
-        """Tokens (B, L) of a side as vectors times sqrt(E), with their positions; vectors as they are."""
+    def _embedded(
+        self, side: str, x: mx.array, size: int | None, caches: Sequence[KVCache] | None, key: mx.array | None
+    ) -> mx.array:
+        """Tokens (B, L) of a side, below `size`, as vectors times sqrt(E), with their positions; vectors as they
+        are."""
         config = self.config
         if config.vocab_size is None:
             check_vectors(side, x, config.embed_dim)
             return x
-        check_tokens(side, x)
+        check_tokens(side, x, size)
         table = self.embed if config.tie_embeddings else self[f"{side}_embed"]
-        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, cache)
+        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
         return dropped(x, config.dropout, key) if self.training else x
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder; options as Stack's."""
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder."""
         if "decoder" not in self:
             raise ValueError("make_caches() needs decoder layers, got num_decoder_layers 0")
-        return self.decoder.make_caches(**options)
+        return self.decoder.caches_for(options)
 
     def conditioned(self, source: mx.array, source_mask: mx.array | None = None) -> Conditioned:
         """What generate() takes: the decoder with what the encoder gives of a source (B, S), for one prompt a row.
         ValueError for tokens outside the vocabulary."""
         if self.config.vocab_size is None:
             raise ValueError("conditioned() needs a vocabulary, got vocab_size None")
-        check_tokens("source", source, self.config.source_vocab_size or self.config.vocab_size)
         return Conditioned(self, self.encode(source, source_mask=source_mask), source_mask)

@@ -6,44 +6,32 @@ spectrogram, F mel bins, S positions of the memory, L tokens, E embed_dim, V voc
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import gelu
-from ..nn import config as fields
-from ..nn.cache import CrossCache, KVCache
-from ..nn.checks import check_tokens
+from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
+from ..nn.checks import check_last, check_tokens
+from ..nn.config import Config
 from ..nn.layers import Embedding
 from ..nn.positions import sinusoidal_1d
-from ..nn.transformer import LayerConfig, Stack
+from ..nn.transformer import LayerConfig, Stack, last_positions
 from .bound import Conditioned
-
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LIMITS = {
-    "vocab_size": (1, 10**8),
-    "embed_dim": (1, 10**6),
-    "num_heads": (1, 10**5),
-    "hidden_dim": (1, 10**7),
-    "encoder_layers": (1, 1000),
-    "decoder_layers": (1, 1000),
-    "mel_bins": (1, 10**5),
-    "source_positions": (1, 10**7),
-    "target_positions": (1, 10**7),
-}
 
 
 @dataclass(frozen=True)
-class WhisperConfig:
+class WhisperConfig(Config):
     """What a Whisper is. ValueError names the field that is unknown, of the wrong type or out of range.
 
     num_heads, hidden_dim: of the layers on both sides. source_positions: the most that the memory has, half as many as
     the spectrogram has frames. target_positions: the most tokens that there may be.
     """
+
+    _what: ClassVar[str] = "Whisper"
 
     vocab_size: int
     embed_dim: int
@@ -56,20 +44,11 @@ class WhisperConfig:
     target_positions: int = 448
 
     def __post_init__(self) -> None:
-        fields.check_whole(self, _LIMITS)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        self._check_whole("vocab_size", "embed_dim", "num_heads", "hidden_dim", "encoder_layers", "decoder_layers")
+        self._check_whole("mel_bins", "source_positions", "target_positions")
+        self._check_multiple("embed_dim", "num_heads")
         if self.embed_dim < 4 or self.embed_dim % 2:
             raise ValueError(f"embed_dim must be even and at least 4, got {self.embed_dim}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> WhisperConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "Whisper", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
 
     def layer(self, *, decoder: bool) -> LayerConfig:
         """The layers of the encoder, or of the decoder. Keys have no bias: it would change no weight of attention."""
@@ -133,7 +112,7 @@ class Decoder(nn.Module):
         return self.embed_tokens.as_linear(x)
 
 
-class Whisper(nn.Module):
+class Whisper(CacheMaker, nn.Module):
     """A spectrogram and the tokens so far to the logits of the tokens after them."""
 
     def __init__(self, config: WhisperConfig):
@@ -155,28 +134,43 @@ class Whisper(nn.Module):
         caches: Sequence[KVCache] | None = None,
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """tokens (B, L), memory (B, S, E) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`,
-        one a layer, have the tokens before, and get these; `cross_caches` the memory, once it has been seen."""
+        """Computes the logits of the token after each, given a memory.
+
+        Args:
+            tokens: (B, L), from 0 to vocab_size - 1.
+            memory: (B, S, E), what the encoder gives.
+            caches: One for each layer. They hold the tokens before these, and these are appended.
+            cross_caches: One for each layer, for what is projected of the memory.
+            last: Of how many of the last positions to compute the logits; by default of all.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
         E, most = self.config.embed_dim, self.config.target_positions
-        check_tokens("tokens", tokens)
+        check_tokens("tokens", tokens, self.config.vocab_size if check else None)
         if memory.ndim != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != E:
             raise ValueError(f"memory must be ({tokens.shape[0]}, length, {E}), got shape {memory.shape}")
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        check_last(last)
         before = caches[0].length if caches else 0
         if before + tokens.shape[1] > most:
             raise ValueError(f"tokens must be at most {most}, one a position, got {before + tokens.shape[1]}")
         x = self.decoder.embed(tokens, caches[0].offset if caches else 0)
         x = self.decoder.stack(x, memory, caches=caches, cross_caches=cross_caches)
-        return self.decoder.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.decoder.logits(last_positions(x, last))
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder, see Stack.make_caches. They hold as many tokens as there are
-        positions, if no other capacity is given."""
-        if options.get("capacity") is None:
-            options["capacity"] = self.config.target_positions
-        return self.decoder.stack.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder. Unless a capacity is given, they hold as many tokens as the
+        model has positions."""
+        if options.capacity is None:
+            options = replace(options, capacity=self.config.target_positions)
+        return self.decoder.stack.caches_for(options)
 
     def listen(self, mel: mx.array) -> Conditioned:
         """A model of the tokens of one recording, mel (T, F), for generate(), or of several, (B, T, F), for

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import chain
+from typing import cast
 
 import mlx.core as mx
+import numpy as np
+
+_FEW = 64  # numbers that are read sooner as a list than as a NumPy array
 
 
 def check_tokens(name: str, tokens: mx.array, size: int | None = None) -> None:
-    """ValueError unless tokens are (batch, length) whole numbers, below `size` if it is given: MLX reads beyond a table
-    without a word. Without a size they are not read, as MLX would have to wait for them; nor is what a compilation
-    traces, which has no values yet."""
+    """ValueError unless tokens are whole numbers (batch, length), from 0 to `size` - 1 if it is given.
+
+    MLX reads beyond the end of a table of embeddings without an error. Without a size the tokens are not read, so that
+    a step can be queued before they are computed. What mx.compile or mx.vmap traces has no values, and is not read.
+    """
     if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise ValueError(f"{name} must be (batch, length) whole numbers, got shape {tokens.shape} {tokens.dtype}")
-    if size is None or not tokens.size:
+    if size is not None:
+        check_range(name, tokens, size)
+
+
+def check_range(name: str, tokens: mx.array, size: int, other: int | None = None) -> None:
+    """ValueError for a number that is not from 0 to `size` - 1, nor `other`. Traced arrays are not read."""
+    if not tokens.size:
         return
     try:
-        ends: list[Any] = [tokens.min().item(), tokens.max().item()]
-    except (ValueError, RuntimeError):  # of a compilation
+        if tokens.ndim == 2 and tokens.size <= _FEW:
+            numbers = list(chain.from_iterable(cast("list[list[int]]", tokens.tolist())))
+        else:
+            array = np.asarray(tokens)
+            numbers = [int(array.min()), int(array.max())] if other is None else array[array != other].tolist()
+    except (ValueError, RuntimeError):  # traced by mx.compile or mx.vmap
         return
-    wrong = [end for end in ends if not 0 <= end < size]
+    wrong = [number for number in numbers if not 0 <= number < size and number != other]
     if wrong:
         raise ValueError(f"{name} must be from 0 to {size - 1}, got {wrong[0]}")
+
+
+def check_last(last: int | None) -> None:
+    """ValueError unless the number of last positions is None or from 0."""
+    if last is not None and last < 0:
+        raise ValueError(f"last must be at least 0, got {last}")
 
 
 def check_vectors(name: str, x: mx.array, width: int) -> None:

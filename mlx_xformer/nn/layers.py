@@ -12,7 +12,9 @@ import mlx.nn as nn
 
 from ..backend import activations, dispatch, fused, norms
 from ..backend.products import quantized_product
+from .config import check_eps, check_sizes
 from .linear import Linear, applied, one_row
+from .positions import sinusoidal
 
 
 class LayerNorm(nn.Module):
@@ -20,6 +22,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dims: int, eps: float = 1e-5):
         super().__init__()
+        check_sizes(dims=dims)
+        check_eps(eps)
         self.dims, self.eps = dims, eps
         self.weight = mx.ones((dims,))
         self.bias = mx.zeros((dims,))
@@ -35,6 +39,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dims: int, eps: float = 1e-5, plus_one: bool = False):
         super().__init__()
+        check_sizes(dims=dims)
+        check_eps(eps)
         self.dims, self.eps, self.plus_one = dims, eps, plus_one
         self.weight = mx.zeros((dims,)) if plus_one else mx.ones((dims,))
 
@@ -60,7 +66,9 @@ class GroupNorm(nn.Module):
 
     def __init__(self, num_groups: int, dims: int, eps: float = 1e-5):
         super().__init__()
-        if num_groups < 1 or dims % num_groups:
+        check_sizes(num_groups=num_groups, dims=dims)
+        check_eps(eps)
+        if dims % num_groups:
             raise ValueError(f"num_groups must divide dims, {dims}, got {num_groups}")
         self.num_groups, self.eps = num_groups, eps
         self.weight = mx.ones((dims,))
@@ -91,6 +99,56 @@ def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
     if key is None or not rate:
         return x
     return x * mx.random.bernoulli(1 - rate, x.shape, key).astype(x.dtype) * (1 / (1 - rate))
+
+
+class PositionalEncoding(nn.Module):
+    """Adds sinusoidal positions to vectors, then drops some numbers in training (Vaswani et al. 2017, arXiv
+    1706.03762): the rows of a batch get the same, the positions of a row do not. There are no parameters."""
+
+    def __init__(self, embed_dim: int, *, max_len: int = 5000, dropout: float = 0.0, max_period: float = 10000.0):
+        """Sets the sizes.
+
+        Args:
+            embed_dim: Channels E, an odd number of them too.
+            max_len: The most positions.
+            dropout: The probability, in training, that a number of the sum becomes 0.
+            max_period: See sinusoidal().
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        super().__init__()
+        check_sizes(embed_dim=embed_dim, max_len=max_len)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a number from 0 to below 1, got {dropout}")
+        self.embed_dim, self.max_len, self.dropout, self.max_period = embed_dim, max_len, dropout, max_period
+
+    def __call__(self, x: mx.array, *, offset: int = 0, key: mx.array | None = None) -> mx.array:
+        """Adds the positions from `offset` on.
+
+        Args:
+            x: Vectors (B, L, E) or (L, E).
+            offset: The position of the first of the L vectors.
+            key: The random key of the dropout, needed in training unless `dropout` is 0.
+
+        Returns:
+            An array of the shape and dtype of x.
+
+        Raises:
+            ValueError: x has other axes or channels, a position is not from 0 to max_len - 1, or the key is missing.
+        """
+        if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x must be (B, L, {self.embed_dim}) or (L, {self.embed_dim}), got shape {x.shape}")
+        if not 0 <= offset <= self.max_len - x.shape[-2]:
+            raise ValueError(
+                f"positions must be from 0 to {self.max_len - 1}, got {x.shape[-2]} of them from {offset} on"
+            )
+        x = x + sinusoidal(x.shape[-2], self.embed_dim, offset=offset, max_period=self.max_period).astype(x.dtype)
+        if not (self.training and self.dropout):
+            return x
+        if key is None:
+            raise ValueError("dropout in training needs a random key, got none")
+        return dropped(x, self.dropout, key)
 
 
 class FeedForward(nn.Module):

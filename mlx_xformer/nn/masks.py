@@ -23,6 +23,28 @@ def causal_mask(L: int, S: int, *, alignment: Alignment = "lower_right") -> mx.a
     return mx.arange(L)[:, None] + offset >= mx.arange(S)[None]
 
 
+def create_causal_mask(n: int, m: int | None = None, *, offset: int | None = None) -> mx.array:
+    """A lower-triangular mask: True where a query may attend to a key, which is at its own position or before.
+
+    Args:
+        n: Queries.
+        m: Keys; by default the positions up to the last query, n of them without an offset.
+        offset: The position of the first query; by default m - n, so that the last query is at the last key.
+
+    Returns:
+        Booleans (n, m).
+
+    Raises:
+        ValueError: A number is below 0.
+    """
+    m = n + (offset or 0) if m is None else m
+    offset = m - n if offset is None else offset
+    for name, value in (("n", n), ("m", m), ("offset", offset)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    return mx.arange(n)[:, None] + offset >= mx.arange(m)[None]
+
+
 def padding_mask(lengths: Sequence[int] | np.ndarray | mx.array, S: int) -> mx.array:
     """(B, 1, 1, S) mask that keeps the first lengths[b] keys of each row. ValueError for a length outside 0 .. S, but
     for those of an mx.array, which is not read back."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
 from ..backend import dispatch
+from .config import Config
 
 
 def sinusoidal_1d(
@@ -85,7 +87,7 @@ def _table(length: int, dim: int, offset: int, max_period: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class RotaryScaling:
+class RotaryScaling(Config):
     """What makes rotary positions reach further than a model was trained: pairs of channels turn more slowly.
 
     "linear" (Chen et al. 2023, arXiv 2306.15595): all by `factor`. The others let alone what turns at least `high`
@@ -93,6 +95,8 @@ class RotaryScaling:
     to the other between: "llama3" (Llama 3.1) in proportion to the turns, "yarn" (Peng et al. 2023, arXiv 2309.00071)
     to the index of the pair, from whole indices if `truncate`. Queries and keys are multiplied with `magnitude`.
     """
+
+    _what: ClassVar[str] = "rope_scaling"
 
     kind: str
     factor: float
@@ -105,8 +109,7 @@ class RotaryScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3", "yarn"):
             raise ValueError(f"kind must be one of linear, llama3, yarn, got {self.kind!r}")
-        if not (self.factor > 0 and self.magnitude > 0):
-            raise ValueError(f"factor and magnitude must be above 0, got {self.factor} and {self.magnitude}")
+        self._check_above_0("factor", "magnitude", "low", "high")
         if self.kind != "linear" and not (self.length is not None and self.length > 0 and 0 < self.low < self.high):
             raise ValueError(
                 f"{self.kind} needs a length and 0 < low < high, got {self.length}, {self.low} and {self.high}"
@@ -135,10 +138,13 @@ class RotaryScaling:
 
 
 @dataclass(frozen=True)
-class Rotary:
+class Rotary(Config):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of the first `dims` channels of a head turn by
     position * theta^(-2i / dims), or slower by `scaling`. Pairs are (i, i + dims / 2), as in Llama, or (2i, 2i + 1) if
     `interleaved`."""
+
+    _what: ClassVar[str] = "the rotary positions"
+    _parts: ClassVar = {"scaling": RotaryScaling}
 
     dims: int
     theta: float = 10000.0
@@ -146,21 +152,33 @@ class Rotary:
     scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
-        if self.dims < 2 or self.dims % 2:
-            raise ValueError(f"dims must be even and at least 2, got {self.dims}")
-        if not self.theta > 0:
-            raise ValueError(f"theta must be above 0, got {self.theta}")
+        if type(self.dims) is not int or self.dims < 2 or self.dims % 2:
+            raise ValueError(f"dims must be a whole number, even and at least 2, got {self.dims!r:.80}")
+        self._check_above_0("theta")
+        self._check_flags("interleaved")
 
     def __call__(self, x: mx.array, *, offset: int | mx.array = 0, positions: mx.array | None = None) -> mx.array:
-        """x (B, H, L, D) at the positions offset, offset + 1, ... (one offset, or (B,) of them), or at explicit
-        `positions` (L,) or (B, L), in any order."""
-        if self.dims > x.shape[-1]:
-            raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
-        if not x.size:  # MLX's kernel takes no empty array on CUDA
-            return x
-        if positions is None and self._by_table(x, offset):
+        """Turns the channels of queries or keys by their positions.
+
+        Args:
+            x: Floats (B, H, L, D), or (B, L, D) of one head.
+            offset: The position of the first of the L vectors, a whole number or an array of them, (B,) or ().
+            positions: Instead, the position of each, (L,) or (B, L), in any order.
+
+        Returns:
+            An array of the shape and dtype of x.
+
+        Raises:
+            ValueError: x is of whole numbers or has other axes, D is below `dims`, or offset or positions do not fit x.
+        """
+        if positions is None and isinstance(offset, int) and self._by_table(x, offset):
             turn = _turned_few if x.shape[2] <= _FEW else _turned
             return turn(x, *_turns(self, offset, x.shape[2])).astype(x.dtype)
+        self._check(x, offset, positions)
+        if x.ndim == 3:
+            return self(x[:, None], offset=offset, positions=positions)[:, 0]
+        if not x.size:  # MLX's kernel takes no empty array on CUDA
+            return x
         rates = self.rates()  # MLX's own, in float32, are good to 3e-7 only
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
         if positions is None:
@@ -169,8 +187,6 @@ class Rotary:
                 x, self.dims, traditional=self.interleaved, base=None, scale=1.0, offset=offset, freqs=freqs
             )
             return turned if magnitude == 1 else self._grown(turned, magnitude)
-        if positions.shape[-1] != x.shape[2] or positions.ndim > 2:
-            raise ValueError(f"positions must be (L,) or (B, L) with L = {x.shape[2]}, got {positions.shape}")
         # (L, dims / 2) or (B, L, dims / 2)
         phase = positions[..., None].astype(mx.float32) * mx.array(rates, mx.float32)
         phase = phase if phase.ndim == 2 else phase[:, None]
@@ -182,10 +198,27 @@ class Rotary:
         turned = mx.flatten(mx.stack([a * cos - b * sin, a * sin + b * cos], axis=axis), -2, -1)
         return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
-    def _by_table(self, x: mx.array, offset: int | mx.array) -> bool:
+    def _check(self, x: mx.array, offset: int | mx.array, positions: mx.array | None) -> None:
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x must be (batch, heads, length, dim) or (batch, length, dim), got shape {x.shape}")
+        if not mx.issubdtype(x.dtype, mx.floating):
+            raise ValueError(f"x must be a float, got {x.dtype}")
+        if self.dims > x.shape[-1]:
+            raise ValueError(f"dims must be at most head_dim, {x.shape[-1]}, got {self.dims}")
+        B, L = x.shape[0], x.shape[-2]
+        if positions is not None and positions.shape not in ((L,), (1, L), (B, L)):
+            raise ValueError(f"positions must be (L,) or (B, L) = {(B, L)}, got {positions.shape}")
+        if isinstance(offset, mx.array):
+            if not mx.issubdtype(offset.dtype, mx.integer) or offset.shape not in ((), (1,), (B,)):
+                raise ValueError(f"offset must be whole numbers, one or ({B},), got {offset.dtype} {offset.shape}")
+        elif type(offset) is not int:
+            raise ValueError(f"offset must be a whole number, got {offset!r:.80}")
+
+    def _by_table(self, x: mx.array, offset: int) -> bool:
         """Whether cosines and sines come from the host: a CPU computes them one by one, and layers can share them."""
-        whole = self.dims == x.shape[-1] and not self.interleaved and x.shape[2] <= _TABLE
-        return whole and isinstance(offset, int) and dispatch.on_cpu()
+        floats = x.ndim == 4 and x.size > 0 and mx.issubdtype(x.dtype, mx.floating) and type(offset) is int
+        whole = floats and self.dims == x.shape[3] and not self.interleaved and x.shape[2] <= _TABLE
+        return whole and dispatch.on_cpu()
 
     def rates(self) -> np.ndarray:
         """(dims / 2,) float64: radians that a pair turns from one position to the next."""

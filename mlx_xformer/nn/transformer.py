@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
-from . import config as fields
 from .attention.layer import Attention
-from .cache import CrossCache, KVCache
+from .cache import CacheMaker, CacheOptions, CrossCache, KVCache
+from .config import Config
 from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, dropped
 from .moe.layer import MoE, MoEConfig, Routing
 
@@ -24,7 +24,7 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNor
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(Config):
     """What a Layer is. ValueError names a field that does not fit.
 
     num_kv_heads, head_dim, causal, window, scale, bias (of projections): see AttentionConfig; bias and scale are those
@@ -32,6 +32,9 @@ class LayerConfig:
     came in (pre-norm), else the sum is normed (post-norm). cross: attends to a memory too, memory_dim wide. dropout: of
     attention weights, inside the feed-forward network and after every step. moe: a mixture instead of the network.
     """
+
+    _what: ClassVar[str] = "the layer"
+    _parts: ClassVar = {"moe": MoEConfig}
 
     embed_dim: int
     num_heads: int
@@ -54,10 +57,11 @@ class LayerConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        fields.check_one_of(self, "norm", _NORMS)
-        fields.check_one_of(self, "activation", GATED if self.gated else ACTIVATIONS)
-        fields.check_whole(self, {"hidden_dim": (1, 10 * fields.WIDTH)})
-        fields.check_rate(self, "dropout")
+        self._check_one_of("norm", _NORMS)
+        self._check_one_of("activation", GATED if self.gated else ACTIVATIONS)
+        self._check_whole("embed_dim", "num_heads", "hidden_dim", "num_kv_heads", "head_dim", "window", "memory_dim")
+        self._check_above_0("norm_eps")
+        self._check_rates("dropout")
         if self.memory_dim is not None and not self.cross:
             raise ValueError(f"memory_dim must come with cross, got {self.memory_dim} alone")
         if self.moe is not None and self.moe.embed_dim != self.embed_dim:
@@ -147,7 +151,50 @@ class Layer(nn.Module):
         return y
 
 
-class Stack(nn.Module):
+def run_layers(
+    layers: Sequence[Callable[..., mx.array]],
+    x: mx.array,
+    *,
+    caches: Sequence[KVCache] | None = None,
+    cross_caches: Sequence[CrossCache] | None = None,
+    key: mx.array | None = None,
+    **shared: Any,
+) -> mx.array:
+    """x through layers, or blocks, one after the other.
+
+    Args:
+        layers: Each is called with x, and with its own cache, cross_cache and key where they are given.
+        x: (B, L, E).
+        caches: Of self-attention, one for each layer.
+        cross_caches: Of a memory, one for each layer.
+        key: A random key, which is split.
+        **shared: What every layer is called with.
+
+    Returns:
+        (B, L, E), what the last layer gives.
+
+    Raises:
+        ValueError: There are not as many caches as layers.
+    """
+    count, own = len(layers), dict[str, Any]()
+    for name, given in (("caches", caches), ("cross_caches", cross_caches)):
+        if given is not None:
+            if len(given) != count:
+                raise ValueError(f"{name} must be one a layer, {count}, got {len(given)}")
+            own[name.removesuffix("s")] = given
+    if key is not None:
+        own["key"] = mx.random.split(key, count)
+    for index, layer in enumerate(layers):
+        x = layer(x, **{name: of_layers[index] for name, of_layers in own.items()}, **shared)
+    return x
+
+
+def last_positions(x: mx.array, last: int | None) -> mx.array:
+    """The last positions of x (B, L, E), so many or all: (B, last or L, E)."""
+    return x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :]
+
+
+class Stack(CacheMaker, nn.Module):
     """Layers of one kind in a row, with a norm after the last if `final_norm`."""
 
     def __init__(self, config: LayerConfig, num_layers: int, *, final_norm: bool = False):
@@ -173,42 +220,14 @@ class Stack(nn.Module):
         routings: list[Routing] | None = None,
     ) -> mx.array:
         """As Layer, with a cache of each kind for every layer."""
-        count = len(self.layers)
-        for name, given in (("caches", caches), ("cross_caches", cross_caches)):
-            if given is not None and len(given) != count:
-                raise ValueError(f"{name} must be one a layer, {count}, got {len(given)}")
-        keys = [None] * count if key is None else list(mx.random.split(key, count))
-        for index, layer in enumerate(self.layers):
-            x = layer(
-                x,
-                memory,
-                mask=mask,
-                memory_mask=memory_mask,
-                bias=bias,
-                cache=None if caches is None else caches[index],
-                cross_cache=None if cross_caches is None else cross_caches[index],
-                key=keys[index],
-                routings=routings,
-            )
+        shared: dict[str, Any] = {"memory": memory, "mask": mask, "memory_mask": memory_mask, "bias": bias}
+        own: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "key": key}
+        x = run_layers(self.layers, x, **own, **shared, routings=routings)
         return self.norm(x) if "norm" in self else x
 
-    def make_caches(
-        self,
-        *,
-        window: int | None = None,
-        keep: int = 0,
-        slack: int = 0,
-        bits: int | None = None,
-        capacity: int | None = None,
-        padding: Sequence[int] | None = None,
-    ) -> list[KVCache]:
-        """A cache of self-attention for each layer. The layers' own window goes before a larger one, and keeps no first
-        positions."""
-        own = self.config.window
-        if own is not None and (window is None or own <= window):
-            window, keep = own, 0
-        options = {"window": window, "keep": keep, "slack": slack, "bits": bits, "capacity": capacity}
-        return [KVCache(**options, padding=padding) for _ in self.layers]  # type: ignore[arg-type]
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        return [KVCache.from_options(options.within(self.config.window)) for _ in self.layers]
 
 
 def auxiliary_loss(routings: Sequence[Routing]) -> mx.array:

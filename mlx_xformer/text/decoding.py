@@ -72,7 +72,7 @@ def one_by_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], se
         for count in range(1, settings.limit + 1):
             token, history, *score = following
             if count < settings.limit:
-                following = drawn(model(token[:, None], caches=caches, last=1)[:, -1], history)
+                following = drawn(model(token[:, None], caches=caches, last=1, check=False)[:, -1], history)
             yield _number(token), _number(score[0]) if score else None
 
 
@@ -95,7 +95,7 @@ def together(
         for count in range(1, settings.limit + 1):
             tokens = following
             if count < settings.limit:
-                logits = model(tokens[:, None], caches=caches, last=1)[:, -1]
+                logits = model(tokens[:, None], caches=caches, last=1, check=False)[:, -1]
                 following, history = next_tokens(logits, history, settings.sampler)
                 mx.async_eval(following, history, arrays(caches))
             read = cast("list[int]", tokens.tolist())
@@ -134,7 +134,7 @@ def with_draft(
                 return
             guesses = min(settings.ahead, end - len(known) - 1)
             history = _guessed(draft, draft_caches, known, guesses, settings)
-            logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1)
+            logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1, check=False)
             tokens, scores = _drawn(logits, history, settings)
             guessed = cast("list[int]", history[0, len(known) :].tolist())
             right = next((i for i in range(guesses) if guessed[i] != tokens[i]), guesses)
@@ -179,11 +179,11 @@ def read_prompt(
     size = tokens.shape[1]
     last = (size - 1) // chunk * chunk
     for start in range(0, last, chunk):
-        model(tokens[:, start : start + chunk], caches=caches, last=1)
+        model(tokens[:, start : start + chunk], caches=caches, last=1, check=False)
         mx.eval(arrays(caches))  # and no logits
         if progress is not None:
             progress(start + chunk, size)
-    logits = model(tokens[:, last:], caches=caches, last=1)[:, -1]
+    logits = model(tokens[:, last:], caches=caches, last=1, check=False)[:, -1]
     if progress is not None:
         mx.eval(logits, arrays(caches))
         progress(size, size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .decoding import Progress, Settings, Steps, one_by_one, together, with_draft
 from .samplers import Sampler, greedy
@@ -97,12 +97,15 @@ def batch_generate(
     eos: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     prefill: int = 512,
-    **options: Any,
+    window: int | None = None,
+    keep: int = 0,
+    bits: int | None = None,
+    capacity: int | None = None,
 ) -> list[list[int]]:
     """What follows each of several prompts of any lengths: the tokens that generate yields for it, computed together.
 
     A row that has ended is dropped. A sampler that draws gives a row of a batch other tokens than a prompt alone.
-    options: window, keep, bits and capacity of the caches, see make_caches. Padding takes room as well: every row gets
+    window, keep, bits, capacity: of the caches, see make_caches(). Padding takes room as well: every row gets
     as many tokens as a capacity leaves the longest prompt, a shorter one fewer than generate would give it.
     """
     _check_sizes(max_tokens=max_tokens, prefill=prefill)
@@ -111,7 +114,8 @@ def batch_generate(
     if not prompts:
         return []
     longest = max(map(len, prompts))
-    caches = model.make_caches(padding=[longest - len(prompt) for prompt in prompts], **options)
+    padding = [longest - len(prompt) for prompt in prompts]
+    caches = model.make_caches(window=window, keep=keep, bits=bits, capacity=capacity, padding=padding)
     limit = min(max_tokens, _room(caches, range(longest)))
     readers = [_Reader(prompt, tokenizer, eos, stop, limit) for prompt in prompts]
     out: list[list[int]] = [[] for _ in prompts]

@@ -285,7 +285,11 @@ def test_null_is_not_absent(kind, values, wanted):
             {"num_hidden_layers": 10**12},
             "num_hidden_layers must be a whole number from 1 to 1000, got 1000000",
         ),
-        ("mixtral", {"num_local_experts": 10**12}, "num_experts of the moe must be at most 10000, got 1000000000000"),
+        (
+            "mixtral",
+            {"num_local_experts": 10**12},
+            "num_experts must be a whole number from 1 to 10000, got 1000000000000",
+        ),
         (
             "gemma2",
             {"num_hidden_layers": 10**12},

@@ -200,7 +200,7 @@ def test_calls_that_are_refused(call, reason):
         ({"activation": "relu"}, "activation must be one of silu, gelu_tanh, got 'relu'"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16"),
         ({"attention_bias": ("o",)}, "attention_bias must be names among q, k, v, out"),
-        ({"window": 0}, "window must be a whole number from 1, got 0"),
+        ({"window": 0}, "window must be a whole number from 1 to 100000000, got 0"),
         ({"window": 3, "layer_types": ("local",)}, "layer_types must be local or global for each of 2 layers"),
         ({"layer_types": ("local", "global")}, "local layers need a window, got none"),
     ],
@@ -218,9 +218,9 @@ def test_plain_values_there_and_back(name):
     assert again.quantization.of("lm_head") is None and tuple(again.quantization.of("x")) == (8, 64)
     assert CausalLMConfig.from_dict(json.loads(json.dumps(again.to_dict()))) == again
     assert dataclasses.replace(again, quantization=None) == dataclasses.replace(own, quantization=None)
-    with pytest.raises(ValueError, match="the decoder has no option named colour"):
+    with pytest.raises(ValueError, match="the language model has no option named colour"):
         CausalLMConfig.from_dict(values | {"colour": 1})
-    with pytest.raises(ValueError, match="the decoder must be given vocab_size"):
+    with pytest.raises(ValueError, match="the language model must be given vocab_size"):
         CausalLMConfig.from_dict({k: v for k, v in values.items() if k != "vocab_size"})
 
 
@@ -228,7 +228,7 @@ def test_plain_values_there_and_back(name):
     ("given", "reason"),
     [
         (("ntk", 2.0), "kind must be one of linear, llama3, yarn, got 'ntk'"),
-        (("linear", 0.0), "factor and magnitude must be above 0, got 0"),
+        (("linear", 0.0), "factor must be a number above 0, got 0"),
         (("llama3", 2.0), "llama3 needs a length and 0 < low < high, got None"),
         (("yarn", 2.0, 10, 4.0, 4.0), "yarn needs a length and 0 < low < high"),
     ],

@@ -187,7 +187,7 @@ def test_packed_experts_are_their_dequantised_values(name, bits):
         ({"dense_layers": None}, "dense_layers must be different numbers below num_layers, 2, got None"),
         ({"dense_layers": (True,)}, "dense_layers must be different numbers"),
         ({"dense_layers": (0,), "moe": None}, r"dense_layers must be empty without a moe, got \(0,\)"),
-        ({"embed_dim": 29}, "embed_dim of the moe must be the decoder's, 29, got 23"),
+        ({"embed_dim": 29}, "embed_dim of the moe must be the model's, 29, got 23"),
         ({"moe": {"hidden_dim": 3}}, "moe must be a MoEConfig, got a dict"),
         ({"qk_norm": "each"}, "qk_norm must be true, false or \"whole\", got 'each'"),
         ({"qk_norm": "whole", "norm_plus_one": True}, 'norm_plus_one must be false with qk_norm "whole", got true'),
@@ -201,9 +201,9 @@ def test_configurations_that_are_refused(changes, reason):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("num_experts", 10**5, "num_experts of the moe must be at most 10000, got 100000"),
-        ("hidden_dim", 10**8, "hidden_dim of the moe must be at most 10000000, got 100000000"),
-        ("shared_dim", 10**8, "shared_dim of the moe must be at most 10000000, got 100000000"),
+        ("num_experts", 10**5, "num_experts must be a whole number from 1 to 10000, got 100000"),
+        ("hidden_dim", 10**8, "hidden_dim must be a whole number from 1 to 10000000, got 100000000"),
+        ("shared_dim", 10**8, "shared_dim must be a whole number from 0 to 10000000, got 100000000"),
     ],
 )
 def test_sizes_beyond_any_model(name, value, reason):
@@ -217,7 +217,7 @@ def test_plain_values_of_a_mixture():
     assert CausalLMConfig.from_dict(values) == config("qwen2 moe")
     for change, reason in (
         ({"colour": 1}, "moe has no option named colour"),
-        ({"num_experts": None}, "num_experts must be a whole number, got None"),
+        ({"num_experts": None}, "num_experts must be a whole number from 1 to 10000, got None"),
         ({"num_experts_per_tok": 8}, "num_experts_per_tok must be at most num_experts, 7, got 8"),
     ):
         with pytest.raises(ValueError, match=reason):

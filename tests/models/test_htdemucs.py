@@ -304,7 +304,7 @@ def test_config_refuses_by_name(change, message):
 
 
 def test_config_needs_sources():
-    with pytest.raises(ValueError, match="sources must be given"):
+    with pytest.raises(ValueError, match="HTDemucs must be given sources"):
         HTDemucsConfig.from_dict({"channels": 4})
 
 

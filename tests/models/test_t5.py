@@ -240,8 +240,9 @@ def test_inputs_that_are_refused(call, reason):
         ({"activation": "cosine"}, "activation must be one of gelu, .* got 'cosine'"),
         ({"num_buckets": 5}, "num_buckets must be at least 4, and even if bidirectional, got 5"),
         ({"max_distance": 8}, "max_distance must be above 8, got 8"),
-        ({"dropout": 1.0}, r"dropout must be a number from 0 and below 1, got 1\.0"),
-        ({"norm_eps": None}, "norm_eps must be a number from 0 and below inf, got None"),
+        ({"dropout": 1.0}, r"dropout must be a number from 0 to below 1, got 1\.0"),
+        ({"norm_eps": None}, "norm_eps must be a number above 0, got None"),
+        ({"norm_eps": 0.0}, "norm_eps must be a number above 0, got 0.0"),
         ({"start_token": 31}, "start_token must be from 0 to 30, got 31"),
     ],
 )

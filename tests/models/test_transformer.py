@@ -288,7 +288,7 @@ def test_configuration():
         ({"num_encoder_layers": -1}, "num_encoder_layers must be a whole number from 0 to 1000, got -1"),
         ({"activation": "tanh"}, "activation must be one of gelu, gelu_tanh, relu, silu, got 'tanh'"),
         ({"norm_first": 1}, "norm_first must be true or false, got 1"),
-        ({"norm_eps": 0}, "norm_eps must be a number above 0 and below 1, got 0"),
+        ({"norm_eps": 0}, "norm_eps must be a number above 0, got 0"),
         ({"dropout": 1}, "dropout must be a number from 0 to below 1, got 1"),
         ({"causal": False}, "the transformer has no option named causal"),
     ],

@@ -183,7 +183,7 @@ BUGS = [
         BY_WHISPER,
     ),
     Bug("positions from 0 with a cache", WHISPER, "caches[0].offset if caches else 0", "0", BY_WHISPER),
-    Bug("the last positions from the front", WHISPER, "x[:, x.shape[1] - last :]", "x[:, :last]", BY_WHISPER),
+    Bug("the last positions from the front", "nn.transformer", "x[:, x.shape[1] - last :]", "x[:, :last]", BY_WHISPER),
     Bug(
         "no room for the last position",
         WHISPER,
@@ -194,8 +194,8 @@ BUGS = [
     Bug(
         "caches without an end",
         WHISPER,
-        'options["capacity"] = self.config',
-        'options["slack"] = self.config',
+        "replace(options, capacity=self.config",
+        "replace(options, slack=self.config",
         BY_WHISPER,
     ),
     Bug("the memory projected at every step", WHISPER, "cross_caches=cross_caches)", "cross_caches=None)", BY_WHISPER),

@@ -108,16 +108,16 @@ BUGS = [
     ),
     Bug(
         "the first positions instead of the last",
-        SCRATCH,
-        "x[:, x.shape[1] - last :])",
-        "x[:, :last])",
+        "nn.transformer",
+        "x[:, x.shape[1] - last :]",
+        "x[:, :last]",
         tests("tests/models/guides/test_scratch.py::test_last_positions_alone"),
     ),
     Bug(
         "tokens not looked at",
         SCRATCH,
-        "if caches is None:",
-        "if caches is not None:",
+        "self.config.vocab_size if check else None",
+        "None",
         tests("tests/models/guides/test_scratch.py::test_a_token_beyond_the_vocabulary"),
     ),
     Bug(

@@ -198,7 +198,7 @@ BUGS = [
     Bug(
         "sinks of MLX's function forgotten",
         SCORES,
-        "mask=mask, sinks=self.sinks)",
+        "mask=mask, sinks=sinks)",
         "mask=mask, sinks=None)",
         parity("attention"),
     ),
@@ -244,8 +244,8 @@ BUGS = [
     Bug(
         "ALiBi the wrong way",
         LAYER,
-        "far.append(alibi_by_distance(config.num_heads, L, S))",
-        "far.append(-alibi_by_distance(config.num_heads, L, S))",
+        "far.append(alibi_by_distance(config.num_heads, L, S)",
+        "far.append(-alibi_by_distance(config.num_heads, L, S)",
         parity("Attention"),
     ),
     Bug(

@@ -106,16 +106,20 @@ BUGS = [
         'return FeedForward(self.embed_dim, self.hidden_dim, "relu",',
         parity("Layer"),
     ),
-    Bug(
-        "layers from the last", TRANSFORMER, "enumerate(self.layers):", "enumerate(self.layers[::-1]):", parity("Stack")
-    ),
+    Bug("layers from the last", TRANSFORMER, "enumerate(layers):", "enumerate(layers[::-1]):", parity("Stack")),
     Bug("no norm at the end", TRANSFORMER, 'return self.norm(x) if "norm" in self else x', "return x", parity("Stack")),
-    Bug("one cache for all layers", TRANSFORMER, "else caches[index]", "else caches[0]", parity("Stack.cached")),
+    Bug(
+        "one cache for all layers",
+        TRANSFORMER,
+        "name: of_layers[index]",
+        'name: of_layers[0 if name == "cache" else index]',
+        parity("Stack.cached"),
+    ),
     Bug(
         "one memory for all layers",
         TRANSFORMER,
-        "else cross_caches[index]",
-        "else cross_caches[0]",
+        "name: of_layers[index]",
+        'name: of_layers[0 if name == "cross_cache" else index]',
         parity("Stack.cached"),
     ),
     Bug(

@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support.harness import check_forward, check_gradient, check_module, draw
 
-from mlx_xformer.nn.attention.layer import (
+from mlx_xformer.nn.attention import (
     Attention,
     AttentionConfig,
     CrossAttention,
@@ -161,7 +161,7 @@ def test_arguments_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": (B, H, L)}, r"q must be \(batch, heads, length, dim\) with dim above 0, got shape \(2, 6, 5\)"),
+        ({"q": (B, H, L)}, r"k must be \(batch, length, dim\), as q is, \(2, 6, 5\), got shape \(2, 3, 7, 11\)"),
         ({"q": (B, H, L, 0), "k": (B, G, S, 0)}, r"q must be .* dim above 0, got shape \(2, 6, 5, 0\)"),
         ({"k": (3, G, S, D)}, "k must have the batch size of q, 2, got 3"),
         ({"k": (B, G, S, 12)}, "k must have the head_dim of q, 11, got 12"),
@@ -379,18 +379,25 @@ def test_one_token_takes_the_general_way(groups):
     ("sizes", "options", "message"),
     [
         ((18, 4), {}, "embed_dim must be a multiple of num_heads, 4, got 18"),
-        ((18, 0), {}, "num_heads must be at least 1, got 0"),
+        ((18, 0), {}, "num_heads must be a whole number from 1 to 100000, got 0"),
         ((18, 6), {"num_kv_heads": 4}, "num_kv_heads must divide num_heads, 6, got 4"),
-        ((18, 6), {"num_kv_heads": 0}, "num_kv_heads must divide num_heads, 6, got 0"),
-        ((18, 6), {"value_dim": 0}, "value_dim must be at least 1, got 0"),
+        ((18, 6), {"num_kv_heads": 0}, "num_kv_heads must be a whole number from 1 to 100000, got 0"),
+        ((18, 6), {"value_dim": 0}, "value_dim must be a whole number from 1 to 100000, got 0"),
         ((18, 6), {"bias": ("q", "o")}, "bias must be True, False or names among q, k, v, out, got"),
         ((18, 6), {"qk_norm": "batch"}, "qk_norm must be one of rms, layer, rms_whole, got 'batch'"),
-        ((18, 6), {"window": 0}, "window must be at least 1, got 0"),
+        ((18, 6), {"window": 0}, "window must be a whole number from 1 to 100000000, got 0"),
         ((18, 6), {"bias": None}, "bias must be True, False or names among q, k, v, out, got None"),
-        ((18, 6), {"softcap": -1}, "softcap must be above 0, got -1"),
-        ((18, 6), {"dropout": 2}, "dropout must be at least 0 and below 1, got 2"),
+        ((18, 6), {"softcap": -1}, "softcap must be a number above 0, got -1"),
+        ((18, 6), {"dropout": 2}, "dropout must be a number from 0 to below 1, got 2"),
         ((18, 6), {"relative": (7, 20)}, r"relative must be \(num_buckets, max_distance\), got \(7, 20\): .* even"),
         ((18, 6), {"relative": (8, 2)}, r"relative must be .*, got \(8, 2\): max_distance must be above 2"),
+        (("18", 6), {}, "embed_dim must be a whole number from 1 to 1000000, got '18'"),
+        ((18.0, 6), {}, r"embed_dim must be a whole number from 1 to 1000000, got 18\.0"),
+        ((18, True), {}, "num_heads must be a whole number from 1 to 100000, got True"),
+        ((18, 6), {"head_dim": 3.0}, r"head_dim must be a whole number from 1 to 100000, got 3\.0"),
+        ((18, 6), {"norm_eps": 0.0}, r"norm_eps must be a number above 0, got 0\.0"),
+        ((18, 6), {"norm_eps": -1e-6}, "norm_eps must be a number above 0, got -1e-06"),
+        ((18, 6), {"causal": 1}, "causal must be true or false, got 1"),
         ((18, 6), {"rotary": Rotary(4)}, "rotary dims must be at most head_dim, 3, got 4"),
     ],
 )

@@ -375,3 +375,60 @@ def test_nothing_to_attend_or_to_ask():
     assert attention(q[:0], k[:0], v[:0], causal=True).shape == (0, H, 5, DV)
     assert attention_weights(q, k[:, :, :0], softcap=1.0).shape == (B, H, 5, 0)
     assert attention_weights(q[:, :, :0], k, average=True).shape == (B, 0, 7)
+
+
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=str)
+@pytest.mark.parametrize("case", [(), ("mask",), ("softcap",), ("bias", "causal")], ids="+".join)
+@pytest.mark.parametrize("wide", [mx.float32, mx.bfloat16])
+def test_keys_and_values_beyond_the_range_of_the_queries_dtype(sizes, case, wide):
+    """Keys of 70000 and more are inf in float16: they are computed with as they are; values are clipped at the end."""
+    q, k, v = (mx.array(x.astype(np.float32)) for x in tensors(sizes))
+    q = (q * 1e-4).astype(mx.float16)
+    k = (k * 1e5).astype(wide)
+    assert mx.abs(k).max() > 70000
+    out = ours(options(sizes, *case))(q, k, v.astype(wide))
+    exact = ours(options(sizes, *case))(*(x.astype(mx.float32) for x in (q, k, v.astype(wide))))
+    assert out.dtype == mx.float16 and mx.abs(out.astype(mx.float32) - exact).max() <= 2.0**-9 * mx.abs(exact).max()
+    high = ours(options(sizes, *case))(q, k, mx.full(v.shape, 1e6, wide))
+    assert set(np.array(high.astype(mx.float32)).ravel().tolist()) <= {65504.0, 0.0}
+    weights = ours(options(sizes, *case), attention_weights)(q, k)
+    assert mx.isfinite(weights).all()
+
+
+def test_a_large_bias_and_large_sinks_stay_finite_in_float16():
+    q, k, v = (mx.array(x.astype(np.float32)).astype(mx.float16) for x in tensors(FEW))
+    for given in (
+        {"bias": mx.full((1, 7), 1e6)},
+        {"sinks": mx.full((6,), 1e6)},
+        {"by_distance": mx.full((6, 11), -1e6)},
+    ):
+        assert mx.isfinite(attention(q, k, v, **given)).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids="+".join)
+def test_one_head_without_an_axis_of_heads(case):
+    """(B, L, D) is (B, 1, L, D), with masks over (B, L, S); the twin takes it too."""
+    given = options((5, 7), *case, "scale")
+    for name, last in (("sinks", 1), ("by_distance", 1)):
+        if name in given:
+            given[name] = given[name][:last]
+    for name in ("mask", "bias"):
+        if name in given:
+            full = np.broadcast_to(given[name], (2, 6, 5, 7))
+            given[name] = full[:, 0]
+    q, k, v = (x[:, 0] for x in tensors((5, 7)))
+    check_forward(ours(given), theirs(given), q, k, v)
+    check_gradient(ours(given), theirs(given), q, k, v)
+    found = ours(given)(*(mx.array(x.astype(np.float32)) for x in (q, k, v)))
+    four = {n: x[:, None] if n in ("mask", "bias") else x for n, x in given.items()}
+    same = ours(four)(*(mx.array(x[:, None].astype(np.float32)) for x in (q, k, v)))[:, 0]
+    assert found.shape == (2, 5, v.shape[-1]) and (found == same).all()
+    check_forward(ours(given, attention_weights), theirs(given, twin.attention_weights), q, k)
+
+
+def test_axes_that_differ_are_refused():
+    q, k, v = (mx.array(x.astype(np.float32)) for x in tensors(FEW))
+    with pytest.raises(ValueError, match=r"k must be \(batch, length, dim\), as q is, \(2, 5, .*\), got shape \(2, "):
+        attention(q[:, 0], k, v)
+    with pytest.raises(ValueError, match=r"k must be \(batch, heads, length, dim\) .*, got shape \(2, 7, "):
+        attention(q, k[:, 0], v[:, 0])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.harness import check_forward, draw
 
-from mlx_xformer.nn.attention.layer import Attention, attention, attention_weights
+from mlx_xformer.nn.attention import Attention, attention, attention_weights
 from mlx_xformer.nn.masks import causal_mask
 from mlx_xformer.nn.positions import Rotary, sinusoidal
 

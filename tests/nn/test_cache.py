@@ -10,7 +10,7 @@ from support.harness import draw
 
 from mlx_xformer.nn.attention.core import attention
 from mlx_xformer.nn.attention.layer import Attention
-from mlx_xformer.nn.cache import CrossCache, KVCache, Quantized, RewindError, cache_bytes
+from mlx_xformer.nn.cache import CrossCache, KVCache, Quantized, RewindError, cache_bytes, merge_caches
 from mlx_xformer.nn.positions import Rotary
 
 B, H, G, D, DV = 2, 6, 3, 11, 13
@@ -486,7 +486,7 @@ def test_merged_rows_go_on_as_before(kind):
     alone = [KVCache(**kind) for _ in lengths]
     for x, n, cache in zip(xs, lengths, alone, strict=True):
         made(x[:, :n], cache=cache)
-    batch = KVCache.merge(alone)
+    batch = merge_caches(alone)
     assert batch.padding == (37, 0, 28) and (batch.offset == mx.array(lengths)).all()
 
     def same(rows, i):
@@ -501,7 +501,7 @@ def test_merged_rows_go_on_as_before(kind):
     assert batch.padding == (0, 9) and batch.length == 14
     same([2, 0], 2)
     made(xs[1][:, 42:43], cache=alone[1])
-    batch = KVCache.merge([batch, alone[1]])
+    batch = merge_caches([batch, alone[1]])
     for i in range(3, 6):
         same([2, 0, 1], i)
     rows, wanted = batch.split(), [alone[row] for row in (2, 0, 1)]
@@ -585,16 +585,16 @@ def test_rows_that_are_refused():
     for rows in ([], [2], [-1]):
         with pytest.raises(ValueError, match=r"rows must be at least one of 0 to 1, got \[.*\]"):
             cache.select(rows)
-    with pytest.raises(ValueError, match="merge needs at least one cache"):
-        KVCache.merge([])
+    with pytest.raises(ValueError, match="caches must be at least one to merge, got none"):
+        merge_caches([])
     with pytest.raises(ValueError, match=r"caches must be of one kind, .*'window': None.* got .*'window': 4"):
-        KVCache.merge([cache, KVCache(window=4)])
+        merge_caches([cache, KVCache(window=4)])
     other = KVCache()
     other.append(*pair(5, heads=1))
     with pytest.raises(
         ValueError, match=r"caches must agree in heads, widths and dtype, \(3, 11, 13, .*got \(1, 11, 13"
     ):
-        KVCache.merge([cache, other])
+        merge_caches([cache, other])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mlx_xformer.nn.cache import (
     RewindError,
     cache_bytes,
     load_caches,
+    merge_caches,
     quantized,
     save_caches,
     sizes,
@@ -114,7 +115,7 @@ class Pair:
 
 
 def merged(pairs):
-    return Pair(KVCache.merge([p.cache for p in pairs]), twin.merge([p.expected for p in pairs]), simple=False)
+    return Pair(merge_caches([p.cache for p in pairs]), twin.merge([p.expected for p in pairs]), simple=False)
 
 
 def saved(pairs, folder):

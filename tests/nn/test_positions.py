@@ -121,12 +121,29 @@ def test_segment_mask():
         (lambda: masks.prefix_mask(3, 3, 4), r"lengths must be from 0 to S = 3, got \[4\]"),
         (lambda: masks.segment_mask(mx.zeros((2, 3)), mx.zeros((3, 3))), r"one batch, got \(2, 3\) and \(3, 3\)"),
         (lambda: positions.sinusoidal(3, 0), "dim must be at least 1, got 0"),
-        (lambda: positions.Rotary(5), "dims must be even and at least 2, got 5"),
-        (lambda: positions.Rotary(4, theta=0.0), "theta must be above 0, got 0"),
+        (lambda: positions.Rotary(5), "dims must be a whole number, even and at least 2, got 5"),
+        (lambda: positions.Rotary(4, theta=0.0), "theta must be a number above 0, got 0"),
         (lambda: positions.Rotary(8)(mx.zeros((1, 1, 3, 6))), "dims must be at most head_dim, 6, got 8"),
         (
             lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 6)), positions=mx.arange(4)),
-            r"positions must be \(L,\) or \(B, L\) with L = 3, got \(4,\)",
+            r"positions must be \(L,\) or \(B, L\) = \(1, 3\), got \(4,\)",
+        ),
+        (
+            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 6)), positions=mx.zeros((2, 3))),
+            r"positions must be \(L,\) or \(B, L\) = \(1, 3\), got \(2, 3\)",
+        ),
+        (lambda: positions.Rotary(4.0), r"dims must be a whole number, even and at least 2, got 4\.0"),
+        (lambda: positions.Rotary("4"), "dims must be a whole number, even and at least 2, got '4'"),
+        (lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4), mx.int32)), "x must be a float, got mlx.core.int32"),
+        (lambda: positions.Rotary(4)(mx.zeros((3, 4))), r"x must be \(batch, heads, .*, got shape \(3, 4\)"),
+        (lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=1.5), r"offset must be a whole number, got 1\.5"),
+        (
+            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=mx.array([1, 2])),
+            r"offset must be whole numbers, one or \(1,\), got mlx.core.int32 \(2,\)",
+        ),
+        (
+            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=mx.array(1.5)),
+            r"offset must be whole numbers, one or \(1,\), got mlx.core.float32 \(\)",
         ),
         (lambda: positions.alibi_bias(0, 3, 3), "num_heads must be at least 1, got 0"),
         (lambda: positions.relative_buckets(3, 3, num_buckets=5), "num_buckets must be .* even .*, got 5"),
@@ -216,3 +233,28 @@ def test_relative_buckets(L, S, bidirectional):
         row = found[150]
         assert row[150] == 0 and row[149] == 1 and row[151] == (17 if bidirectional else 0)
         assert row[0] == (15 if bidirectional else 31) and row[299] == (31 if bidirectional else 0)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"offset": 5}, {"offset": mx.array([3, 7])}, {"positions": mx.array([4, 0, 9])}], ids=str
+)
+@pytest.mark.parametrize("rotary", [positions.Rotary(6), positions.Rotary(4, interleaved=True)], ids=str)
+def test_rotary_of_one_head_without_an_axis_of_heads(rotary, given):
+    x = mx.random.normal((2, 3, 6), key=mx.random.key(1))
+    assert (rotary(x, **given) == rotary(x[:, None], **given)[:, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "given"), [(5, {}), (3, {"m": 7}), (3, {"m": 7, "offset": 2}), (1, {"m": 4}), (4, {"offset": 3}), (0, {})]
+)
+def test_create_causal_mask(n, given):
+    made = np.array(masks.create_causal_mask(n, **given))
+    assert made.dtype == bool and (made == twin_masks.create_causal_mask(n, **given)).all()
+    assert made.shape == (n, given.get("m", n + given.get("offset", 0)))
+    if "offset" not in given:
+        assert (made == np.array(masks.causal_mask(n, given.get("m", n)))).all()
+
+
+def test_create_causal_mask_refuses():
+    with pytest.raises(ValueError, match="offset must be at least 0, got -2"):
+        masks.create_causal_mask(5, 3)

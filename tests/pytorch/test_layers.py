@@ -18,7 +18,7 @@ from mlx_xformer.converters.rules import Rule, apply_rules
 from mlx_xformer.models.htdemucs import HTDemucsConfig
 from mlx_xformer.models.htdemucs.transformer import CrossTransformer
 from mlx_xformer.nn import layers, positions, spectral
-from mlx_xformer.nn.attention.layer import Attention, attention
+from mlx_xformer.nn.attention import Attention, attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
 from support.models import options

@@ -189,7 +189,7 @@ I, O = 5, 11
 def sequence_config(attention_type, **options):
     groups = 2 if attention_type == "gqa" else None
     return SequenceConfig(
-        I, O, E, 2, 6, attention_type=attention_type, num_groups=groups, ffn=FFNConfig(E, HIDDEN), **options
+        I, O, E, 2, 6, attention_type=attention_type, num_kv_heads=groups, ffn=FFNConfig(E, HIDDEN), **options
     )
 
 

@@ -11,7 +11,7 @@ from support.harness import data_folder
 from mlx_xformer.backend import activations
 from mlx_xformer.converters.rules import Rule, apply_rules
 from mlx_xformer.nn import layers
-from mlx_xformer.nn.attention.layer import Attention, attention
+from mlx_xformer.nn.attention import Attention, attention
 
 pytestmark = pytest.mark.real
 BOUND = 2e-6

@@ -339,7 +339,7 @@ def write_ctranslate2(
 
 
 I, O, E, HEADS, HIDDEN, V, L, S = 5, 7, 18, 6, 13, 23, 11, 5
-TYPES = {"mha": {}, "gqa": {"num_groups": 2}, "mqa": {}}
+TYPES = {"mha": {}, "gqa": {"num_kv_heads": 2}, "mqa": {}}
 WINDOWS = {"expanding": None, "sliding": 3}
 # How L positions go into caches, at each call
 PROGRAMS = {

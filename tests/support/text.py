@@ -39,7 +39,7 @@ CHAT = (
 class RuleCache:
     """Holds the tokens themselves."""
 
-    def __init__(self, padding=None, capacity=None, window=None, slack=0):
+    def __init__(self, padding=None, capacity=None, window=None, slack=0, keep=0, bits=None):
         self.rows, self.padding = None, padding
         self.capacity, self.window, self.slack, self.arrays = capacity, window, slack, []
 
@@ -76,7 +76,7 @@ class Rule:
     def make_caches(self, **options):
         return [RuleCache(**options)]
 
-    def __call__(self, tokens, *, caches, last):
+    def __call__(self, tokens, *, caches, last, check=True):
         (cache,) = caches
         self.calls.append((*tokens.shape, last))
         cache.rows = cache.rows or [[] for _ in range(tokens.shape[0])]

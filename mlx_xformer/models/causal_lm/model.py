@@ -13,11 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...nn.attention.layer import Attention
-from ...nn.cache import KVCache
+from ...nn.cache import CacheMaker, CacheOptions, KVCache
+from ...nn.checks import check_last, check_tokens
 from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
 from ...nn.linear import Linear
 from ...nn.moe.layer import MoE, Routing
-from ...nn.transformer import auxiliary_loss
+from ...nn.transformer import auxiliary_loss, last_positions, run_layers
 from .config import DTYPES, CausalLMConfig, Quantization
 
 __all__ = ["DTYPES", "CausalLM", "CausalLMConfig", "Quantization", "auxiliary_loss", "quantize"]
@@ -87,12 +88,10 @@ class Layers(nn.Module):
         self, x: mx.array, caches: Sequence[KVCache] | None = None, routings: list[Routing] | None = None
     ) -> mx.array:
         """Embedded tokens (B, L, E) through the blocks, not yet normed."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, None if caches is None else caches[index], routings)
-        return x
+        return run_layers(self.layers, x, caches=caches, routings=routings)
 
 
-class CausalLM(nn.Module):
+class CausalLM(CacheMaker, nn.Module):
     """Tokens to the logits of the tokens after them."""
 
     def __init__(self, config: CausalLMConfig):
@@ -111,20 +110,31 @@ class CausalLM(nn.Module):
         caches: Sequence[KVCache] | None = None,
         last: int | None = None,
         routings: list[Routing] | None = None,
+        check: bool = True,
     ) -> mx.array:
-        """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. `caches`, one a layer, have
-        the tokens before, and get these. `routings` gets the Routing of every mixture, in the order of the layers."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (batch, length), got shape {tokens.shape}")
-        if caches is not None and len(caches) != self.config.num_layers:
-            raise ValueError(f"caches must be one a layer, {self.config.num_layers}, got {len(caches)}")
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, got {last}")
+        """Computes the logits of the token after each.
+
+        Args:
+            tokens: (B, L), from 0 to vocab_size - 1.
+            caches: One for each layer. They hold the tokens before these, and these are appended.
+            last: Of how many of the last positions to compute the logits; by default of all.
+            routings: A list that gets the Routing of every mixture, in the order of the layers.
+            check: Whether to refuse tokens outside the vocabulary, for which the call waits until the tokens are
+                computed. A loop that feeds a model its own tokens, as generate() does, goes without.
+
+        Returns:
+            Logits (B, L, V), or (B, last, V).
+
+        Raises:
+            ValueError: An argument does not fit, or a token is outside the vocabulary.
+        """
+        check_tokens("tokens", tokens, self.config.vocab_size if check else None)
+        check_last(last)
         x = self.model(self.embed(tokens), caches, routings)
-        return self.logits(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+        return self.logits(last_positions(x, last))
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """(B, L) -> (B, L, E)."""
+        """Tokens (B, L), which are not checked -> (B, L, E)."""
         x = self.model.embed_tokens(tokens)
         return x if self.config.embed_scale is None else x * self.config.embed_scale
 
@@ -135,26 +145,10 @@ class CausalLM(nn.Module):
         cap = self.config.logit_softcap
         return y if cap is None else mx.tanh(y / cap) * cap
 
-    def make_caches(
-        self,
-        *,
-        window: int | None = None,
-        keep: int = 0,
-        slack: int = 0,
-        bits: int | None = None,
-        capacity: int | None = None,
-        padding: Sequence[int] | None = None,
-    ) -> list[KVCache]:
-        """A cache for each layer. A layer's own window goes before a larger one, and keeps no first positions."""
-        caches = []
-        for index in range(self.config.num_layers):
-            own, kept = self.config.layer_window(index), keep
-            if own is not None and (window is None or own <= window):
-                kept = 0
-            else:
-                own = window
-            caches.append(KVCache(window=own, keep=kept, slack=slack, bits=bits, capacity=capacity, padding=padding))
-        return caches
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        windows = map(self.config.layer_window, range(self.config.num_layers))
+        return [KVCache.from_options(options.within(window)) for window in windows]
 
 
 def quantize(model: nn.Module, quantization: Quantization) -> None:

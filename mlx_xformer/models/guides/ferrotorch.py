@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from ...nn import config as fields
+import mlx.core as mx
+
 from ...nn.attention.layer import Attention
-
-_LIMITS = dict.fromkeys(("embed_dim", "num_heads", "num_kv_heads"), (1, fields.WIDTH))
+from ...nn.config import Config
 
 
 @dataclass(frozen=True)
-class AttentionLayerConfig:
+class AttentionLayerConfig(Config):
     """Sizes of the layer. num_kv_heads is num_heads unless given; bias: of all projections, or of none. ValueError
     names the field that is unknown, of the wrong type or out of range."""
+
+    _what: ClassVar[str] = "the attention layer"
 
     embed_dim: int
     num_heads: int
@@ -27,22 +27,39 @@ class AttentionLayerConfig:
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        fields.check_whole(self, _LIMITS)
-        fields.check_flags(self, "bias", "causal")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AttentionLayerConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "the attention layer", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
+        self._check_whole("embed_dim", "num_heads", "num_kv_heads")
+        self._check_flags("bias", "causal")
 
 
 class AttentionLayer(Attention):
     """Attention by a configuration that JSON can hold."""
 
     def __init__(self, config: AttentionLayerConfig):
-        options = {"num_kv_heads": config.num_kv_heads, "bias": config.bias, "causal": config.causal}
-        super().__init__(config.embed_dim, config.num_heads, **options)
+        sizes = config.embed_dim, config.num_heads
+        super().__init__(*sizes, num_kv_heads=config.num_kv_heads, bias=config.bias, causal=config.causal)
+
+    @property
+    def is_gqa(self) -> bool:
+        """Whether query heads share key/value heads."""
+        return self.config.is_gqa
+
+    def forward_2d(self, x: mx.array) -> mx.array:
+        """Multi-head self-attention of one sequence without a batch axis.
+
+        Args:
+            x: (L, E).
+
+        Returns:
+            (L, E).
+
+        Raises:
+            ValueError: x has other axes or channels, or the layer has grouped key/value heads.
+        """
+        if self.is_gqa:
+            raise ValueError(
+                f"forward_2d needs a key/value head for every query head, {self.config.num_heads}, "
+                f"got {self.config.kv_heads}"
+            )
+        if x.ndim != 2:
+            raise ValueError(f"x must be (length, channels), got shape {x.shape}")
+        return self(x)

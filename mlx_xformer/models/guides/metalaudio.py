@@ -7,36 +7,28 @@ Axes: B batch, L tokens of a branch, E embed_dim.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...backend.activations import ACTIVATIONS
-from ...nn import config as fields
 from ...nn.attention.layer import Attention
+from ...nn.config import Config
 from ...nn.layers import FeedForward, LayerNorm
-
-# Far beyond any model, and below what would keep a reader of a hostile file busy.
-_LIMITS = {
-    "embed_dim": (1, 10**6),
-    "num_heads": (1, 10**6),
-    "num_layers": (1, 1000),
-    "hidden_dim": (1, 10**7),
-}
 
 
 @dataclass(frozen=True)
-class CrossTransformerConfig:
+class CrossTransformerConfig(Config):
     """Sizes of the encoder. hidden_dim, the width inside the feed-forward networks, is 4 * embed_dim unless given.
 
     The biases of all attentions, and those of all feed-forward networks, are there or are not. ValueError names the
     field that is unknown, of the wrong type or out of range.
     """
+
+    _what: ClassVar[str] = "the cross-transformer"
 
     embed_dim: int
     num_heads: int
@@ -49,20 +41,10 @@ class CrossTransformerConfig:
     def __post_init__(self) -> None:
         if self.hidden_dim is None and type(self.embed_dim) is int:
             object.__setattr__(self, "hidden_dim", 4 * self.embed_dim)
-        fields.check_whole(self, _LIMITS)
-        fields.check_flags(self, "attention_bias", "ffn_bias")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
-        fields.check_one_of(self, "activation", ACTIVATIONS)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CrossTransformerConfig:
-        """The configuration from plain values."""
-        return fields.read(cls, "the cross-transformer", values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
+        self._check_whole("embed_dim", "num_heads", "num_layers", "hidden_dim")
+        self._check_flags("attention_bias", "ffn_bias")
+        self._check_multiple("embed_dim", "num_heads")
+        self._check_one_of("activation", ACTIVATIONS)
 
 
 class TransformerLayer(nn.Module):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
+
+from ...nn.config import Config
 
 Segment = int | float | Fraction
 
@@ -56,13 +59,15 @@ _LARGEST = {
 
 
 @dataclass(frozen=True)
-class HTDemucsConfig:
+class HTDemucsConfig(Config):
     """Every keyword of demucs.htdemucs.HTDemucs; see that class for their meaning. `segment` is in seconds.
 
     ValueError names the field that is unknown, out of range or not implemented. Options that only matter in
     training (dropout, initialisation, learning rates, masks of sparse attention) are kept, so that a checkpoint
     goes back to PyTorch as it came.
     """
+
+    _what: ClassVar[str] = "HTDemucs"
 
     sources: tuple[str, ...]
     audio_channels: int = 2
@@ -222,20 +227,14 @@ class HTDemucsConfig:
         return self.bottom_channels or self.bottleneck_channels
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> HTDemucsConfig:
-        """The configuration from plain values: lists become tuples, "39/5" a Fraction."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"HTDemucs has no option named {', '.join(unknown)}")
-        if "sources" not in values:
-            raise ValueError("sources must be given")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    def from_dict(cls, values: Mapping[str, Any]) -> HTDemucsConfig:
+        """The configuration from plain values, as in Config; a segment such as "39/5" becomes a Fraction."""
+        plain = dict(values)
         if isinstance(plain.get("segment"), str):
             if not re.fullmatch(r"[0-9]{1,9}/0*[1-9][0-9]{0,8}|[0-9]{1,9}", plain["segment"]):
                 raise ValueError(f"segment must be a number of seconds, got {values['segment']!r:.80}")
             plain["segment"] = Fraction(plain["segment"])
-        return cls(**plain)
+        return super().from_dict(plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` takes them back."""

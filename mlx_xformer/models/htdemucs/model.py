@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
-from typing import Any, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...backend import dispatch, norms
+from ...nn.config import Config
 from ...nn.linear import Linear
 from ...nn.spectral import istft, reflect_pad, stft
 from .config import HTDemucsConfig, Segment, levels
@@ -186,9 +187,11 @@ def _standardized(x: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.arra
 
 
 @dataclass(frozen=True)
-class BagConfig:
+class BagConfig(Config):
     """Several HTDemucs over the same sources. `weights[m][s]` weighs source s of member m (all 1 without);
     `segment`, in seconds, shortens the members' own."""
+
+    _what: ClassVar[str] = "a bag"
 
     members: tuple[HTDemucsConfig, ...]
     weights: tuple[tuple[float, ...], ...] | None = None
@@ -229,16 +232,15 @@ class BagConfig:
         return self.members[0].audio_channels
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BagConfig:
-        """The configuration from plain values, as `to_dict` makes them."""
-        unknown = sorted(set(values) - {"members", "weights", "segment"})
-        if unknown:
-            raise ValueError(f"a bag has no option named {', '.join(unknown)}")
-        members = tuple(HTDemucsConfig.from_dict(member) for member in values.get("members", ()))
-        weights, segment = values.get("weights"), values.get("segment")
-        if weights is not None:
-            weights = tuple(tuple(float(w) for w in row) for row in weights)
-        return cls(members, weights, Fraction(segment) if isinstance(segment, str) else segment)
+    def from_dict(cls, values: Mapping[str, Any]) -> BagConfig:
+        """The configuration from plain values, as in Config; a segment such as "39/5" becomes a Fraction."""
+        plain = dict(values)
+        plain["members"] = tuple(HTDemucsConfig.from_dict(member) for member in values.get("members", ()))
+        if plain.get("weights") is not None:
+            plain["weights"] = tuple(tuple(float(weight) for weight in row) for row in plain["weights"])
+        if isinstance(plain.get("segment"), str):
+            plain["segment"] = Fraction(plain["segment"])
+        return super().from_dict(plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

@@ -2,15 +2,17 @@
 
 from .config import AttentionConfig
 from .core import attention, attention_weights
-from .layer import (
-    Attention,
+from .heads import repeat_kv, reshape_to_heads, transpose_heads_to_2d
+from .kinds import (
     CrossAttention,
     GroupedQueryAttention,
     MultiHeadAttention,
     MultiQueryAttention,
     attention_score_bytes,
     get_attention,
+    initialize,
 )
+from .layer import Attention
 
 __all__ = [
     "Attention",
@@ -23,4 +25,8 @@ __all__ = [
     "attention_score_bytes",
     "attention_weights",
     "get_attention",
+    "initialize",
+    "repeat_kv",
+    "reshape_to_heads",
+    "transpose_heads_to_2d",
 ]

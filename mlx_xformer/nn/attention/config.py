@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from ..config import Config
 from ..positions import Rotary, buckets_by_distance
 
 PROJECTIONS, NORMS = ("q", "k", "v", "out"), ("rms", "layer", "rms_whole")
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Config):
     """What an Attention is. ValueError names a field that does not fit.
 
     num_kv_heads: num_heads is multi-head, 1 multi-query, anything between grouped-query attention. head_dim and
@@ -19,6 +21,9 @@ class AttentionConfig:
     head's queries and keys, or "rms_whole", of all heads' at once. relative: T5's (num_buckets, max_distance). sinks: a
     learned score per head. dropout: of weights. causal, window, softcap, scale: see attention().
     """
+
+    _what: ClassVar[str] = "the attention"
+    _parts: ClassVar = {"rotary": Rotary}
 
     embed_dim: int
     num_heads: int
@@ -43,10 +48,10 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, got {self.num_heads}")
-        if self.head_dim is None and self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, {self.num_heads}, got {self.embed_dim}")
+        self._check_whole("embed_dim", "num_heads", "num_kv_heads", "head_dim", "value_dim")
+        self._check_whole("kv_dim", "v_dim", "out_dim", "window")
+        if self.head_dim is None:
+            self._check_multiple("embed_dim", "num_heads")
         for name, value in (
             ("num_kv_heads", self.num_heads),
             ("head_dim", self.embed_dim // self.num_heads),
@@ -57,10 +62,7 @@ class AttentionConfig:
                 set_(name, value)
         set_("value_dim", self.head_dim if self.value_dim is None else self.value_dim)
         set_("v_dim", self.kv_dim if self.v_dim is None else self.v_dim)
-        for name in ("embed_dim", "head_dim", "value_dim", "kv_dim", "v_dim", "out_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+        if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, {self.num_heads}, got {self.num_kv_heads}")
         if not isinstance(self.bias, (bool, tuple, list)):
             raise ValueError(f"bias must be True, False or names among {', '.join(PROJECTIONS)}, got {self.bias!r}")
@@ -68,14 +70,10 @@ class AttentionConfig:
         if not set(biases) <= set(PROJECTIONS):
             raise ValueError(f"bias must be True, False or names among {', '.join(PROJECTIONS)}, got {self.bias}")
         set_("bias", biases)
-        if self.qk_norm is not None and self.qk_norm not in NORMS:
-            raise ValueError(f"qk_norm must be one of {', '.join(NORMS)}, got {self.qk_norm!r}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be above 0, got {self.softcap}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        self._check_one_of("qk_norm", NORMS)
+        self._check_above_0("softcap", "norm_eps")
+        self._check_flags("alibi", "causal", "sinks")
+        self._check_rates("dropout")
         if self.relative is not None:
             try:
                 buckets, distance = self.relative
@@ -91,6 +89,11 @@ class AttentionConfig:
     def kv_heads(self) -> int:
         """num_kv_heads, resolved."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def is_gqa(self) -> bool:
+        """Whether query heads share key/value heads: grouped-query attention, of which multi-query is the extreme."""
+        return self.kv_heads < self.num_heads
 
     @property
     def widths(self) -> tuple[int, int]:

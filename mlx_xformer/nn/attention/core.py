@@ -5,7 +5,7 @@ Axes: B batch, H query heads, G key/value heads, L queries, S keys, D head_dim, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,61 +13,24 @@ import mlx.core as mx
 
 from ...backend import dispatch, fused
 from ..cache import KeysOrValues, Quantized
-from .scores import Hidden, Softmax, check, filled, make_softmax, part_of
+from .plans import BLOCK_SCORES, plan
+from .scores import (
+    Hidden,
+    Softmax,
+    bias_in,
+    check,
+    check_one_head,
+    filled,
+    make_softmax,
+    narrowed,
+    of_one_head,
+    part_of,
+)
 
-_SCORES = 2**20  # scores that a block of rows holds at once
-_SMALL = 2**16  # scores up to which nothing is gained by blocks
-_ROWS = 64  # queries of a block, at least
-# Head widths that Metal's fused kernels take, for more than 8 queries and for up to 8 (MLX 0.32.4: 192 and 256 have a
-# kernel for many queries too, which its heuristics do not choose).
-_FUSED, _FUSED_FEW = (64, 72, 80, 96, 128), (64, 96, 128, 192, 256)
 _BLOCK = 2**17  # scores of a head's block of queries on a CPU
 _FEW = 8  # queries up to which quantized keys and values are not made floats, head by head
 _HALF = (mx.float16, mx.bfloat16)
 _FEW_ROWS = 16  # and on a CPU those of all heads that share them
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How attention is computed: in blocks of `rows` queries; each by MLX's own function (with heads padded to `width`
-    if not None, on Metal) or, `explicit`, by products and a softmax of ours."""
-
-    rows: int
-    explicit: bool
-    width: int | None = None
-
-
-def plan(
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    value_dim: int,
-    *,
-    vectorizes: bool,
-    gpu: bool,
-    causal: bool = False,
-    window: int | None = None,
-    explicit: bool = False,
-) -> Plan:
-    """The plan for shapes q (B, H, L, D) and k (B, G, S, D). vectorizes: our softmax outdoes MLX's (Linux's CPU);
-    explicit: MLX has no function for what is asked."""
-    B, H, L, D = q
-    S = k[2]
-    explicit = explicit or (vectorizes and B * H * L * S > _SMALL)
-    rows = L
-    if explicit:
-        rows = max(16, _SCORES // max(1, B * H * S))
-    if window is not None and 2 * window < S:
-        rows = max(_ROWS, window // 8) if not gpu else max(256, window // 4)
-    elif causal and not gpu and L > 2 * _ROWS:
-        rows = min(rows, max(_ROWS, L // 16))
-    width = None
-    if gpu and not explicit and L > 1:
-        sizes = _FUSED if L > 8 else _FUSED_FEW
-        if value_dim != D or D not in sizes:
-            wide = max(D, value_dim)
-            # Padded heads cost their width, unfused scores L x S: worth it for long sequences.
-            width = next((size for size in sizes if size >= wide), None) if L * S >= 2**20 else None
-    return Plan(min(rows, L), explicit, width)
 
 
 def attention(
@@ -86,20 +49,43 @@ def attention(
     dropout: float = 0.0,
     key: mx.array | None = None,
 ) -> mx.array:
-    """softmax(softcap(q k^T * scale) + bias) v over the keys that mask, causal and window allow.
+    """Scaled dot-product attention: softmax(softcap(q k^T * scale) + bias) v over the keys that may be attended to.
 
-    q (B, H, L, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, L, Dv); G divides H, and query head h reads key/value
-    head h // (H // G). `mask` is boolean, True = attend, and `bias` is an additive float; both broadcast to
-    (B, H, L, S). The queries are the last L of the S positions: `causal` hides the keys after a query's own, `window`
-    those `window` or more away to either side, and `by_distance` (H, S + L - 1) is a finite bias by how far a key is
-    ahead of the query, from -(S - 1) to L - 1: ALiBi and T5's, in little memory. `sinks` (H,) are the scores of a key
-    per head that has no value. `softcap` c bounds scores to c tanh(score / c). `dropout` is the probability that a
-    weight is dropped, by the random `key`. A row that may attend nothing gives 0, with gradient 0. `scale` defaults to
-    1 / sqrt(D). Softmax and sums are in float32. Causal and
-    banded attention skip what is hidden: with a window, time and memory are linear in L. Keys and values may both be
-    Quantized, without dropout; no more than one head of them is ever held as floats.
-    On a GPU, NaN in a hidden key shows where there is a bias.
+    A query that may attend to no key gives 0, with gradient 0. Softmax and sums are in float32. The queries are the
+    last L of the S positions. Causal attention and attention with a window skip what is hidden: with a window, time
+    and memory are linear in L.
+
+    Args:
+        q: Queries, floats (B, H, L, D), or (B, L, D) of one head; then k and v have three axes too.
+        k: Keys (B, G, S, D), where G divides H: query head h reads key/value head h // (H // G). Keys and values may
+            both be Quantized, without dropout; no more than one head of them is ever held as floats.
+        v: Values (B, G, S, Dv).
+        scale: What the scores are multiplied with; by default 1 / sqrt(D).
+        mask: Boolean, True = attend, broadcast to (B, H, L, S), or to (B, L, S) of one head.
+        bias: Floats that are added to the scores, broadcast likewise, in the dtype of q: where that is float16, what
+            is below its range is -inf and hides a key. On a GPU, a NaN in a hidden key shows where there is a bias.
+        by_distance: Finite floats (H, S + L - 1) that are added by how far a key is ahead of the query, from -(S - 1)
+            to L - 1: ALiBi and T5's relative positions, in little memory.
+        causal: Hides the keys after a query's own position.
+        window: Hides the keys `window` or more positions away, to either side.
+        sinks: (H,), for each head the score of a key that has no value.
+        softcap: c bounds the scores to c tanh(score / c).
+        dropout: The probability that a weight is dropped.
+        key: The random key of the dropout.
+
+    Returns:
+        (B, H, L, Dv), or (B, L, Dv) of one head, in the dtype of q. It is computed in a dtype that holds every number
+        of q, k and v; a float16 result is clipped to the finite numbers.
+
+    Raises:
+        ValueError: The arguments do not fit together; the message names one of them.
     """
+    if q.ndim == 3:
+        check_one_head(q, k, v)
+        options: dict[str, Any] = {"scale": scale, "mask": of_one_head(mask), "bias": of_one_head(bias)}
+        options |= {"by_distance": by_distance, "causal": causal, "window": window, "sinks": sinks}
+        options |= {"softcap": softcap, "dropout": dropout, "key": key}
+        return attention(q[:, None], k[:, None], v[:, None], **options)[:, 0]  # type: ignore[index]
     check(q, k, v, mask, bias, by_distance, causal, window)
     softmax = make_softmax(q, scale, sinks, softcap, dropout, key)
     if isinstance(k, Quantized) or isinstance(v, Quantized):
@@ -110,14 +96,14 @@ def attention(
     L, S, gpu = q.shape[2], k.shape[2], not dispatch.on_cpu()
     if not S or not q.size:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
-    bias = bias if bias is None else bias.astype(q.dtype)
-    if not gpu and q.dtype in _HALF:  # which a CPU multiplies in scalar loops, and rounds every score to
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "key": key}
-        options |= {"mask": mask, "bias": bias, "by_distance": by_distance, "sinks": sinks}
-        options |= {"causal": causal, "window": window}
-        return attention(*(x.astype(mx.float32) for x in (q, k, v)), **options).astype(q.dtype)
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
-    by_distance = by_distance if by_distance is None else by_distance.astype(q.dtype)
+    bias = None if bias is None else bias_in(bias, q.dtype)
+    dtype = _compute_dtype(q, k, v)
+    if dtype != q.dtype:
+        options = {"scale": scale, "softcap": softcap, "dropout": dropout, "key": key, "causal": causal}
+        options |= {"mask": mask, "bias": bias, "by_distance": by_distance, "sinks": sinks, "window": window}
+        return narrowed(attention(*(x.astype(dtype) for x in (q, k, v)), **options), q.dtype)
+    k, v = k.astype(dtype), v.astype(dtype)
+    by_distance = None if by_distance is None else narrowed(by_distance, dtype)
     if L == 1:  # the last position
         causal, window = False, None if window is not None and window >= S else window
     hidden = Hidden(L, S, mask, bias, causal, window, by_distance)
@@ -156,14 +142,21 @@ def attention(
     )
 
 
+def _compute_dtype(q: mx.array, k: mx.array, v: mx.array) -> mx.Dtype:
+    """The dtype that holds every number of q, k and v. A CPU multiplies half precisions in scalar loops and rounds
+    every score to them: float32 there."""
+    dtype = q.dtype if k.dtype == v.dtype == q.dtype else mx.result_type(q, k, v)
+    return mx.float32 if dtype in _HALF and dispatch.on_cpu() else dtype
+
+
 def _quantized(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: Hidden) -> mx.array:
     """Attention to quantized keys and values: of few queries by quantized products, of many head by head of them."""
     (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
     group, gpu = H // max(G, 1), not dispatch.on_cpu()
     if not S or not q.size:
         return mx.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
-    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= _SCORES:
-        hidden = replace(hidden, bias=hidden.bias if hidden.bias is None else hidden.bias.astype(q.dtype))
+    if L <= _FEW if gpu else group * L <= _FEW_ROWS and B * H * L * S <= BLOCK_SCORES:
+        hidden = replace(hidden, bias=hidden.bias if hidden.bias is None else bias_in(hidden.bias, q.dtype))
         return softmax.explicit((q, k, v), hidden.block(range(L), range(S)), None)
     heads: list[mx.array] = []
     for row in range(B):
@@ -184,7 +177,7 @@ def _of_head(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: 
     after the other, so that few scores are held at once."""
     (_, group, L, _), S, causal = q.shape, k.shape[2], hidden.causal
     gpu = not dispatch.on_cpu()
-    dtype = q.dtype if gpu else mx.float32  # a CPU's half-precision products are slow
+    dtype = mx.result_type(q.dtype, k.dtype) if gpu else mx.float32  # a CPU's half-precision products are slow
     keys, values = k.dequantized(dtype), v.dequantized(dtype)
     placed = hidden.window is not None or hidden.by_distance is not None  # where a query is counts, causal or not
     rows = L if gpu or (placed and not causal) else max(16, _BLOCK // (group * S))
@@ -202,7 +195,7 @@ def _of_head(q: mx.array, k: Quantized, v: Quantized, softmax: Softmax, hidden: 
             options["by_distance"] = hidden.by_distance[:, S - stop : S + last - first - 1]
         some = keys[:, :, :stop], values[:, :, :stop]
         out.append(attention(asked, *some, causal=causal, window=hidden.window, **options))
-    return mx.concatenate(out, axis=2).astype(q.dtype)
+    return narrowed(mx.concatenate(out, axis=2), q.dtype)
 
 
 def _of(x: mx.array | None, row: slice, heads: slice) -> mx.array | None:
@@ -227,14 +220,39 @@ def attention_weights(
     softcap: float | None = None,
     average: bool = False,
 ) -> mx.array:
-    """The weights that attention() gives to the values, (B, H, L, S), or (B, L, S) averaged over the heads. Rows sum
-    to 1 (to less with `sinks`), or to 0 where nothing may be attended. Arguments as in attention()."""
+    """The weights that attention() gives to the values.
+
+    Args:
+        q: Queries, floats (B, H, L, D), or (B, L, D) of one head; then k has three axes too.
+        k: Keys (B, G, S, D), where G divides H.
+        scale: What the scores are multiplied with; by default 1 / sqrt(D).
+        mask: Boolean, True = attend; see attention() for this and what follows.
+        bias: Floats that are added to the scores.
+        by_distance: Floats that are added by how far a key is ahead of the query.
+        causal: Hides the keys after a query's own position.
+        window: Hides the keys `window` or more positions away, to either side.
+        sinks: For each head the score of a key that has no value.
+        softcap: The bound of the scores.
+        average: Whether to return the mean over the heads.
+
+    Returns:
+        (B, H, L, S), or (B, L, S) averaged or of one head. Rows sum to 1 (to less with `sinks`), or to 0 where a query
+        may attend to no key.
+
+    Raises:
+        ValueError: The arguments do not fit together; the message names one of them.
+    """
+    if q.ndim == 3:
+        check_one_head(q, k, k)
+        options: dict[str, Any] = {"scale": scale, "mask": of_one_head(mask), "bias": of_one_head(bias)}
+        options |= {"by_distance": by_distance, "causal": causal, "window": window}
+        return attention_weights(q[:, None], k[:, None], **options, sinks=sinks, softcap=softcap)[:, 0]
     check(q, k, k, mask, bias, by_distance, causal, window)
     softmax = make_softmax(q, scale, sinks, softcap, 0.0, None)
     L, S = q.shape[2], k.shape[2]
     if not S or not q.size:
         return mx.zeros((q.shape[0], L, S) if average else (*q.shape[:3], S), q.dtype)
-    bias = bias if bias is None else bias.astype(q.dtype)
+    bias = None if bias is None else bias_in(bias, q.dtype)
     block = Hidden(L, S, mask, bias, causal, window, by_distance).block(range(L), range(S))
     weights, rest = softmax.weights(q, k, block)
     total = weights @ mx.ones((S, 1)) + rest

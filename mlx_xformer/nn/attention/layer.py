@@ -5,7 +5,6 @@ Axes: B batch, H query heads, G key/value heads, L queries, S keys, E embed_dim,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,36 +14,91 @@ import mlx.nn as nn
 from ..cache import CrossCache, KVCache, View
 from ..layers import LayerNorm, RMSNorm, WholeRMSNorm
 from ..linear import Linear
-from ..positions import alibi_by_distance, buckets_by_distance
-from .config import PROJECTIONS, AttentionConfig
+from ..positions import Rotary, alibi_by_distance, buckets_by_distance
+from .config import AttentionConfig
 from .core import attention, attention_weights
 
-__all__ = [
-    "Attention",
-    "AttentionConfig",
-    "CrossAttention",
-    "GroupedQueryAttention",
-    "MultiHeadAttention",
-    "MultiQueryAttention",
-    "attention",
-    "attention_score_bytes",
-    "attention_weights",
-    "get_attention",
-    "initialize",
-]
 _NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm, "rms_whole": WholeRMSNorm}
 
 
 class Attention(nn.Module):
-    """q_proj, k_proj, v_proj, attention(), out_proj: self-attention of x (B, L, E), or cross-attention from x to a
-    source (B, S, kv_dim), values from another (B, S, v_dim) if given -> (B, L, out_dim). Without a batch axis in all of
-    them, the result has none either. The options are those of AttentionConfig."""
+    """Self-attention or cross-attention with its projections: q_proj, k_proj, v_proj, attention(), out_proj."""
 
-    def __init__(self, embed_dim: int, num_heads: int, **options: Any):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        kv_dim: int | None = None,
+        v_dim: int | None = None,
+        out_dim: int | None = None,
+        bias: bool | tuple[str, ...] = True,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
+        rotary: Rotary | None = None,
+        alibi: bool = False,
+        relative: tuple[int, int] | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        sinks: bool = False,
+        softcap: float | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ):
+        """Makes the layer of an AttentionConfig with these fields.
+
+        Args:
+            embed_dim: Channels of x.
+            num_heads: Query heads.
+            num_kv_heads: Key/value heads: num_heads, the default, is multi-head attention, 1 multi-query attention, and
+                anything between that divides num_heads grouped-query attention.
+            head_dim: Channels of a head's queries and keys; by default embed_dim / num_heads.
+            value_dim: Channels of a head's values; by default head_dim.
+            kv_dim: Channels of the source of keys and values; by default embed_dim.
+            v_dim: Channels of the source of values; by default kv_dim.
+            out_dim: Channels of the result; by default embed_dim.
+            bias: Whether the projections have biases, or the names among q, k, v, out of those that have one.
+            qk_norm: "rms" or "layer", a norm of each head's queries and keys, or "rms_whole", of all heads' at once.
+            norm_eps: The eps of these norms.
+            rotary: Rotary positions of queries and keys, for self-attention.
+            alibi: Whether ALiBi's bias is added to the scores.
+            relative: (num_buckets, max_distance) of T5's relative positions.
+            causal: Whether a query attends to no key after its own position.
+            window: Hides the keys so many or more positions away, to either side.
+            sinks: Whether each head has the learned score of a key without a value.
+            softcap: The bound of the scores.
+            scale: What the scores are multiplied with; by default 1 / sqrt(head_dim).
+            dropout: The probability, in training, that a weight is dropped.
+
+        Raises:
+            ValueError: An argument is of the wrong type or out of range; the message names it.
+        """
         super().__init__()
-        config: Any = AttentionConfig(
-            embed_dim, num_heads, **options
-        )  # Any: its fields are set, though declared optional
+        config: Any = AttentionConfig(  # Any: its fields are set, though declared optional
+            embed_dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            kv_dim=kv_dim,
+            v_dim=v_dim,
+            out_dim=out_dim,
+            bias=bias,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            rotary=rotary,
+            alibi=alibi,
+            relative=relative,
+            causal=causal,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+            scale=scale,
+            dropout=dropout,
+        )
         self.config: AttentionConfig = config
         head_dim, value_dim = config.widths
         sizes = {
@@ -83,12 +137,29 @@ class Attention(nn.Module):
         key: mx.array | None = None,
         cache: KVCache | CrossCache | None = None,
     ) -> mx.array:
-        """mask, bias: see attention(). causal: instead of the configuration's. offset, positions: where x is, for
-        rotary positions (see Rotary). key: random, for the dropout of a module in training.
+        """Attends from x to itself, or to a source.
 
-        cache: a KVCache has the positions before x, which follow it and attend to them and causally to one another,
-        and then has x too; a CrossCache holds the source, which is projected when it is a new array. With a KVCache
-        mask and bias are of the S positions that it shows, or of all so far."""
+        Args:
+            x: (B, L, E), or (L, E) without a batch axis; then no other array has one.
+            source: What keys are projected from, (B, S, kv_dim), and values too unless they have a source of their own.
+                By default x.
+            value_source: What values are projected from, (B, S, v_dim).
+            mask: Boolean, True = attend, broadcast to (B, H, L, S). With a KVCache, over the S positions that it shows,
+                or over all so far; likewise the bias.
+            bias: Floats that are added to the scores, broadcast likewise.
+            causal: Instead of the configuration's.
+            offset: The position of the first of x, for rotary positions.
+            positions: Instead, the position of each, (L,) or (B, L).
+            key: The random key of the dropout in training.
+            cache: A KVCache has the positions before x, which follows them and attends to them and causally to itself,
+                and then has x too. A CrossCache holds what is projected of the source, anew when it is another array.
+
+        Returns:
+            (B, L, out_dim), or (L, out_dim).
+
+        Raises:
+            ValueError: The arguments do not fit together or do not fit the configuration.
+        """
         if x.ndim == 2 and not isinstance(cache, CrossCache):
             for name, y in (("source", source), ("value_source", value_source)):
                 if y is not None and y.ndim != 2:
@@ -203,7 +274,7 @@ class Attention(nn.Module):
         causal = config.causal if causal is None else causal
         far = []
         if config.alibi:
-            far.append(alibi_by_distance(config.num_heads, L, S))
+            far.append(alibi_by_distance(config.num_heads, L, S).astype(q.dtype))
         if config.relative is not None:
             count, distance = config.relative
             buckets = buckets_by_distance(L, S, num_buckets=count, max_distance=distance, bidirectional=not causal)
@@ -225,25 +296,6 @@ class Attention(nn.Module):
         return {**options, "mask": mask if seen is None else seen if mask is None else mask & seen}
 
 
-def initialize(layer: Attention, scheme: str, *, key: mx.array) -> None:
-    """Draws new weights from `key`, and sets the biases of projections to 0. "xavier": each projection uniform within
-    sqrt(6 / (in + out)). "torch": as torch.nn.MultiheadAttention, whose packed q, k and v are one matrix with three
-    times the outputs, and whose output is uniform within 1 / sqrt(in)."""
-    if scheme not in ("torch", "xavier"):
-        raise ValueError(f'scheme must be "torch" or "xavier", got {scheme!r}')
-    projections = {name: getattr(layer, f"{name}_proj") for name in PROJECTIONS}
-    rows = sum(projections[name].weight.shape[0] for name in "qkv")
-    packed = len({projections[name].weight.shape[1] for name in "qkv"}) == 1
-    for (name, projection), seed in zip(projections.items(), mx.random.split(key, 4), strict=True):
-        made, given = projection.weight.shape
-        bound = math.sqrt(6 / (given + made))
-        if scheme == "torch":
-            bound = given**-0.5 if name == "out" else math.sqrt(6 / (given + rows)) if packed else bound
-        projection.weight = mx.random.uniform(-bound, bound, projection.weight.shape, key=seed)
-        if "bias" in projection:
-            projection.bias = mx.zeros_like(projection.bias)
-
-
 def _check(name: str, x: mx.array, width: int | None, query: mx.array) -> None:
     if x.ndim != 3:
         raise ValueError(f"{name} must be (batch, length, channels), got shape {x.shape}")
@@ -263,58 +315,3 @@ def _heads(x: mx.array, heads: int) -> mx.array:
     if x.shape[1] == 1:
         return x.reshape(x.shape[0], heads, 1, x.shape[-1] // heads)
     return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)
-
-
-def MultiHeadAttention(embed_dim: int, num_heads: int, **options: Any) -> Attention:
-    """Attention with a key/value head for every query head."""
-    return Attention(embed_dim, num_heads, num_kv_heads=num_heads, **options)
-
-
-def MultiQueryAttention(embed_dim: int, num_heads: int, **options: Any) -> Attention:
-    """Attention with one key/value head (Shazeer 2019, arXiv 1911.02150)."""
-    return Attention(embed_dim, num_heads, num_kv_heads=1, **options)
-
-
-def GroupedQueryAttention(embed_dim: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> Attention:
-    """Attention whose key/value heads, by default half as many, serve equal groups of query heads (Ainslie et al. 2023,
-    arXiv 2305.13245)."""
-    num_kv_heads = max(1, num_heads // 2) if num_kv_heads is None else num_kv_heads
-    return Attention(embed_dim, num_heads, num_kv_heads=num_kv_heads, **options)
-
-
-def CrossAttention(embed_dim: int, num_heads: int, kv_dim: int | None = None, **options: Any) -> Attention:
-    """Attention to a source of another width, by default of the same."""
-    return Attention(embed_dim, num_heads, kv_dim=kv_dim, **options)
-
-
-_KINDS: dict[str, Callable[..., Attention]] = {
-    "mha": MultiHeadAttention,
-    "mqa": MultiQueryAttention,
-    "gqa": GroupedQueryAttention,
-    "cross": CrossAttention,
-}
-
-
-def get_attention(kind: str, embed_dim: int, num_heads: int, **options: Any) -> Attention:
-    """The Attention of a kind: "mha", "mqa", "gqa" or "cross". num_kv_heads is of no use to the first two."""
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
-    if kind in ("mha", "mqa"):
-        options.pop("num_kv_heads", None)
-    return _KINDS[kind](embed_dim, num_heads, **options)
-
-
-def attention_score_bytes(
-    length: int, *, num_heads: int = 8, dtype: mx.Dtype = mx.float32, batch: int = 1, keys: int | None = None
-) -> int:
-    """Bytes of the scores of one attention from `length` queries to as many `keys` (unless given), where they are held
-    at once: batch * num_heads * length * keys numbers. `attention` holds fewer wherever it can.
-
-    Source: the attention memory table of MetalAudio's transformer guide, which is for one item in float32.
-    """
-    keys = length if keys is None else keys
-    sizes = {"length": length, "num_heads": num_heads, "batch": batch, "keys": keys}
-    for name, size in sizes.items():
-        if size < 0:
-            raise ValueError(f"{name} must be at least 0, got {size}")
-    return batch * num_heads * length * keys * dtype.size

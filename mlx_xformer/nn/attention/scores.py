@@ -13,6 +13,7 @@ import mlx.core as mx
 from ...backend import activations
 from ..cache import KeysOrValues, Quantized
 
+_FLOAT16_MAX = 65504.0
 Parts = tuple[mx.array, mx.array, mx.array]
 
 
@@ -122,7 +123,8 @@ class Softmax:
             mask = block.bias if mask is None else mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))
         if width is not None:
             q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in parts)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=self.sinks)
+        sinks = None if self.sinks is None else narrowed(self.sinks, q.dtype)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=sinks)
         out = out if width is None else out[..., :value_dim]
         return out if some is None else mx.where(some, out, mx.array(0, out.dtype))
 
@@ -142,7 +144,7 @@ class Softmax:
         else:
             out, total = mx.split(grouped @ v, [v.shape[-1] - 1], axis=-1)
         total = total.reshape(*q.shape[:3], 1) + rest
-        return (out.reshape(*q.shape[:3], -1) / filled(total, 0.0, block.safe, 1.0)).astype(q.dtype)
+        return narrowed(out.reshape(*q.shape[:3], -1) / filled(total, 0.0, block.safe, 1.0), q.dtype)
 
     def weights(self, q: mx.array, k: KeysOrValues, block: Block) -> tuple[mx.array, mx.array | float]:
         """Weights (B, H, L, S) in float32, over the largest of each row, and what else belongs to their sum."""
@@ -164,6 +166,21 @@ class Softmax:
         if block.allowed is not None:
             weights = mx.where(block.allowed, weights, 0.0)
         return weights, 0.0 if sinks is None else mx.exp(sinks - top)
+
+
+def narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x in another dtype; in float16, what would become infinite is the largest finite number."""
+    if dtype == mx.float16 and x.dtype != dtype:
+        x = mx.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX)
+    return x.astype(dtype)
+
+
+def bias_in(bias: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A bias in the dtype of the queries; in float16, what is too large is the largest finite number, and what is below
+    the range is -inf, which hides a key."""
+    if dtype == mx.float16 and bias.dtype != dtype:
+        bias = mx.minimum(bias, _FLOAT16_MAX)
+    return bias.astype(dtype)
 
 
 def filled(x: mx.array, empty: float, safe: bool, value: float) -> mx.array:
@@ -188,7 +205,6 @@ def make_softmax(
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if dropout and key is None:
         raise ValueError(f"dropout of {dropout} needs a random key, got none")
-    sinks = sinks if sinks is None else sinks.astype(q.dtype)
     return Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, sinks, softcap, dropout)
 
 
@@ -235,6 +251,18 @@ def check(
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and not _broadcasts(extra.shape, scores):
             raise ValueError(f"{name} must broadcast to (batch, heads, L, S) = {scores}, got shape {extra.shape}")
+
+
+def check_one_head(q: mx.array, k: KeysOrValues, v: KeysOrValues) -> None:
+    """ValueError unless k and v have three axes, as q has."""
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 3 or isinstance(x, Quantized):
+            raise ValueError(f"{name} must be (batch, length, dim), as q is, {q.shape}, got shape {x.shape}")
+
+
+def of_one_head(x: mx.array | None) -> mx.array | None:
+    """A mask or bias over (B, L, S) as one over (B, 1, L, S)."""
+    return x[:, None] if x is not None and x.ndim == 3 else x
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

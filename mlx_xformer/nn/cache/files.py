@@ -21,6 +21,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from .kv import KVCache
+from .rows import restore_cache
 
 _ENTRY = "mlx_xformer.caches"
 _LEAVES = {None: ("keys", "values")} | {
@@ -91,4 +92,4 @@ def _read(facts: dict[str, Any], index: int, tensors: dict[str, mx.array]) -> KV
     def parts(place: str) -> list[mx.array]:
         return [tensors.pop(f"{place}.{leaf}") for leaf in leaves]
 
-    return KVCache.from_state(facts, lambda row: parts(str(index) if row is None else f"{index}.{row}"))
+    return restore_cache(facts, lambda row: parts(str(index) if row is None else f"{index}.{row}"))

@@ -11,18 +11,18 @@ there are follows from the longest length so far, see sizes.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
-from .quantized import BITS, KeysOrValues, Quantized, form_of, made_of, parts_of
-from .rows import merged
+from .options import CacheOptions
+from .quantized import KeysOrValues, Quantized, form_of, made_of, parts_of
 from .sizes import lost, slots
 from .slots import filled, joined, written
 
-_KIND = ("window", "keep", "slack", "bits", "capacity")
+KIND = ("window", "keep", "slack", "bits", "capacity")
 
 
 class RewindError(ValueError):
@@ -58,17 +58,16 @@ class KVCache:
         capacity: int | None = None,
         padding: Sequence[int] | None = None,
     ):
-        given = {"window": (window, 1), "keep": (keep, 0), "slack": (slack, 0), "capacity": (capacity, 1)}
-        for name, (value, least) in given.items():
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if bits is not None and bits not in BITS:
-            raise ValueError(f"bits must be None or one of {', '.join(map(str, BITS))}, got {bits}")
-        if padding is not None and (not len(padding) or min(padding) < 0):
-            raise ValueError(f"padding must be at least 0 for each of at least one row, got {list(padding)}")
-        self.window, self.keep, self.slack, self.bits, self.capacity = window, keep, slack, bits, capacity
-        self.padding = None if padding is None else tuple(padding)
+        padding = None if padding is None else tuple(padding)
+        options = CacheOptions(window, keep, slack, bits, capacity, padding)
+        self.window, self.keep, self.slack, self.bits = options.window, options.keep, options.slack, options.bits
+        self.capacity, self.padding = options.capacity, options.padding
         self.reset()
+
+    @classmethod
+    def from_options(cls, options: CacheOptions) -> KVCache:
+        """An empty cache."""
+        return cls(**vars(options))
 
     def reset(self) -> None:
         """Forgets everything, and frees it."""
@@ -163,14 +162,6 @@ class KVCache:
         """A cache for each row, without its padding."""
         return [self.select([row]) for row in range(self._rows)]
 
-    @staticmethod
-    def merge(caches: Sequence[KVCache]) -> KVCache:
-        """One cache with the rows of all, whose last positions are aligned: shorter rows get padding. An empty cache is
-        one row, if no padding tells of more. ValueError for caches that differ in more than their lengths."""
-        if not caches:
-            raise ValueError("merge needs at least one cache, got none")
-        return merged([row for cache in caches for row in (cache.split() if cache.padding else [cache])])
-
     def state(self) -> tuple[dict[str, Any], dict[int | None, list[mx.array]]]:
         """What counts, as JSON-able facts and as arrays: those of all rows under None, or, of a ragged batch, those of
         each row that has begun."""
@@ -181,25 +172,6 @@ class KVCache:
         else:
             arrays = {None: self._counting()} if self.length else {}
         return {**facts, "widths": self._widths}, arrays
-
-    @staticmethod
-    def from_state(facts: dict[str, Any], arrays: Callable[[int | None], list[mx.array]]) -> KVCache:
-        """The cache that state() told of. KeyError or ValueError for what never was one."""
-        kind = {name: facts[name] for name in _KIND}
-        length, longest, (D, Dv) = facts["length"], facts["longest"], facts["widths"]
-        padding = facts["padding"]
-        cache = KVCache(**kind, padding=padding)
-        if padding is None:
-            return cache._restored(length, longest, (D, Dv), arrays(None)) if length else cache
-        rows = []
-        for row, begins in enumerate(padding):
-            if begins < length:
-                rows.append(KVCache(**kind)._restored(length - begins, longest - begins, (D, Dv), arrays(row)))
-            else:
-                rows.append(KVCache(**kind, padding=[begins - length]))
-        cache = merged(rows, length, longest)
-        cache.padding = tuple(padding)
-        return cache
 
     @property
     def _rows(self) -> int:
@@ -212,7 +184,7 @@ class KVCache:
 
     @property
     def _kind(self) -> dict[str, int | None]:
-        return {name: getattr(self, name) for name in _KIND}
+        return {name: getattr(self, name) for name in KIND}
 
     @property
     def _form(self) -> tuple[Any, ...]:

@@ -1,16 +1,50 @@
-"""Rows of several caches in one."""
+"""Rows of several caches in one, and caches restored row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
+from .kv import KIND, KVCache
 from .slots import joined, zeros
 
-if TYPE_CHECKING:
-    from .kv import KVCache
+
+def merge_caches(caches: Sequence[KVCache]) -> KVCache:
+    """Merges the rows of several caches of a layer into one batch.
+
+    Args:
+        caches: Caches of one kind. One that is empty is one row, unless its padding is of more.
+
+    Returns:
+        One cache with all rows in order, whose last positions are aligned: shorter rows get padding.
+
+    Raises:
+        ValueError: There is no cache, or they differ in more than their lengths.
+    """
+    if not caches:
+        raise ValueError("caches must be at least one to merge, got none")
+    return merged([row for cache in caches for row in (cache.split() if cache.padding else [cache])])
+
+
+def restore_cache(facts: dict[str, Any], arrays: Callable[[int | None], list[mx.array]]) -> KVCache:
+    """The cache whose state() these facts and arrays are. KeyError or ValueError where no cache has such a state."""
+    kind = {name: facts[name] for name in KIND}
+    length, longest, (D, Dv) = facts["length"], facts["longest"], facts["widths"]
+    padding = facts["padding"]
+    cache = KVCache(**kind, padding=padding)
+    if padding is None:
+        return cache._restored(length, longest, (D, Dv), arrays(None)) if length else cache
+    rows = []
+    for row, begins in enumerate(padding):
+        if begins < length:
+            rows.append(KVCache(**kind)._restored(length - begins, longest - begins, (D, Dv), arrays(row)))
+        else:
+            rows.append(KVCache(**kind, padding=[begins - length]))
+    cache = merged(rows, length, longest)
+    cache.padding = tuple(padding)
+    return cache
 
 
 def merged(caches: list[KVCache], length: int | None = None, longest: int | None = None) -> KVCache:

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...backend import activations
-from .. import config
+from ..config import Config
 
 ROUTERS, OVERFLOWS, BALANCES = ("softmax", "sigmoid"), ("drop", "expert"), ("switch", "document")
 
 
-def whole(name: str, value: object, least: int) -> None:
-    """ValueError unless the value is a whole number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _finite(name: str, value: object, *, zero: bool) -> None:
-    bounds = "finite and at least 0" if zero else "finite and above 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not abs(value) <= sys.float_info.max or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} must be {bounds}, got {value!r:.80}")
-
-
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Config):
     """What a MoE is. ValueError names a field that does not fit.
 
     activation, gated, bias: of the experts, GatedFeedForward's or FeedForward's. router: "softmax" over all experts, or
@@ -45,6 +29,8 @@ class MoEConfig:
     of the balance loss; balance: "switch" (Fedus et al. 2021, arXiv 2101.03961) or "document", see Routing. z_alpha: of
     the z-loss (Zoph et al. 2022, arXiv 2202.08906).
     """
+
+    _what: ClassVar[str] = "moe"
 
     embed_dim: int
     hidden_dim: int
@@ -69,30 +55,22 @@ class MoEConfig:
     z_alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "hidden_dim", "num_experts", "num_experts_per_tok", "groups", "groups_per_tok"):
-            whole(name, getattr(self, name), 1)
-        whole("shared_dim", self.shared_dim, 0)
-        config.check_flags(self, "gated", "bias", "router_bias", "selection_bias", "shared_gate")
-        if self.renormalize is not None:
-            config.check_flags(self, "renormalize")
+        self._check_whole("embed_dim", "hidden_dim", "num_experts", "num_experts_per_tok", "groups", "groups_per_tok")
+        self._check_whole("shared_dim")
+        self._check_flags("gated", "bias", "router_bias", "selection_bias", "renormalize", "shared_gate")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts, {self.num_experts}, got {self.num_experts_per_tok}"
             )
-        config.check_one_of(self, "activation", activations.GATED if self.gated else activations.ACTIVATIONS)
-        config.check_one_of(self, "router", ROUTERS)
-        config.check_one_of(self, "overflow", OVERFLOWS)
-        config.check_one_of(self, "balance", BALANCES)
+        self._check_one_of("activation", activations.GATED if self.gated else activations.ACTIVATIONS)
+        self._check_one_of("router", ROUTERS)
+        self._check_one_of("overflow", OVERFLOWS)
+        self._check_one_of("balance", BALANCES)
         self._check_groups()
         if self.shared_gate and not self.shared_dim:
             raise ValueError(f"shared_gate must be False without shared_dim, got {self.shared_gate}")
-        if isinstance(self.capacity, int):
-            whole("capacity", self.capacity, 0)
-        elif self.capacity is not None:
-            _finite("capacity", self.capacity, zero=True)
-        _finite("scale", self.scale, zero=False)
-        _finite("alpha", self.alpha, zero=True)
-        _finite("z_alpha", self.z_alpha, zero=True)
+        self._check_above_0("scale")
+        self._check_from_0("capacity", "alpha", "z_alpha")
 
     def _check_groups(self) -> None:
         if self.num_experts % self.groups:

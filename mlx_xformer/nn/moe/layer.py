@@ -6,17 +6,17 @@ Axes: T tokens, D embed_dim, H hidden_dim, E experts, k experts a token, C capac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...backend import dispatch
-from .. import config as fields
+from ..config import LIMITS, Config
 from ..layers import FeedForward, GatedFeedForward
 from ..linear import Linear
 from . import grouping
-from .config import MoEConfig, whole
+from .config import MoEConfig
 from .experts import ExpertLinear, Experts, QuantizedExpertLinear
 from .routing import Routing, balanced_bias, route
 
@@ -139,7 +139,7 @@ class MoE(nn.Module):
 
 
 @dataclass(frozen=True)
-class FFNConfig:
+class FFNConfig(Config):
     """A feed-forward network with ReLU as llm_prep has it, or with use_moe a MoE of such networks, whose weights sum
     to 1 where topk > 1. ValueError names a field that does not fit.
 
@@ -147,6 +147,8 @@ class FFNConfig:
     0.25, lets most tokens through. renormalize: see MoEConfig; true with topk 1 is what llm_prep's code does, whose
     router does not learn.
     """
+
+    _what: ClassVar[str] = "ffn"
 
     embed_dim: int
     hidden_dim: int
@@ -158,9 +160,9 @@ class FFNConfig:
     renormalize: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("embed_dim", 1), ("hidden_dim", 1), ("num_experts", 0), ("topk", 1)):
-            whole(name, getattr(self, name), least)
-        fields.check_flags(self, "use_moe")
+        most = LIMITS["num_experts"][1]
+        self._check_whole("embed_dim", "hidden_dim", num_experts=(0, most), topk=(1, most))
+        self._check_flags("use_moe")
         if not self.use_moe:
             return
         if self.num_experts < 1:

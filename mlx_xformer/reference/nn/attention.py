@@ -41,11 +41,22 @@ def attention_weights(
     """softmax(softcap(scale q k^T) + bias) over the keys that mask, causal and window leave, (B, H, L, S); a row
     without keys is 0.
 
-    q (B, H, L, D), k (B, Hkv, S, D); query head h uses key head h // (H // Hkv). `mask` (boolean, True = attend) and
+    q (B, H, L, D), k (B, Hkv, S, D), or of one head (B, L, D) and (B, S, D) -> (B, L, S), with mask and bias over
+    (B, L, S); query head h uses key head h // (H // Hkv). `mask` (boolean, True = attend) and
     `bias` (float) broadcast to (B, H, L, S); `by_distance` (H, S + L - 1) is a bias by how far a key is ahead of the
     query, from -(S - 1); the queries are the last L of the S positions. `sinks` (H,) are scores
     that take part in the sum only. `softcap` c bounds scores to c tanh(score / c). `scale` is D ** -0.5 by default.
     """
+    if q.ndim == 3:
+        mask, bias = (x[:, None] if x is not None and x.ndim == 3 else x for x in (mask, bias))
+        given: dict[str, Any] = {
+            "mask": mask,
+            "bias": bias,
+            "by_distance": by_distance,
+            "causal": causal,
+            "window": window,
+        }
+        return attention_weights(q[:, None], k[:, None], **given, scale=scale, sinks=sinks, softcap=softcap)[:, 0]
     _check(q, k, k, mask, causal, window)
     (B, H, L, D), (_, Hkv, S, _) = q.shape, k.shape
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
@@ -76,12 +87,31 @@ def attention_weights(
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> np.ndarray:
-    """The values v (B, Hkv, S, Dv), weighed: (B, H, L, Dv). The options are those of attention_weights."""
+    """The values v (B, Hkv, S, Dv), weighed: (B, H, L, Dv); or of one head (B, S, Dv): (B, L, Dv). The options are
+    those of attention_weights."""
+    if q.ndim == 3:
+        return attention_weights(q, k, **options) @ v
     _check(q, k, v, options.get("mask"), False, None)
     weights = attention_weights(q, k, **options)
     B, H = weights.shape[:2]
     group = H // v.shape[1]
     return np.stack([np.stack([weights[b, h] @ v[b, h // group] for h in range(H)]) for b in range(B)])
+
+
+def reshape_to_heads(x: np.ndarray, num_heads: int) -> np.ndarray:
+    """x (..., L, H D) -> (..., H, L, D)."""
+    D = x.shape[-1] // num_heads
+    return np.stack([x[..., h * D : (h + 1) * D] for h in range(num_heads)], axis=-3)
+
+
+def transpose_heads_to_2d(x: np.ndarray) -> np.ndarray:
+    """x (..., H, L, D) -> (..., L, H D)."""
+    return np.concatenate([x[..., h, :, :] for h in range(x.shape[-3])], axis=-1)
+
+
+def repeat_kv(x: np.ndarray, group_size: int) -> np.ndarray:
+    """x (..., G, S, D) -> (..., G group_size, S, D), whose head h is head h // group_size of x."""
+    return np.stack([x[..., h // group_size, :, :] for h in range(x.shape[-3] * group_size)], axis=-3)
 
 
 def online_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, block: int, scale: float) -> np.ndarray:

@@ -16,6 +16,14 @@ def causal_mask(L: int, S: int, *, alignment: str = "lower_right") -> np.ndarray
     return np.arange(S)[None, :] <= first + np.arange(L)[:, None]
 
 
+def create_causal_mask(n: int, m: int | None = None, *, offset: int | None = None) -> np.ndarray:
+    """Which of m keys each of n queries, the first at position `offset`, may see, (n, m): those up to its own position.
+    By default there are n + offset keys, and the last query is at the last key."""
+    m = n + (0 if offset is None else offset) if m is None else m
+    first = m - n if offset is None else offset
+    return np.array([[j <= first + i for j in range(m)] for i in range(n)], dtype=bool).reshape(n, m)
+
+
 def padding_mask(lengths: Sequence[int] | np.ndarray, S: int) -> np.ndarray:
     """The keys within each sequence's length, (B, 1, 1, S)."""
     lengths = np.asarray(lengths)

@@ -187,15 +187,15 @@ def test_groups():
     """T1.3: as many groups as heads are multi-head attention, one is multi-query, and one head has a default."""
     models = {}
     for kind, groups in (("mha", None), ("gqa", HEADS), ("mqa", None), ("gqa", 1)):
-        model = AutoregressiveTransformerModel(config(attention_type=kind, num_groups=groups))
+        model = AutoregressiveTransformerModel(config(attention_type=kind, num_kv_heads=groups))
         draw(model, 3)
         models[kind, groups] = model(array(noise(1, L, I)))
     assert mx.array_equal(models["mha", None], models["gqa", HEADS])
     assert mx.array_equal(models["mqa", None], models["gqa", 1])
-    assert config("gqa", num_groups=None).kv_heads == HEADS // 2
-    assert config("mha", num_groups=5).kv_heads == HEADS and config("mqa", num_groups=5).kv_heads == 1
+    assert config("gqa", num_kv_heads=None).kv_heads == HEADS // 2
+    assert config("mha", num_kv_heads=5).kv_heads == HEADS and config("mqa", num_kv_heads=5).kv_heads == 1
     assert SequenceConfig(I, O, 7, 1, 1, "gqa").kv_heads == 1
-    with pytest.raises(ValueError, match="num_groups must divide num_heads, 5, got 2"):
+    with pytest.raises(ValueError, match="num_kv_heads must divide num_heads, 5, got 2"):
         SequenceConfig(I, O, 10, 1, 5, "gqa")
 
 
@@ -292,11 +292,11 @@ def test_configurations_go_through_json(attention_type):
     ("changes", "message"),
     [
         ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, 5, got 18"),
-        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 1000000, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 100000, got 0"),
         ({"num_layers": 1001}, "num_layers must be a whole number from 1 to 1000, got 1001"),
         ({"max_len": "9"}, "max_len must be a whole number from 1 to 100000000, got '9'"),
         ({"window": 0}, "window must be a whole number from 1 to 100000000, got 0"),
-        ({"num_groups": 4}, "num_groups must divide num_heads, 6, got 4"),
+        ({"num_kv_heads": 4}, "num_kv_heads must divide num_heads, 6, got 4"),
         ({"attention_type": "mla"}, "attention_type must be one of mha, mqa, gqa, got 'mla'"),
         ({"ffn": FFNConfig(17, 5)}, "embed_dim of the ffn must be the model's, 18, got 17"),
         ({"ffn": 13}, "ffn must be a FFNConfig, got a int"),

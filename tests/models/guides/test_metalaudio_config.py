@@ -32,7 +32,7 @@ def test_configuration():
     ("changes", "message"),
     [
         ({"num_heads": 4}, "embed_dim must be a multiple of num_heads, 4, got 15"),
-        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 1000000, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 100000, got 0"),
         ({"embed_dim": 15.0}, r"embed_dim must be a whole number from 1 to 1000000, got 15\.0"),
         ({"embed_dim": "15"}, "embed_dim must be a whole number from 1 to 1000000, got '15'"),
         ({"num_layers": True}, "num_layers must be a whole number from 1 to 1000, got True"),

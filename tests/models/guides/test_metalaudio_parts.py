@@ -7,7 +7,7 @@ from support.harness import check_forward, check_module, draw
 
 from mlx_xformer.backend import activations
 from mlx_xformer.nn import layers
-from mlx_xformer.nn.attention.layer import attention_score_bytes
+from mlx_xformer.nn.attention import attention_score_bytes
 from mlx_xformer.reference import backend as twin_kernels
 from mlx_xformer.reference.nn import layers as twin_layers
 

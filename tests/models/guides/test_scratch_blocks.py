@@ -278,8 +278,8 @@ def test_the_same_key_drops_the_same():
         ({}, lambda m: m(array(B, L, E), array(B, S, M + 1)), "source must have 13 channels, got 14"),
         ({}, lambda m: m(array(B, L, E), array(B + 1, S, M)), "source must have the batch size of x, 2, got 3"),
         ({}, lambda m: m(array(B, L, E + 2), array(B, S, M)), "21"),
-        ({}, lambda m: m(array(B, L, E), array(B, S, M), caches=[]), "caches must be one a block, 2, got 0"),
-        ({}, lambda m: m(array(B, L, E), array(B, S, M), cross_caches=[]), "cross_caches must be one a block, 2"),
+        ({}, lambda m: m(array(B, L, E), array(B, S, M), caches=[]), "caches must be one a layer, 2, got 0"),
+        ({}, lambda m: m(array(B, L, E), array(B, S, M), cross_caches=[]), "cross_caches must be one a layer, 2"),
         ({"ffn_dropout": 0.1}, lambda m: m(array(B, L, E), array(B, S, M)), "needs a random key, got none"),
     ],
 )
@@ -300,7 +300,7 @@ def test_score_dropout_refuses_a_cache_in_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 1000000, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 100000, got 0"),
         ({"num_heads": 2}, "model_dim must be a multiple of num_heads, 2, got 21"),
         ({"num_stack": 0}, "num_stack must be a whole number from 1 to 1000, got 0"),
         ({"model_dim": True}, "model_dim must be a whole number"),

@@ -58,7 +58,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
     if left:
         raise ValueError(f"num_heads must divide the rows of the keys, {rows}, into heads, got {heads}")
     kinds = {heads: ("mha", None), 1: ("mqa", None)}
-    attention_type, num_groups = kinds.get(groups, ("gqa", groups))
+    attention_type, num_kv_heads = kinds.get(groups, ("gqa", groups))
     return SequenceCheckpoint(
         model,
         SequenceConfig(
@@ -68,7 +68,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
             num_layers=_count(tensors, start),
             num_heads=heads,
             attention_type=attention_type,
-            num_groups=num_groups,
+            num_kv_heads=num_kv_heads,
             ffn=_ffn(values, tensors, start, embed_dim),
             max_len=_max_len(values, tensors, pair),
             num_decoder_layers=_count(tensors, "decoder_layers") if pair else None,

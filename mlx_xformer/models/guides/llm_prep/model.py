@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ....nn.cache import CrossCache, KVCache
-from ....nn.checks import check_tokens, check_vectors, key_mask
+from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
+from ....nn.checks import check_last, check_tokens, check_vectors, key_mask
 from ....nn.layers import Embedding
 from ....nn.linear import Linear
 from ....nn.moe.layer import Routing
-from ....nn.transformer import Stack
+from ....nn.transformer import Stack, last_positions
 from ...bound import Conditioned, positioned
 from .config import SequenceCheckpoint, SequenceConfig
 
@@ -48,7 +48,7 @@ class TransformerModel(nn.Module):
         return self.out_proj((weights[:, None] @ y)[:, 0])  # a product, as long sums in sequence round too much
 
 
-class AutoregressiveTransformerModel(nn.Module):
+class AutoregressiveTransformerModel(CacheMaker, nn.Module):
     """A sequence to what follows each of its positions. It is causal. With a vocabulary generate() takes it."""
 
     def __init__(self, config: SequenceConfig):
@@ -68,13 +68,13 @@ class AutoregressiveTransformerModel(nn.Module):
         caches: Sequence[KVCache] | None = None,
         last: int | None = None,
         routings: list[Routing] | None = None,
+        check: bool = True,
     ) -> mx.array:
         """x (B, L, I) -> (B, L, O), or tokens (B, L) -> logits (B, L, V); with `last` of so many last positions only.
-        `caches`, one a layer, have what came before, and get x. Without caches tokens are looked at first, which waits
-        for them: ValueError for one outside the vocabulary."""
-        if caches is None and self.config.vocab_size is not None:
-            check_tokens("x", x, self.config.vocab_size)
-        y = self.input_proj(_vectors(self, "x", x))
+        `caches`, one a layer, have what came before, and get x. check: whether to refuse tokens outside the
+        vocabulary, for which the call waits until they are computed."""
+        check_last(last)
+        y = self.input_proj(_vectors(self, "x", x, check))
         y = positioned(y, self.config.max_len, "x", caches[0] if caches else None)
         return _answer(self, self.stack(y, caches=caches, routings=routings), last)
 
@@ -84,17 +84,18 @@ class AutoregressiveTransformerModel(nn.Module):
             raise ValueError(f"x must hold at least one position, got shape {x.shape}")
         return self(x, caches=caches, last=1)
 
-    def generate(self, x: mx.array, steps: int, **options: Any) -> mx.array:
-        """x (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). options: of make_caches."""
-        caches = self.make_caches(**options)
+    def generate(self, x: mx.array, steps: int, *, caches: Sequence[KVCache] | None = None) -> mx.array:
+        """x (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). caches: from make_caches(), by
+        default without options."""
+        caches = self.make_caches() if caches is None else caches
         return _fed_back(self.config, x, steps, lambda x: self.generate_next_token(x, caches=caches))
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer; options as Stack's."""
-        return self.stack.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches()."""
+        return self.stack.caches_for(options)
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(CacheMaker, nn.Module):
     """A source and a target to what follows each position of the target, which is causal; the source is seen whole."""
 
     def __init__(self, config: SequenceConfig):
@@ -116,10 +117,8 @@ class EncoderDecoder(nn.Module):
         last: int | None = None,
         routings: list[Routing] | None = None,
     ) -> mx.array:
-        """source (B, S, I), target (B, L, I) -> (B, L, O), or target tokens (B, L), which are looked at first,
-        -> logits (B, L, V)."""
-        if self.config.vocab_size is not None:
-            check_tokens("target", target, self.config.vocab_size)
+        """source (B, S, I), target (B, L, I) -> (B, L, O), or target tokens (B, L) -> logits (B, L, V)."""
+        _check_tokens(self, "target", target)
         memory = self.encode(source, source_mask=source_mask, routings=routings)
         return self.decode(target, memory, memory_mask=source_mask, last=last, routings=routings)
 
@@ -141,28 +140,38 @@ class EncoderDecoder(nn.Module):
         cross_caches: Sequence[CrossCache] | None = None,
         last: int | None = None,
         routings: list[Routing] | None = None,
+        check: bool = True,
     ) -> mx.array:
         """As a call, given a memory (B, S, E). `caches`, one a layer, have what came before and get the target;
-        cross_caches hold the projected memory."""
+        cross_caches hold the projected memory. check: whether to refuse tokens outside the vocabulary, for which the
+        call waits until they are computed."""
+        check_last(last)
         check_vectors("memory", memory, self.config.embed_dim)
-        y = self.decoder_input_proj(_vectors(self, "target", target))
+        y = self.decoder_input_proj(_vectors(self, "target", target, check))
         y = positioned(y, self.config.max_len, "target", caches[0] if caches else None)
         seen = key_mask("memory_mask", memory_mask, memory.shape)
         given: dict[str, Any] = {"memory_mask": seen, "caches": caches, "cross_caches": cross_caches}
         return _answer(self, self.decoder(y, memory, **given, routings=routings), last)
 
     def generate(
-        self, source: mx.array, start: mx.array, steps: int, *, source_mask: mx.array | None = None, **options: Any
+        self,
+        source: mx.array,
+        start: mx.array,
+        steps: int,
+        *,
+        source_mask: mx.array | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> mx.array:
-        """`start` (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). options: of make_caches."""
-        memory, caches = self.encode(source, source_mask=source_mask), self.make_caches(**options)
+        """`start` (B, L, I) goes on by as many vectors, each fed back alone: (B, steps, O). caches: from make_caches(),
+        by default without options."""
+        memory, caches = self.encode(source, source_mask=source_mask), self.make_caches() if caches is None else caches
         cross_caches = [CrossCache() for _ in caches]
         given: dict[str, Any] = {"memory_mask": source_mask, "caches": caches, "cross_caches": cross_caches}
         return _fed_back(self.config, start, steps, lambda x: self.decode(x, memory, **given, last=1))
 
-    def make_caches(self, **options: Any) -> list[KVCache]:
-        """A cache for each layer of the decoder; options as Stack's."""
-        return self.decoder.make_caches(**options)
+    def caches_for(self, options: CacheOptions) -> list[KVCache]:
+        """See make_caches(): of the layers of the decoder."""
+        return self.decoder.caches_for(options)
 
     def conditioned(self, source: mx.array, source_mask: mx.array | None = None) -> Conditioned:
         """What generate() takes: the decoder with what the encoder gives of a source (B, S, I), a prompt for each
@@ -191,10 +200,16 @@ def _add_vocabulary(model: nn.Module, config: SequenceConfig) -> None:
         model.lm_head = Linear(config.output_dim, config.vocab_size)
 
 
-def _vectors(model: nn.Module, name: str, x: mx.array) -> mx.array:
+def _check_tokens(model: nn.Module, name: str, x: mx.array) -> None:
+    """ValueError for tokens outside the vocabulary, if there is one."""
+    if model.config.vocab_size is not None:
+        check_tokens(name, x, model.config.vocab_size)
+
+
+def _vectors(model: nn.Module, name: str, x: mx.array, check: bool) -> mx.array:
     """Vectors (B, L, I) as they are, tokens (B, L) as rows of the table."""
     if "embed_tokens" in model:
-        check_tokens(name, x)
+        check_tokens(name, x, model.config.vocab_size if check else None)
         return model.embed_tokens(x)
     check_vectors(name, x, model.config.input_dim)
     return x
@@ -202,9 +217,7 @@ def _vectors(model: nn.Module, name: str, x: mx.array) -> mx.array:
 
 def _answer(model: nn.Module, x: mx.array, last: int | None) -> mx.array:
     """What the layers give (B, L, E), of the last positions, as vectors or logits."""
-    if last is not None and last < 0:
-        raise ValueError(f"last must be at least 0, got {last}")
-    x = model.out_proj(x if last is None or last >= x.shape[1] else x[:, x.shape[1] - last :])
+    x = model.out_proj(last_positions(x, last))
     return model.lm_head(x) if "lm_head" in model else x
 
 

@@ -10,9 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....backend import norms
+from ....nn.attention.heads import reshape_to_heads
 from ....nn.attention.layer import Attention
 from ....nn.cache import CrossCache, KVCache
+from ....nn.config import check_eps
 from ....nn.layers import FeedForward, LayerNorm, dropped
+from ....nn.transformer import run_layers
 from .config import RATES, StackConfig
 
 
@@ -25,6 +28,7 @@ class UnbiasedLayerNorm(nn.Module):
         super().__init__()
         if dims < 2:
             raise ValueError(f"dims must be at least 2 for an unbiased deviation, got {dims}")
+        check_eps(eps)
         self.dims, self.eps = dims, eps
         self.weight = mx.ones((dims,))
         self.bias = mx.zeros((dims,))
@@ -100,16 +104,12 @@ class TransformerBlock(nn.Module):
         if given["cache"] is not None:
             raise ValueError("score_dropout must not be with a cache in training, got one")
         source = x if memory is None else memory
-        q, k = (_heads(form(y), layer.config.num_heads) for form, y in ((layer.q_proj, x), (layer.k_proj, source)))
+        projected = layer.q_proj(x), layer.k_proj(source)
+        q, k = (reshape_to_heads(y, layer.config.num_heads) for y in projected)
         scores = (q * layer.scale) @ k.swapaxes(-1, -2)  # (B, H, L, S)
         change = dropped(scores, self.config.attention_dropout, key) - scores
         bias = given.get("bias")
         return layer(x, memory, **{**given, "bias": change if bias is None else change + bias})
-
-
-def _heads(x: mx.array, heads: int) -> mx.array:
-    """(B, L, H * D) -> (B, H, L, D)."""
-    return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)
 
 
 def needed(key: mx.array | None) -> mx.array:
@@ -140,14 +140,5 @@ class TransformerStack(nn.Module):
         key: mx.array | None = None,
     ) -> mx.array:
         """As TransformerBlock, with a cache of each kind for every block."""
-        count = len(self.blocks)
-        for name, caches_given in (("caches", caches), ("cross_caches", cross_caches)):
-            if caches_given is not None and len(caches_given) != count:
-                raise ValueError(f"{name} must be one a block, {count}, got {len(caches_given)}")
-        keys: Any = [None] * count if key is None else mx.random.split(key, count)
-        shared: dict[str, Any] = {"mask": mask, "memory_mask": memory_mask, "bias": bias}
-        for index, block in enumerate(self.blocks):
-            own = None if caches is None else caches[index]
-            cross = None if cross_caches is None else cross_caches[index]
-            x = block(x, memory, cache=own, cross_cache=cross, key=keys[index], **shared)
-        return x
+        shared: dict[str, Any] = {"memory": memory, "mask": mask, "memory_mask": memory_mask, "bias": bias}
+        return run_layers(self.blocks, x, caches=caches, cross_caches=cross_caches, key=key, **shared)

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from ....backend.linux.blas import products_in_turn
-from ....nn.attention.layer import Attention, initialize
+from ....nn.attention import Attention
+from ....nn.attention.kinds import initialize
 from ....nn.positions import Rotary
 from ....reference.nn import attention as twin
 from ....reference.nn.layers import linear, sub

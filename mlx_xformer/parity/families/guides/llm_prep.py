@@ -27,9 +27,9 @@ _ALL = {"use_moe": True, "num_experts": 3, "topk": 3}  # rounding cannot change 
 CONFIGS: dict[str, dict[str, Any]] = {
     "multi-head": {},
     "multi-query": {"attention_type": "mqa"},
-    "grouped": {"attention_type": "gqa", "num_groups": 2},
+    "grouped": {"attention_type": "gqa", "num_kv_heads": 2},
     "grouped by half": {"attention_type": "gqa"},
-    "mixture": {"attention_type": "gqa", "num_groups": 2, "ffn": _ALL},
+    "mixture": {"attention_type": "gqa", "num_kv_heads": 2, "ffn": _ALL},
     "mixture, capacity": {"ffn": _ALL | {"capacity": 9}},
     "one layer": {"num_layers": 1, "num_decoder_layers": 3},
     "window": {"window": 3},

@@ -15,7 +15,7 @@ from ...nn.transformer import stack
 
 def layer_config(config: Any, *, causal: bool, cross: bool = False) -> SimpleNamespace:
     """The fields of a layer that nn.transformer.layer reads: post-norm, with ReLU or a mixture of experts with ReLU."""
-    groups = config.num_groups if config.num_groups is not None else max(1, config.num_heads // 2)
+    groups = config.num_kv_heads if config.num_kv_heads is not None else max(1, config.num_heads // 2)
     shared = {"mha": config.num_heads, "mqa": 1, "gqa": groups}
     moe = None
     if config.ffn.use_moe:
