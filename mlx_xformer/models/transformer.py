@@ -16,12 +16,12 @@ import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import check_last, check_tokens, check_vectors, key_mask
+from ..nn.checks import check_last, check_tokens, check_vectors, expand_key_mask
 from ..nn.config import LIMITS, Config
-from ..nn.layers import Embedding, dropped
+from ..nn.layers import Embedding, apply_dropout
 from ..nn.linear import Linear
 from ..nn.transformer import LayerConfig, Stack, last_positions
-from .bound import Conditioned, positioned
+from .bound import Conditioned, add_positions
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Transformer(CacheMaker, nn.Module):
             raise ValueError("encode() needs encoder layers, got num_encoder_layers 0")
         keys = [None, None] if key is None else list(mx.random.split(key))
         x = self._embedded("source", source, self.config.source_vocab_size or self.config.vocab_size, None, keys[0])
-        return self.encoder(x, mask=key_mask("source_mask", source_mask, source.shape), key=keys[1])
+        return self.encoder(x, mask=expand_key_mask("source_mask", source_mask, source.shape), key=keys[1])
 
     def decode(
         self,
@@ -187,8 +187,8 @@ class Transformer(CacheMaker, nn.Module):
         x = self.decoder(
             x,
             memory,
-            mask=key_mask("target_mask", target_mask, target.shape),
-            memory_mask=key_mask("memory_mask", memory_mask, memory.shape),
+            mask=expand_key_mask("target_mask", target_mask, target.shape),
+            memory_mask=expand_key_mask("memory_mask", memory_mask, memory.shape),
             caches=caches,
             cross_caches=cross_caches,
             key=keys[1],
@@ -209,8 +209,8 @@ class Transformer(CacheMaker, nn.Module):
             return x
         check_tokens(side, x, size)
         table = self.embed if config.tie_embeddings else self[f"{side}_embed"]
-        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
-        return dropped(x, config.dropout, key) if self.training else x
+        x = add_positions(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
+        return apply_dropout(x, config.dropout, key) if self.training else x
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:
         """See make_caches(): of the layers of the decoder."""

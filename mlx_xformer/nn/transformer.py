@@ -17,7 +17,7 @@ from ..backend.activations import ACTIVATIONS, GATED
 from .attention.layer import Attention
 from .cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from .config import Config
-from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, dropped
+from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, apply_dropout
 from .moe.layer import MoE, MoEConfig, Routing
 
 _NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
@@ -139,7 +139,7 @@ class Layer(nn.Module):
     ) -> mx.array:
         """x and what `form` makes of it."""
         y = form(norm(x) if self.config.norm_first else x)
-        y = x + dropped(y, self.config.dropout, key)
+        y = x + apply_dropout(y, self.config.dropout, key)
         return y if self.config.norm_first else norm(y)
 
     def _feed(self, x: mx.array, key: mx.array | None, routings: list[Routing] | None) -> mx.array:

@@ -11,7 +11,7 @@ MODEL, CONFIG = "models.guides.llm_prep.model", "models.guides.llm_prep.config"
 MUTANTS = {
     "every step on a norm": (BLOCKS, "form(norm(x) if self.config.norm_first else x)", "form(norm(x))", "Layer"),
     "no norm of the sum": (BLOCKS, "return y if self.config.norm_first else norm(y)", "return y", "Layer"),
-    "what came in is forgotten": (BLOCKS, "y = x + dropped(", "y = dropped(", "Layer"),
+    "what came in is forgotten": (BLOCKS, "y = x + apply_dropout(", "y = apply_dropout(", "Layer"),
     "causality forgotten": (BLOCKS, "causal=config.causal, window", "causal=False, window", "Layer"),
     "window forgotten": (BLOCKS, "window=config.window, **shared", "window=None, **shared", "Layer"),
     "mask forgotten": (BLOCKS, "self.self_attn(y, mask=mask,", "self.self_attn(y, mask=None,", "Layer"),
@@ -88,7 +88,7 @@ MUTANTS = {
     "one table for both sides": (TRANSFORMER, 'self[f"{side}_embed"]', "self.target_embed", "Transformer"),
     "mask of the target forgotten": (
         TRANSFORMER,
-        'mask=key_mask("target_mask", target_mask, target.shape),\n            memory',
+        'mask=expand_key_mask("target_mask", target_mask, target.shape),\n            memory',
         "memory",
         "Transformer",
     ),

@@ -10,14 +10,14 @@ STACK, WHOLE = "test_stack", "test_stack_model"
 MUTANTS = {
     "positions along the batch": (
         MODEL,
-        'x = positioned(x, config.max_len, "target", cache)',
-        'x = positioned(x.swapaxes(0, 1), config.max_len, "target", cache).swapaxes(0, 1)',
+        'x = add_positions(x, config.max_len, "target", cache)',
+        'x = add_positions(x.swapaxes(0, 1), config.max_len, "target", cache).swapaxes(0, 1)',
         *(WHOLE, "test_t2_1_positions_follow_the_sequence", {"width": 21}),
     ),
     "positions of a cached step from 0": (
         MODEL,
-        'x = positioned(x, config.max_len, "target", cache)',
-        'x = positioned(x, config.max_len, "target", None)',
+        'x = add_positions(x, config.max_len, "target", cache)',
+        'x = add_positions(x, config.max_len, "target", None)',
         *(WHOLE, "test_cached_is_the_full_pass", {"chunks": [1] * 13, "window": None}),
     ),
     "positions of ragged rows from the padding": (

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...models.bert import Bert, mean_pooled, normalized
+from ...models.bert import Bert, normalize, pool_mean
 from ...reference.models import bert as twin
 from ...reference.nn.transformer import layer as layer_twin
 from ..samples import Arrays, Case, Options, Rng, Sample, described, flat, with_params
@@ -28,11 +28,11 @@ def bert_cases(model: Bert) -> dict[str, Case]:
     for index in range(config.num_layers):
         cases[f"encoder.layers.{index}"] = _layer(model, index)
     if config.pooler:
-        cases["pooler"] = _fixed(config.embed_dim, lambda x, _: model.pooled(x), lambda x, _: twin.pooled(weights, x))
+        cases["pooler"] = _fixed(config.embed_dim, lambda x, _: model.pool(x), lambda x, _: twin.pool(weights, x))
     cases["sentences"] = _fixed(
         config.embed_dim,
-        lambda x, mask: normalized(mean_pooled(x, mask)),
-        lambda x, mask: twin.normalized(twin.mean_pooled(x, mask)),
+        lambda x, mask: normalize(pool_mean(x, mask)),
+        lambda x, mask: twin.normalize(twin.pool_mean(x, mask)),
     )
     cases["model"] = _whole(model, weights)
     return cases
