@@ -22,10 +22,22 @@ from ..nn.transformer import LayerConfig, Stack
 
 @dataclass(frozen=True)
 class BertConfig(Config):
-    """What a Bert is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a Bert, checked.
 
-    max_positions: tokens that a text may have. num_token_types: kinds of segments. pooler: a layer on the first token,
-    see Bert.pool.
+    Attributes:
+        vocab_size: Tokens.
+        embed_dim: Channels of a token.
+        num_layers: Layers.
+        num_heads: Heads of each attention.
+        hidden_dim: Channels inside the feed-forward networks.
+        max_positions: The most tokens of a text.
+        num_token_types: Kinds of segments.
+        activation: Of the networks: "gelu", "gelu_tanh" or "relu".
+        norm_eps: The eps of the layer norms.
+        pooler: Whether there is a layer on the first token, see Bert.pool.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the BERT"

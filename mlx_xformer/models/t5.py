@@ -27,12 +27,29 @@ from .bound import Conditioned
 
 @dataclass(frozen=True)
 class T5Config(Config):
-    """What a T5 is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a T5, checked.
 
-    num_decoder_layers: as many as num_layers unless given. gated: the feed-forward networks are, with activation "silu"
-    or "gelu_tanh". num_buckets, max_distance: see positions.relative_buckets. tie_embeddings: the head is the table of
-    embeddings. scale_logits: what the head gets is divided by sqrt(embed_dim), as in models whose head is tied from the
-    start. dropout: in training. start_token: what an answer begins with.
+    Attributes:
+        vocab_size: Tokens, V.
+        embed_dim: Channels of a token.
+        num_layers: Layers of the encoder.
+        num_heads: Heads of each attention.
+        head_dim: Channels of a head.
+        hidden_dim: Channels inside the feed-forward networks.
+        num_decoder_layers: Layers of the decoder; by default num_layers.
+        activation: Of the networks: "relu", "gelu" or "gelu_tanh"; gated "silu" or "gelu_tanh".
+        gated: Whether the networks are gated.
+        num_buckets: See relative_buckets().
+        max_distance: See relative_buckets().
+        norm_eps: The eps of the RMS norms.
+        tie_embeddings: Whether the logits are products with the table of embeddings.
+        scale_logits: Whether what is multiplied there is divided by sqrt(embed_dim), as in models whose logits were
+            tied in training.
+        dropout: The probability, in training, that a number is dropped.
+        start_token: What an answer begins with.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the T5"

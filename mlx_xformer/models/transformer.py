@@ -26,13 +26,30 @@ from .bound import Conditioned, add_positions
 
 @dataclass(frozen=True)
 class TransformerConfig(Config):
-    """Sizes of a Transformer; unless given, those of Vaswani's base model. ValueError names a field that does not fit.
+    """The fields of a Transformer, checked; those with a default are of Vaswani's base model.
 
-    vocab_size: of the target's tokens; None: source and target are vectors (embed_dim wide), which get no positions,
-    and so is the result: torch.nn.Transformer. source_vocab_size: by default the same. tie_embeddings: one table for
-    source, target and logits. Without encoder layers there is a decoder only, to which a memory is given, and without
-    decoder layers an encoder only. norm_first: pre-norm; final_norm: a norm after each stack, as torch.nn.Transformer
-    has it. max_len: the most positions of a source or a target.
+    Without encoder layers there is a decoder only, to which a memory is given, and without decoder layers an encoder
+    only.
+
+    Attributes:
+        vocab_size: Tokens of the target. None: source and target are vectors (embed_dim wide), which get no positions,
+            and so is the result, as in torch.nn.Transformer.
+        source_vocab_size: Tokens of the source; by default vocab_size.
+        embed_dim: Channels of a position.
+        num_heads: Heads of each attention.
+        num_encoder_layers: Layers of the encoder.
+        num_decoder_layers: Layers of the decoder.
+        hidden_dim: Channels inside the feed-forward networks.
+        activation: Of the networks: "relu", "gelu" or "gelu_tanh".
+        norm_first: Whether norms stand before each step (pre-norm), or after the sums (post-norm).
+        final_norm: Whether a norm follows each stack, as in torch.nn.Transformer.
+        norm_eps: The eps of the layer norms.
+        dropout: The probability, in training, that a number is dropped.
+        max_len: The most positions of a source or a target.
+        tie_embeddings: Whether source, target and logits have one table.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the transformer"
