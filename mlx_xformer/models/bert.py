@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
-from ..nn.checks import check_mask, check_tokens, key_mask
+from ..nn.checks import check_mask, check_tokens, expand_key_mask
 from ..nn.config import Config
 from ..nn.layers import LayerNorm
 from ..nn.linear import Linear
@@ -22,10 +22,22 @@ from ..nn.transformer import LayerConfig, Stack
 
 @dataclass(frozen=True)
 class BertConfig(Config):
-    """What a Bert is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a Bert, checked.
 
-    max_positions: tokens that a text may have. num_token_types: kinds of segments. pooler: a layer on the first token,
-    see Bert.pooled.
+    Attributes:
+        vocab_size: Tokens.
+        embed_dim: Channels of a token.
+        num_layers: Layers.
+        num_heads: Heads of each attention.
+        hidden_dim: Channels inside the feed-forward networks.
+        max_positions: The most tokens of a text.
+        num_token_types: Kinds of segments.
+        activation: Of the networks: "gelu", "gelu_tanh" or "relu".
+        norm_eps: The eps of the layer norms.
+        pooler: Whether there is a layer on the first token, see Bert.pool.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the BERT"
@@ -96,17 +108,17 @@ class Bert(nn.Module):
         check_tokens("token_types", token_types, config.num_token_types)
         if token_types.shape != tokens.shape:
             raise ValueError(f"token_types must have the shape of tokens, {tokens.shape}, got {token_types.shape}")
-        keys = key_mask("mask", mask, tokens.shape)
+        keys = expand_key_mask("mask", mask, tokens.shape)
         return self.encoder(self.embeddings(tokens, token_types), mask=keys)
 
-    def pooled(self, hidden: mx.array) -> mx.array:
+    def pool(self, hidden: mx.array) -> mx.array:
         """What the model gives, (B, L, E), to one vector a text, (B, E): tanh of a layer on its first token."""
         if not self.config.pooler:
-            raise ValueError("pooled must be of a BERT with a pooler, got one without")
+            raise ValueError("pool() needs a BERT with a pooler, got one without")
         return mx.tanh(self.pooler(hidden[:, 0]))
 
 
-def mean_pooled(hidden: mx.array, mask: mx.array) -> mx.array:
+def pool_mean(hidden: mx.array, mask: mx.array) -> mx.array:
     """The mean of the valid tokens of each text: hidden (B, L, E), mask (B, L), True = valid -> (B, E). That of a text
     without any is 0."""
     check_mask("mask", mask, hidden.shape[:2])
@@ -115,6 +127,6 @@ def mean_pooled(hidden: mx.array, mask: mx.array) -> mx.array:
     return (valid @ mx.where(mask[..., None], hidden, mx.array(0, hidden.dtype)))[:, 0] / count
 
 
-def normalized(x: mx.array) -> mx.array:
+def normalize(x: mx.array) -> mx.array:
     """x (..., E) to length 1; what is 0 stays so."""
     return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

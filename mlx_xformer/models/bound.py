@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import key_mask
+from ..nn.checks import expand_key_mask
 from ..nn.positions import sinusoidal
 
 
-def positioned(x: mx.array, max_len: int, what: str, cache: KVCache | None = None) -> mx.array:
+def add_positions(x: mx.array, max_len: int, what: str, cache: KVCache | None = None) -> mx.array:
     """x (B, L, E) with sinusoidal positions added, which go on where the cache ends, row by row where it has padding.
     ValueError if `what` is longer than max_len."""
     B, L, E = x.shape
@@ -89,7 +89,7 @@ class Conditioned(CacheMaker, nn.Module):
         super().__init__()
         if memory.ndim != 3:
             raise ValueError(f"memory must be (batch, length, channels), got shape {memory.shape}")
-        key_mask("memory_mask", memory_mask, memory.shape)
+        expand_key_mask("memory_mask", memory_mask, memory.shape)
         self.model, self.config = model, model.config
         self._whole = self._current = _Memory(memory, memory_mask, tuple(range(len(memory))))
 

@@ -16,9 +16,9 @@ import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS, GATED
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import check_last, check_tokens, key_mask
+from ..nn.checks import check_last, check_tokens, expand_key_mask
 from ..nn.config import Config
-from ..nn.layers import Embedding, dropped
+from ..nn.layers import Embedding, apply_dropout
 from ..nn.linear import Linear
 from ..nn.positions import buckets_by_distance
 from ..nn.transformer import LayerConfig, Stack, last_positions
@@ -27,12 +27,29 @@ from .bound import Conditioned
 
 @dataclass(frozen=True)
 class T5Config(Config):
-    """What a T5 is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a T5, checked.
 
-    num_decoder_layers: as many as num_layers unless given. gated: the feed-forward networks are, with activation "silu"
-    or "gelu_tanh". num_buckets, max_distance: see positions.relative_buckets. tie_embeddings: the head is the table of
-    embeddings. scale_logits: what the head gets is divided by sqrt(embed_dim), as in models whose head is tied from the
-    start. dropout: in training. start_token: what an answer begins with.
+    Attributes:
+        vocab_size: Tokens, V.
+        embed_dim: Channels of a token.
+        num_layers: Layers of the encoder.
+        num_heads: Heads of each attention.
+        head_dim: Channels of a head.
+        hidden_dim: Channels inside the feed-forward networks.
+        num_decoder_layers: Layers of the decoder; by default num_layers.
+        activation: Of the networks: "relu", "gelu" or "gelu_tanh"; gated "silu" or "gelu_tanh".
+        gated: Whether the networks are gated.
+        num_buckets: See relative_buckets().
+        max_distance: See relative_buckets().
+        norm_eps: The eps of the RMS norms.
+        tie_embeddings: Whether the logits are products with the table of embeddings.
+        scale_logits: Whether what is multiplied there is divided by sqrt(embed_dim), as in models whose logits were
+            tied in training.
+        dropout: The probability, in training, that a number is dropped.
+        start_token: What an answer begins with.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the T5"
@@ -125,8 +142,8 @@ class Side(nn.Module):
         first, inner, last = [None] * 3 if key is None else mx.random.split(key, 3)
         held = caches[0].length if caches else 0
         bias = self.bias(x.shape[1], held + x.shape[1])
-        x = self.stack(dropped(x, rate, first), memory, bias=bias, caches=caches, key=inner, **options)
-        return dropped(x, rate, last)
+        x = self.stack(apply_dropout(x, rate, first), memory, bias=bias, caches=caches, key=inner, **options)
+        return apply_dropout(x, rate, last)
 
     def bias(self, L: int, S: int) -> mx.array:
         """What is added to the scores of the last L of S positions, (H, L, S)."""
@@ -162,7 +179,7 @@ class T5(CacheMaker, nn.Module):
     def encode(self, source: mx.array, *, mask: mx.array | None = None, key: mx.array | None = None) -> mx.array:
         """source (B, S) -> the memory (B, S, E) that answers attend to."""
         check_tokens("source", source, self.config.vocab_size)
-        return self.encoder(self.shared(source), mask=key_mask("mask", mask, source.shape), key=key)
+        return self.encoder(self.shared(source), mask=expand_key_mask("mask", mask, source.shape), key=key)
 
     def decode(
         self,
@@ -199,7 +216,7 @@ class T5(CacheMaker, nn.Module):
         if memory.ndim != 3 or memory.shape[::2] != (len(tokens), self.config.embed_dim):
             expected = f"({len(tokens)}, S, {self.config.embed_dim})"
             raise ValueError(f"memory must be {expected}, the batch of the tokens by embed_dim, got {memory.shape}")
-        memory_mask = key_mask("memory_mask", memory_mask, memory.shape)
+        memory_mask = expand_key_mask("memory_mask", memory_mask, memory.shape)
         check_last(last)
         more: dict[str, Any] = {"memory_mask": memory_mask, "caches": caches, "cross_caches": cross_caches, "key": key}
         x = self.decoder(self.shared(tokens), memory, **more)

@@ -16,23 +16,40 @@ import mlx.nn as nn
 
 from ..backend.activations import ACTIVATIONS
 from ..nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ..nn.checks import check_last, check_tokens, check_vectors, key_mask
+from ..nn.checks import check_last, check_tokens, check_vectors, expand_key_mask
 from ..nn.config import LIMITS, Config
-from ..nn.layers import Embedding, dropped
+from ..nn.layers import Embedding, apply_dropout
 from ..nn.linear import Linear
 from ..nn.transformer import LayerConfig, Stack, last_positions
-from .bound import Conditioned, positioned
+from .bound import Conditioned, add_positions
 
 
 @dataclass(frozen=True)
 class TransformerConfig(Config):
-    """Sizes of a Transformer; unless given, those of Vaswani's base model. ValueError names a field that does not fit.
+    """The fields of a Transformer, checked; those with a default are of Vaswani's base model.
 
-    vocab_size: of the target's tokens; None: source and target are vectors (embed_dim wide), which get no positions,
-    and so is the result: torch.nn.Transformer. source_vocab_size: by default the same. tie_embeddings: one table for
-    source, target and logits. Without encoder layers there is a decoder only, to which a memory is given, and without
-    decoder layers an encoder only. norm_first: pre-norm; final_norm: a norm after each stack, as torch.nn.Transformer
-    has it. max_len: the most positions of a source or a target.
+    Without encoder layers there is a decoder only, to which a memory is given, and without decoder layers an encoder
+    only.
+
+    Attributes:
+        vocab_size: Tokens of the target. None: source and target are vectors (embed_dim wide), which get no positions,
+            and so is the result, as in torch.nn.Transformer.
+        source_vocab_size: Tokens of the source; by default vocab_size.
+        embed_dim: Channels of a position.
+        num_heads: Heads of each attention.
+        num_encoder_layers: Layers of the encoder.
+        num_decoder_layers: Layers of the decoder.
+        hidden_dim: Channels inside the feed-forward networks.
+        activation: Of the networks: "relu", "gelu" or "gelu_tanh".
+        norm_first: Whether norms stand before each step (pre-norm), or after the sums (post-norm).
+        final_norm: Whether a norm follows each stack, as in torch.nn.Transformer.
+        norm_eps: The eps of the layer norms.
+        dropout: The probability, in training, that a number is dropped.
+        max_len: The most positions of a source or a target.
+        tie_embeddings: Whether source, target and logits have one table.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the transformer"
@@ -143,7 +160,7 @@ class Transformer(CacheMaker, nn.Module):
             raise ValueError("encode() needs encoder layers, got num_encoder_layers 0")
         keys = [None, None] if key is None else list(mx.random.split(key))
         x = self._embedded("source", source, self.config.source_vocab_size or self.config.vocab_size, None, keys[0])
-        return self.encoder(x, mask=key_mask("source_mask", source_mask, source.shape), key=keys[1])
+        return self.encoder(x, mask=expand_key_mask("source_mask", source_mask, source.shape), key=keys[1])
 
     def decode(
         self,
@@ -187,8 +204,8 @@ class Transformer(CacheMaker, nn.Module):
         x = self.decoder(
             x,
             memory,
-            mask=key_mask("target_mask", target_mask, target.shape),
-            memory_mask=key_mask("memory_mask", memory_mask, memory.shape),
+            mask=expand_key_mask("target_mask", target_mask, target.shape),
+            memory_mask=expand_key_mask("memory_mask", memory_mask, memory.shape),
             caches=caches,
             cross_caches=cross_caches,
             key=keys[1],
@@ -209,8 +226,8 @@ class Transformer(CacheMaker, nn.Module):
             return x
         check_tokens(side, x, size)
         table = self.embed if config.tie_embeddings else self[f"{side}_embed"]
-        x = positioned(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
-        return dropped(x, config.dropout, key) if self.training else x
+        x = add_positions(table(x) * math.sqrt(config.embed_dim), config.max_len, side, caches[0] if caches else None)
+        return apply_dropout(x, config.dropout, key) if self.training else x
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:
         """See make_caches(): of the layers of the decoder."""

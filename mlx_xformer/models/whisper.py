@@ -25,10 +25,21 @@ from .bound import Conditioned
 
 @dataclass(frozen=True)
 class WhisperConfig(Config):
-    """What a Whisper is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a Whisper, checked.
 
-    num_heads, hidden_dim: of the layers on both sides. source_positions: the most that the memory has, half as many as
-    the spectrogram has frames. target_positions: the most tokens that there may be.
+    Attributes:
+        vocab_size: Tokens, V.
+        embed_dim: Channels of a token and of the memory.
+        num_heads: Heads of each attention.
+        hidden_dim: Channels inside the feed-forward networks.
+        encoder_layers: Layers of the encoder.
+        decoder_layers: Layers of the decoder.
+        mel_bins: Bins of the spectrogram.
+        source_positions: The most positions of the memory, half as many as the spectrogram has frames.
+        target_positions: The most tokens.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "Whisper"

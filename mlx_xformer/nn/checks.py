@@ -58,7 +58,7 @@ def check_mask(name: str, mask: mx.array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be boolean (True = valid) of shape {shape}, got {mask.dtype} {mask.shape}")
 
 
-def key_mask(name: str, mask: mx.array | None, shape: tuple[int, ...]) -> mx.array | None:
+def expand_key_mask(name: str, mask: mx.array | None, shape: tuple[int, ...]) -> mx.array | None:
     """A mask of positions (B, S), True = attend, as attention takes it: (B, 1, 1, S). `shape` begins with B, S."""
     if mask is None:
         return None

@@ -94,7 +94,7 @@ class LayerScale(nn.Module):
         return x * self.scale
 
 
-def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+def apply_dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
     """x, each number 0 at this rate by a random key, and else larger by 1 / (1 - rate); x itself without a key."""
     if key is None or not rate:
         return x
@@ -148,7 +148,7 @@ class PositionalEncoding(nn.Module):
             return x
         if key is None:
             raise ValueError("dropout in training needs a random key, got none")
-        return dropped(x, self.dropout, key)
+        return apply_dropout(x, self.dropout, key)
 
 
 class FeedForward(nn.Module):
@@ -170,7 +170,7 @@ class FeedForward(nn.Module):
             return x
         activation = activations.ACTIVATIONS[self.activation]
         if key is not None and dropout:
-            return self.linear2(dropped(activation(self.linear1(x)), dropout, key))
+            return self.linear2(apply_dropout(activation(self.linear1(x)), dropout, key))
         if one_row(x) and type(self.linear1) is type(self.linear2) is nn.Linear:  # neither is packed
             return applied(self.linear2, activation(applied(self.linear1, x)))
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
@@ -194,7 +194,7 @@ class GatedFeedForward(nn.Module):
     def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
         """dropout: the rate, by a random key, at which numbers in the middle become 0."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(dropped(activations.GATED[self.activation](gate, up), dropout, key))
+        return self.down_proj(apply_dropout(activations.GATED[self.activation](gate, up), dropout, key))
 
 
 class Embedding(nn.Embedding):

@@ -17,7 +17,7 @@ from ..backend.activations import ACTIVATIONS, GATED
 from .attention.layer import Attention
 from .cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from .config import Config
-from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, dropped
+from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, apply_dropout
 from .moe.layer import MoE, MoEConfig, Routing
 
 _NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
@@ -25,12 +25,32 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNor
 
 @dataclass(frozen=True)
 class LayerConfig(Config):
-    """What a Layer is. ValueError names a field that does not fit.
+    """The fields of a Layer, checked.
 
-    num_kv_heads, head_dim, causal, window, scale, bias (of projections): see AttentionConfig; bias and scale are those
-    of both attentions. gated: a GatedFeedForward. norm: "layer" or "rms"; norm_first: each step is on a norm of what
-    came in (pre-norm), else the sum is normed (post-norm). cross: attends to a memory too, memory_dim wide. dropout: of
-    attention weights, inside the feed-forward network and after every step. moe: a mixture instead of the network.
+    Attributes:
+        embed_dim: Channels of x.
+        num_heads: Query heads of both attentions.
+        hidden_dim: Channels inside the feed-forward network.
+        num_kv_heads: Key/value heads; by default num_heads.
+        head_dim: Channels of a head; by default embed_dim / num_heads.
+        activation: Of the network: "gelu", "gelu_tanh" or "relu"; gated "silu" or "gelu_tanh".
+        gated: Whether the network is a GatedFeedForward.
+        norm: "layer" or "rms".
+        norm_first: Whether each step takes a norm of what came in (pre-norm), or the sum is normed (post-norm).
+        norm_eps: The eps of the norms.
+        bias: Whether the projections of attention have biases, or the names among q, k, v, out of those that have one.
+        ffn_bias: Whether the network has biases.
+        scale: What the scores of both attentions are multiplied with; by default 1 / sqrt(head_dim).
+        causal: Whether a position attends to none after it.
+        window: Hides the positions so many or more away.
+        cross: Whether the layer attends to a memory too.
+        memory_dim: Channels of the memory; by default embed_dim.
+        dropout: The probability, in training, that a number is dropped: of attention's weights, inside the network,
+            and of what each step adds.
+        moe: A mixture of experts in place of the network.
+
+    Raises:
+        ValueError: A field is of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the layer"
@@ -139,7 +159,7 @@ class Layer(nn.Module):
     ) -> mx.array:
         """x and what `form` makes of it."""
         y = form(norm(x) if self.config.norm_first else x)
-        y = x + dropped(y, self.config.dropout, key)
+        y = x + apply_dropout(y, self.config.dropout, key)
         return y if self.config.norm_first else norm(y)
 
     def _feed(self, x: mx.array, key: mx.array | None, routings: list[Routing] | None) -> mx.array:

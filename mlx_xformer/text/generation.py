@@ -178,7 +178,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _check_prompt(model: CausalLM, prompt: Sequence[int]) -> None:
-    """MLX reads beyond the end of a table without a word."""
+    """ValueError for no tokens, or one outside the vocabulary: MLX reads beyond a table without an error."""
     if not len(prompt):
         raise ValueError("prompt must hold at least one token, got none")
     size = model.config.vocab_size

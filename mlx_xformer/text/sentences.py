@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..models.bert import Bert, mean_pooled, normalized
+from ..models.bert import Bert, normalize, pool_mean
 from ..models.families import load_model
 from ..pretrained.loading import resolve
 from ..storage.checkpoint import SENTENCES
@@ -66,8 +66,8 @@ class SentenceEncoder:
         L = max(int(lengths.max()), 1)
         tokens = mx.array([[*row, *[0] * (L - len(row))] for row in ids], mx.int32)
         mask = mx.array(np.arange(L)[None] < lengths[:, None])
-        x = mean_pooled(self.model(tokens, mask=mask).astype(mx.float32), mask)
-        return normalized(x) if self._normalizes else x
+        x = pool_mean(self.model(tokens, mask=mask).astype(mx.float32), mask)
+        return normalize(x) if self._normalizes else x
 
 
 def _has_norm(folder: Path) -> bool:

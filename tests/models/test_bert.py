@@ -23,7 +23,7 @@ from mlx_xformer import load, parity
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import bert as names
 from mlx_xformer.converters.formats.source import read_source
-from mlx_xformer.models.bert import Bert, BertConfig, mean_pooled, normalized
+from mlx_xformer.models.bert import Bert, BertConfig, normalize, pool_mean
 from mlx_xformer.models.families import load_model
 from mlx_xformer.reference.models import bert as twin
 from mlx_xformer.storage.checkpoint import read_checkpoint
@@ -51,7 +51,7 @@ def test_forward_and_gradient(activation):
 
     def of(params, *_):
         hidden = twin.bert(params, model.config, TOKENS, mask=MASK, token_types=KINDS)
-        return np.concatenate([(hidden * MASK[..., None]).reshape(3, -1), twin.pooled(params, hidden)], axis=1)
+        return np.concatenate([(hidden * MASK[..., None]).reshape(3, -1), twin.pool(params, hidden)], axis=1)
 
     check_module(model, of)
 
@@ -60,7 +60,7 @@ def _called(self):
     """All that a BERT gives, at what is valid, (B, L E + E)."""
     hidden = Bert.__call__(self, mx.array(TOKENS), mask=mx.array(MASK), token_types=mx.array(KINDS))
     kept = hidden * mx.array(MASK)[..., None]
-    return mx.concatenate([mx.flatten(kept, 1), self.pooled(hidden)], axis=1)
+    return mx.concatenate([mx.flatten(kept, 1), self.pool(hidden)], axis=1)
 
 
 def test_padding_changes_nothing():
@@ -142,26 +142,26 @@ def test_configurations_that_are_refused(change, reason):
     with pytest.raises(ValueError, match="the BERT must be given embed_dim, num_layers, num_heads, hidden_dim"):
         BertConfig.from_dict({"vocab_size": 3})
     with pytest.raises(ValueError, match="a BERT with a pooler, got one without"):
-        Bert(changed(pooler=False)).pooled(mx.zeros((1, 2, 21)))
+        Bert(changed(pooler=False)).pool(mx.zeros((1, 2, 21)))
 
 
 def test_pooling():
     """Against the twin, forward and gradient; what is hidden has no part in it, be it NaN."""
     x = RNG.normal(size=(3, 11, 5))
     valid = mx.array(MASK)
-    check_gradient(lambda x: normalized(mean_pooled(x, valid)), lambda x: twin.normalized(twin.mean_pooled(x, MASK)), x)
-    single = twin.normalized(twin.mean_pooled(x.astype(np.float32), MASK))
-    truth = twin.normalized(twin.mean_pooled(x.astype(np.float32).astype(np.float64), MASK))
+    check_gradient(lambda x: normalize(pool_mean(x, valid)), lambda x: twin.normalize(twin.pool_mean(x, MASK)), x)
+    single = twin.normalize(twin.pool_mean(x.astype(np.float32), MASK))
+    truth = twin.normalize(twin.pool_mean(x.astype(np.float32).astype(np.float64), MASK))
     assert_within_budget(
-        mean_pooled(mx.array(x.astype(np.float32)), valid),
-        twin.mean_pooled(x.astype(np.float32).astype(np.float64), MASK),
-        twin.mean_pooled(x.astype(np.float32), MASK),
+        pool_mean(mx.array(x.astype(np.float32)), valid),
+        twin.pool_mean(x.astype(np.float32).astype(np.float64), MASK),
+        twin.pool_mean(x.astype(np.float32), MASK),
     )
     x[~MASK] = np.nan
-    assert_within_budget(normalized(mean_pooled(mx.array(x.astype(np.float32)), valid)), truth, single)
-    assert (np.array(normalized(mean_pooled(mx.ones((1, 3, 5)), mx.zeros((1, 3), mx.bool_)))) == 0).all()
+    assert_within_budget(normalize(pool_mean(mx.array(x.astype(np.float32)), valid)), truth, single)
+    assert (np.array(normalize(pool_mean(mx.ones((1, 3, 5)), mx.zeros((1, 3), mx.bool_)))) == 0).all()
     with pytest.raises(ValueError, match=r"mask must be boolean .* shape \(3, 11\), got mlx.core.bool \(11,\)"):
-        mean_pooled(mx.zeros((3, 11, 5)), mx.zeros((11,), mx.bool_))
+        pool_mean(mx.zeros((3, 11, 5)), mx.zeros((11,), mx.bool_))
 
 
 HEADS = (
@@ -305,7 +305,7 @@ def test_sentences(sentences, tmp_path, monkeypatch):
         ids = [1, *[WORDS.index(word) for word in text.lower().split()][:4], 2]
         params = {name: np.array(x, np.float64) for name, x in tree_flatten(encoder.model.parameters())}
         hidden = twin.bert(params, encoder.model.config, np.array([ids]))
-        truth = twin.normalized(hidden.mean(axis=1))
+        truth = twin.normalize(hidden.mean(axis=1))
         assert np.abs(truth[0] - vectors[n]).max() < 1e-5
     assert encoder.encode([]).shape == (0, 21)
     assert isinstance(load(sentences), Bert)

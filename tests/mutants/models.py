@@ -48,7 +48,7 @@ BUGS = [
     Bug(
         "mask of the target forgotten",
         TRANSFORMER,
-        ('mask=key_mask("target_mask", target_mask, target.shape),\n            memory'),
+        ('mask=expand_key_mask("target_mask", target_mask, target.shape),\n            memory'),
         "memory",
         parity("Transformer"),
     ),
@@ -139,13 +139,25 @@ BUGS = [
     Bug(
         "the text's padding is seen by answers",
         T5,
-        "memory_mask = key_mask(",
-        "memory_mask = None and key_mask(",
+        "memory_mask = expand_key_mask(",
+        "memory_mask = None and expand_key_mask(",
         BY_T5,
     ),
-    Bug("the text's padding is seen by the text", T5, 'mask=key_mask("mask", mask, source.shape)', "mask=None", BY_T5),
-    Bug("no first dropout", T5, "self.stack(dropped(x, rate, first), ", "self.stack(x, ", BY_T5),
-    Bug("no final dropout", T5, "return dropped(x, rate, last)", "return x if rate else dropped(x, rate, last)", BY_T5),
+    Bug(
+        "the text's padding is seen by the text",
+        T5,
+        'mask=expand_key_mask("mask", mask, source.shape)',
+        "mask=None",
+        BY_T5,
+    ),
+    Bug("no first dropout", T5, "self.stack(apply_dropout(x, rate, first), ", "self.stack(x, ", BY_T5),
+    Bug(
+        "no final dropout",
+        T5,
+        "return apply_dropout(x, rate, last)",
+        "return x if rate else apply_dropout(x, rate, last)",
+        BY_T5,
+    ),
     Bug(
         "the memory is projected anew", T5, '"cross_caches": cross_caches, "key"', '"cross_caches": None, "key"', BY_T5
     ),

@@ -66,15 +66,15 @@ BUGS = [
     Bug(
         "positions along the batch",
         SCRATCH,
-        'x = positioned(x, config.max_len, "target", cache)',
-        'x = positioned(x.swapaxes(0, 1), config.max_len, "target", cache).swapaxes(0, 1)',
+        'x = add_positions(x, config.max_len, "target", cache)',
+        'x = add_positions(x.swapaxes(0, 1), config.max_len, "target", cache).swapaxes(0, 1)',
         tests("tests/models/guides/test_scratch.py::test_t2_1_positions_follow_the_sequence"),
     ),
     Bug(
         "positions of a cached step from 0",
         SCRATCH,
-        'x = positioned(x, config.max_len, "target", cache)',
-        'x = positioned(x, config.max_len, "target", None)',
+        'x = add_positions(x, config.max_len, "target", cache)',
+        'x = add_positions(x, config.max_len, "target", None)',
         tests("tests/models/guides/test_scratch.py::test_cached_is_the_full_pass"),
     ),
     Bug(

@@ -79,7 +79,7 @@ BUGS = [
         "return y",
         parity("Layer"),
     ),
-    Bug("what came in is forgotten", TRANSFORMER, "y = x + dropped(", "y = dropped(", parity("Layer")),
+    Bug("what came in is forgotten", TRANSFORMER, "y = x + apply_dropout(", "y = apply_dropout(", parity("Layer")),
     Bug("causality forgotten", TRANSFORMER, "causal=config.causal, window", "causal=False, window", parity("Layer")),
     Bug("window forgotten", TRANSFORMER, "window=config.window, **shared", "window=None, **shared", parity("Layer")),
     Bug("mask forgotten", TRANSFORMER, "self.self_attn(y, mask=mask,", "self.self_attn(y, mask=None,", parity("Layer")),

@@ -602,7 +602,7 @@ def test_rows_that_are_refused():
     [
         (KVCache(), {"source": normal(B, 7, 17)}, "needs causal self-attention, got a source or causal=False"),
         (KVCache(), {"causal": False}, "a KVCache needs causal self-attention"),
-        (KVCache(), {"offset": 3}, "offset must be 0 with a KVCache, which tells it, got 3"),
+        (KVCache(), {"offset": 3}, "offset must be 0 with a KVCache, which has its own, got 3"),
         (KVCache(keep=2), {"mask": mx.ones((4, 4), mx.bool_)}, "needs keep 0 for masks and biases .* got 2"),
         (CrossCache(), {}, "a CrossCache needs a source and no value_source"),
         (CrossCache(), {"source": normal(B, 7, 17), "value_source": normal(B, 7, 17)}, "a CrossCache needs a source"),

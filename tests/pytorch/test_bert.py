@@ -48,7 +48,7 @@ def test_bert(oracle, tmp_path, values):
     model = load_model(tmp_path / "mlx")
     assert isinstance(model, Bert)
     hidden = model(mx.array(TOKENS), mask=mx.array(MASK), token_types=mx.array(KINDS))
-    outputs = {"last_hidden_state": np.array(hidden) * MASK[..., None], "pooler_output": model.pooled(hidden)}
+    outputs = {"last_hidden_state": np.array(hidden) * MASK[..., None], "pooler_output": model.pool(hidden)}
     for name, ours in outputs.items():
         valid = MASK[..., None] if name == "last_hidden_state" else 1
         assert_within_budget(ours, theirs[name]["float64"] * valid, theirs[name]["float32"] * np.float32(valid), name)
@@ -56,7 +56,7 @@ def test_bert(oracle, tmp_path, values):
     def loss():
         hidden = model(mx.array(TOKENS), mask=mx.array(MASK), token_types=mx.array(KINDS))
         u, v = (mx.array(x.astype(np.float32)) for x in (HIDDEN, POOLED))
-        return (hidden * u).sum() + (model.pooled(hidden) * v).sum()
+        return (hidden * u).sum() + (model.pool(hidden) * v).sum()
 
     same_gradients(names, model, loss, theirs["grad"])
 

@@ -42,16 +42,42 @@ class Quantization(Config):
 
 @dataclass(frozen=True)
 class CausalLMConfig(Config):
-    """What a CausalLM is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a CausalLM, checked.
 
-    window: positions that the "local" layers of layer_types see, the token's own among them; without layer_types, all
-    are. local_rope_theta: their rotary base, without scaling, if they have their own. attention_bias: names among q, k,
-    v, out. qk_norm, norm_plus_one, sandwich_norms: RMS norms of each head's queries and keys, or of all heads' at once
-    ("whole"); their gain is 1 + weight; another after each attention and feed-forward network. embed_scale,
-    attention_scale: what embeddings and scores are multiplied with (1; 1 / sqrt(head_dim)). moe: what is in the place
-    of the feed-forward network of every layer but dense_layers. Where an expert's capacity overflows, logits depend on
-    the rest of the batch and on how many tokens a cache got at once. dtype: what floats are cast to when loaded; None
-    leaves them as stored.
+    Attributes:
+        vocab_size: Tokens, V.
+        embed_dim: Channels of a token.
+        num_layers: Blocks.
+        num_heads: Query heads.
+        hidden_dim: Channels inside the feed-forward networks.
+        num_kv_heads: Key/value heads; by default num_heads.
+        head_dim: Channels of a head; by default embed_dim / num_heads.
+        attention_bias: The names among q, k, v, out of the projections that have a bias.
+        mlp_bias: Whether the feed-forward networks have biases.
+        qk_norm: Whether there are RMS norms of each head's queries and keys; "whole" for norms of all heads' at once.
+        window: Positions that a token sees, its own among them, in the "local" layers; without layer_types in all.
+        layer_types: "local" or "global" for each layer.
+        rope_theta: The base of the rotary positions.
+        rope_scaling: How they are slowed to reach further.
+        local_rope_theta: The base of local layers, without scaling; by default as of the others.
+        norm_eps: The eps of the RMS norms.
+        norm_plus_one: Whether their gain is 1 + weight.
+        sandwich_norms: Whether a norm follows each attention and feed-forward network too.
+        activation: Of the gated feed-forward networks, "silu" or "gelu_tanh".
+        embed_scale: What embeddings are multiplied with; by default 1.
+        attention_scale: What scores are multiplied with; by default 1 / sqrt(head_dim).
+        attention_softcap: The bound of the scores.
+        logit_softcap: The bound of the logits.
+        tie_embeddings: Whether the logits are products with the table of embeddings.
+        moe: A mixture of experts in place of the feed-forward network of every layer but dense_layers. Where the
+            capacity of an expert overflows, logits depend on the rest of the batch and on how many tokens a cache got
+            at once.
+        dense_layers: The numbers of the layers without a mixture.
+        dtype: What floats are cast to when a checkpoint is loaded; None leaves them as stored.
+        quantization: Which matrices are packed, and how.
+
+    Raises:
+        ValueError: A field is of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the language model"

@@ -13,8 +13,18 @@ from ...nn.config import Config
 
 @dataclass(frozen=True)
 class AttentionLayerConfig(Config):
-    """Sizes of the layer. num_kv_heads is num_heads unless given; bias: of all projections, or of none. ValueError
-    names the field that is unknown, of the wrong type or out of range."""
+    """The fields of an AttentionLayer, checked.
+
+    Attributes:
+        embed_dim: Channels of a position.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads; by default num_heads.
+        bias: Whether all projections have biases, or none.
+        causal: Whether a position attends to none after it.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
+    """
 
     _what: ClassVar[str] = "the attention layer"
 

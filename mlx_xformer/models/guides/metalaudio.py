@@ -22,10 +22,19 @@ from ...nn.layers import FeedForward, LayerNorm
 
 @dataclass(frozen=True)
 class CrossTransformerConfig(Config):
-    """Sizes of the encoder. hidden_dim, the width inside the feed-forward networks, is 4 * embed_dim unless given.
+    """The fields of a CrossTransformerEncoder, checked.
 
-    The biases of all attentions, and those of all feed-forward networks, are there or are not. ValueError names the
-    field that is unknown, of the wrong type or out of range.
+    Attributes:
+        embed_dim: Channels of a token.
+        num_heads: Heads of each attention.
+        num_layers: Layers.
+        hidden_dim: Channels inside the feed-forward networks; by default 4 * embed_dim.
+        activation: Of the networks: "gelu_tanh", "gelu" or "relu".
+        attention_bias: Whether all projections of attentions have biases, or none.
+        ffn_bias: Whether all networks have biases, or none.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the cross-transformer"

@@ -13,13 +13,33 @@ PROJECTIONS, NORMS = ("q", "k", "v", "out"), ("rms", "layer", "rms_whole")
 
 @dataclass(frozen=True)
 class AttentionConfig(Config):
-    """What an Attention is. ValueError names a field that does not fit.
+    """The fields of an Attention, checked; unless given, those with a default None follow from others.
 
-    num_kv_heads: num_heads is multi-head, 1 multi-query, anything between grouped-query attention. head_dim and
-    value_dim are per head. kv_dim, v_dim: widths of the sources of keys and of values (embed_dim; kv_dim). bias: all
-    projections, none, or the names among q, k, v, out of those that have one. qk_norm: "rms" or "layer", of every
-    head's queries and keys, or "rms_whole", of all heads' at once. relative: T5's (num_buckets, max_distance). sinks: a
-    learned score per head. dropout: of weights. causal, window, softcap, scale: see attention().
+    Attributes:
+        embed_dim: Channels of x.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads: num_heads, the default, is multi-head attention, 1 multi-query attention, and
+            anything between that divides num_heads grouped-query attention.
+        head_dim: Channels of a head's queries and keys; by default embed_dim / num_heads.
+        value_dim: Channels of a head's values; by default head_dim.
+        kv_dim: Channels of the source of keys and values; by default embed_dim.
+        v_dim: Channels of the source of values; by default kv_dim.
+        out_dim: Channels of the result; by default embed_dim.
+        bias: Whether the projections have biases, or the names among q, k, v, out of those that have one.
+        qk_norm: "rms" or "layer", a norm of each head's queries and keys, or "rms_whole", of all heads' at once.
+        norm_eps: The eps of these norms.
+        rotary: Rotary positions of queries and keys, for self-attention.
+        alibi: Whether ALiBi's bias is added to the scores.
+        relative: (num_buckets, max_distance) of T5's relative positions.
+        causal: Whether a query attends to no key after its own position.
+        window: Hides the keys so many or more positions away, to either side.
+        sinks: Whether each head has the learned score of a key without a value.
+        softcap: The bound of the scores.
+        scale: What the scores are multiplied with; by default 1 / sqrt(head_dim).
+        dropout: The probability, in training, that a weight is dropped.
+
+    Raises:
+        ValueError: A field is of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the attention"

@@ -262,7 +262,7 @@ class Attention(nn.Module):
         if source is not None or value_source is not None or causal is False:
             raise ValueError("a KVCache needs causal self-attention, got a source or causal=False")
         if isinstance(offset, mx.array) or offset:
-            raise ValueError(f"offset must be 0 with a KVCache, which tells it, got {offset}")
+            raise ValueError(f"offset must be 0 with a KVCache, which has its own, got {offset}")
         wide = any(y is not None and y.ndim and y.shape[-1] > 1 for y in (mask, bias))
         if cache.keep and (wide or self.config.alibi or self.config.relative):
             raise ValueError(f"a KVCache needs keep 0 for masks and biases that differ by key, got {cache.keep}")

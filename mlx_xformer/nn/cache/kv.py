@@ -40,13 +40,7 @@ class View:
 
 
 class KVCache:
-    """Keys and values of one attention layer, position by position. It is causal.
-
-    window: positions a query may see, its own among them (None: all). keep: first positions of every row that stay
-    visible beyond the window. slack: positions by which a windowed cache can be rewound from the longest it has been.
-    bits: 8 or 4 (None: the dtype of what is appended). capacity: the most positions there may be (None: any).
-    padding: of the rows of a ragged batch, how many of their first positions are padding.
-    """
+    """Keys and values of one causal attention layer, position by position."""
 
     def __init__(
         self,
@@ -58,6 +52,19 @@ class KVCache:
         capacity: int | None = None,
         padding: Sequence[int] | None = None,
     ):
+        """Makes an empty cache.
+
+        Args:
+            window: Positions that a query may see, its own among them; by default all.
+            keep: First positions of every row that stay visible beyond the window.
+            slack: Positions by which a cache with a window can be rewound from the longest it has been.
+            bits: 8 or 4, in which keys and values are held; by default in the dtype they have.
+            capacity: The most positions there may be; by default any number.
+            padding: For the rows of a batch, how many of their first positions are padding.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
         padding = None if padding is None else tuple(padding)
         options = CacheOptions(window, keep, slack, bits, capacity, padding)
         self.window, self.keep, self.slack, self.bits = options.window, options.keep, options.slack, options.bits
@@ -70,7 +77,7 @@ class KVCache:
         return cls(**vars(options))
 
     def reset(self) -> None:
-        """Forgets everything, and frees it."""
+        """Forgets all positions, and frees their memory."""
         self.length = 0  # positions appended and not trimmed, padding among them
         self._longest = 0  # the most that length has been
         self._lines: list[mx.array] = []  # what keys, then values, are made of: (B, G, slots, ...) each
@@ -92,12 +99,23 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare slots among them; without padding cache_bytes() tells it beforehand."""
+        """Bytes held, spare slots among them; cache_bytes() computes them beforehand for a cache without padding."""
         return sum(x.nbytes for x in self.arrays)
 
     def append(self, k: mx.array, v: mx.array, *, window: int | None = None) -> View:
-        """Adds n >= 1 positions, k (B, G, n, D) and v (B, G, n, Dv), and returns what the queries at these positions
-        may see; `window` narrows that. ValueError, with nothing added, for what does not fit."""
+        """Appends n positions.
+
+        Args:
+            k: Keys (B, G, n, D) with n >= 1.
+            v: Values (B, G, n, Dv).
+            window: Narrows what the queries at these positions may see.
+
+        Returns:
+            What they may see, for attention().
+
+        Raises:
+            ValueError: They do not fit what is held, or there is no room; nothing has been appended.
+        """
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         new = self._parts(k, v)
@@ -126,7 +144,11 @@ class KVCache:
         return view
 
     def trim(self, n: int) -> None:
-        """Forgets the last n positions. RewindError, with nothing changed, if others would be needed that are gone."""
+        """Forgets the last n positions.
+
+        Raises:
+            RewindError: Positions would be needed that are gone; nothing has changed.
+        """
         most = self.length
         if self._lost() > self.keep:
             most = self.slack - (self._longest - self.length)
@@ -137,7 +159,7 @@ class KVCache:
             self._lines = []
 
     def fork(self) -> KVCache:
-        """A cache that goes its own way. Both share what is stored until one of them writes, which costs a copy."""
+        """A copy that holds the same and continues on its own. Both share their arrays until one of them appends."""
         return copy.copy(self)
 
     def select(self, rows: Sequence[int] | mx.array) -> KVCache:

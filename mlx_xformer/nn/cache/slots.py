@@ -27,5 +27,5 @@ def filled(lines: Sequence[mx.array], size: int) -> list[mx.array]:
 
 
 def zeros(lines: Sequence[mx.array], n: int) -> list[mx.array]:
-    """Zeros for n positions; no arrays for none."""
+    """Zeros for n positions, one array for each line; an empty list if n is 0."""
     return [mx.zeros((*x.shape[:2], n, x.shape[3]), x.dtype) for x in lines] if n else []

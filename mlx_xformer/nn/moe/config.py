@@ -14,20 +14,37 @@ ROUTERS, OVERFLOWS, BALANCES = ("softmax", "sigmoid"), ("drop", "expert"), ("swi
 
 @dataclass(frozen=True)
 class MoEConfig(Config):
-    """What a MoE is. ValueError names a field that does not fit.
+    """The fields of a MoE, checked.
 
-    activation, gated, bias: of the experts, GatedFeedForward's or FeedForward's. router: "softmax" over all experts, or
-    "sigmoid" of each. router_bias: whether the router's product has a bias. selection_bias: a bias (E,) of each
-    expert's score where experts are chosen, which the weights do not have (auxiliary-loss-free balancing, Wang et al.
-    2024, arXiv 2408.15664). groups, groups_per_tok: experts are chosen from the best of as many groups of neighbours; a
-    group's score is its best expert's (softmax, DeepSeek-V2, arXiv 2405.04434) or the sum of its two best (sigmoid,
-    DeepSeek-V3, arXiv 2412.19437). renormalize: whether a token's weights are divided by their sum; None: where k > 1,
-    as with k = 1 they would be 1 and the router would not learn. scale: of all weights. shared_dim: the width of an
-    expert that every token goes through, 0 for none; shared_gate: whether it is weighted by the sigmoid of a product
-    (Qwen2-MoE, arXiv 2407.10671). capacity: how many tokens an expert takes, the first ones in their order; a float is
-    a factor of T k / E; None: all. overflow: what becomes of the others, "drop" or "expert", which is one more. alpha:
-    of the balance loss; balance: "switch" (Fedus et al. 2021, arXiv 2101.03961) or "document", see Routing. z_alpha: of
-    the z-loss (Zoph et al. 2022, arXiv 2202.08906).
+    Attributes:
+        embed_dim: Channels of a token.
+        hidden_dim: Channels inside an expert.
+        num_experts: Experts, E.
+        num_experts_per_tok: Experts that a token goes through, k.
+        activation: Of the experts, as of GatedFeedForward or FeedForward.
+        gated: Whether an expert is a GatedFeedForward, or else a FeedForward.
+        bias: Whether the experts have biases.
+        router: "softmax" of the scores of all experts, or "sigmoid" of each.
+        router_bias: Whether the router's product has a bias.
+        selection_bias: Whether a bias (E,) is added to the scores where experts are chosen, but not to the weights:
+            auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664).
+        groups: Groups of neighbouring experts, of which the best are chosen first. The score of a group is that of its
+            best expert (softmax; DeepSeek-V2, arXiv 2405.04434) or the sum of its two best (sigmoid; DeepSeek-V3,
+            arXiv 2412.19437).
+        groups_per_tok: Groups from which a token's experts are chosen.
+        renormalize: Whether the weights of a token are divided by their sum; by default where k > 1, since with k = 1
+            they would be 1 and the router would not learn.
+        scale: What all weights are multiplied with.
+        shared_dim: Channels inside an expert that every token goes through; 0 for none.
+        shared_gate: Whether that expert is weighted by the sigmoid of a product (Qwen2-MoE, arXiv 2407.10671).
+        capacity: Tokens that an expert takes, the first in their order; a float is a factor of T k / E, None no limit.
+        overflow: What becomes of the tokens beyond: "drop", or "expert", an additional one for all of them.
+        alpha: The factor of the balance loss.
+        balance: "switch" (Fedus et al. 2021, arXiv 2101.03961) or "document"; see Routing.balance_loss.
+        z_alpha: The factor of the z-loss (Zoph et al. 2022, arXiv 2202.08906).
+
+    Raises:
+        ValueError: A field is of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "moe"

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ...models.bert import Bert, BertConfig, mean_pooled, normalized
+from ...models.bert import Bert, BertConfig, normalize, pool_mean
 from ...reference.models import bert as twin
 from ...reference.nn.transformer import layer as layer_twin
 from ..samples import Arrays, Case, Options, Rng, Sample, described, with_params
@@ -45,11 +45,11 @@ def cases(model: Bert) -> dict[str, Case]:
     found = {"embeddings": _embeddings(model, weights), **layers}
     if config.pooler:
         found["pooler"] = fixed_case(
-            model.pooled, lambda hidden: twin.pooled(weights, hidden), [{"hidden": (2, n, E)} for n in _LENGTHS]
+            model.pool, lambda hidden: twin.pool(weights, hidden), [{"hidden": (2, n, E)} for n in _LENGTHS]
         )
     found["sentences"] = fixed_case(
-        lambda hidden, mask: normalized(mean_pooled(hidden, mask)),
-        lambda hidden, mask: twin.normalized(twin.mean_pooled(hidden, mask)),
+        lambda hidden, mask: normalize(pool_mean(hidden, mask)),
+        lambda hidden, mask: twin.normalize(twin.pool_mean(hidden, mask)),
         [{"hidden": (2, n, E), "mask": _mask(n)} for n in _LENGTHS],
     )
     found["model"] = _whole(model, weights)

@@ -51,17 +51,17 @@ def bert(
     return encode(params, config, embed(params, config, tokens, token_types), mask)
 
 
-def pooled(params: Params, hidden: np.ndarray) -> np.ndarray:
+def pool(params: Params, hidden: np.ndarray) -> np.ndarray:
     """(B, L, E) -> (B, E), of the first token."""
     return np.tanh(linear(sub(params, "pooler"), hidden[:, 0]))
 
 
-def mean_pooled(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def pool_mean(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(B, L, E) and (B, L) -> (B, E): one text after the other."""
     rows = [text[valid].mean(axis=0) if valid.any() else text[0] * 0 for text, valid in zip(hidden, mask, strict=True)]
     return np.stack(rows)
 
 
-def normalized(x: np.ndarray) -> np.ndarray:
+def normalize(x: np.ndarray) -> np.ndarray:
     """(B, E) to length 1."""
     return np.stack([row / max(np.sqrt(np.sum(row * row)), 1e-12) for row in x])

@@ -15,13 +15,25 @@ ATTENTION_TYPES = ("mha", "mqa", "gqa")
 
 @dataclass(frozen=True)
 class SequenceConfig(Config):
-    """Sizes of the models of llm_prep. ValueError names a field that does not fit.
+    """The fields of llm_prep's models, checked.
 
-    attention_type: "mha", "mqa" with one key/value head, or "gqa" with num_kv_heads of them (half of num_heads unless
-    given); num_kv_heads is of no use to the others. ffn: of every layer, by default 4 embed_dim wide; with a MoE whose
-    capacity overflows, what becomes of a position depends on the others of the batch, padding among them. max_len: the
-    most positions. window: how many a causal model sees, its own among them. num_decoder_layers: of an encoder-decoder,
-    by default num_layers. vocab_size: a causal model reads tokens by a table (V, I) and gives logits by a head (V, O).
+    Attributes:
+        input_dim: Channels of an input, I.
+        output_dim: Channels of an output, O.
+        embed_dim: Channels inside the layers.
+        num_layers: Layers; of an encoder-decoder those of the encoder.
+        num_heads: Query heads.
+        attention_type: "mha", "mqa" with one key/value head, or "gqa" with num_kv_heads of them.
+        num_kv_heads: Key/value heads of "gqa", by default half of num_heads; the other types ignore it.
+        ffn: The feed-forward network of every layer, by default 4 * embed_dim wide. With a mixture whose capacity
+            overflows, what becomes of a position depends on the others of the batch, padding among them.
+        max_len: The most positions.
+        window: Positions that a position of a causal model sees, its own among them.
+        num_decoder_layers: Layers of an encoder-decoder's decoder; by default num_layers.
+        vocab_size: A causal model reads tokens by a table (V, I) and gives logits by a head (V, O).
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the sequence model"

@@ -14,12 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ....nn.checks import check_last, check_tokens, check_vectors, key_mask
+from ....nn.checks import check_last, check_tokens, check_vectors, expand_key_mask
 from ....nn.layers import Embedding
 from ....nn.linear import Linear
 from ....nn.moe.layer import Routing
 from ....nn.transformer import Stack, last_positions
-from ...bound import Conditioned, positioned
+from ...bound import Conditioned, add_positions
 from .config import SequenceCheckpoint, SequenceConfig
 
 
@@ -40,8 +40,8 @@ class TransformerModel(nn.Module):
         """x (B, L, I) -> (B, O). mask (B, L): True where there is no padding, which is neither attended to nor part of
         the mean; a row of nothing else has the mean 0. routings gets where a mixture's tokens went."""
         check_vectors("x", x, self.config.input_dim)
-        keys = key_mask("mask", mask, x.shape)
-        y = positioned(self.input_proj(x), self.config.max_len, "x")
+        keys = expand_key_mask("mask", mask, x.shape)
+        y = add_positions(self.input_proj(x), self.config.max_len, "x")
         y = self.stack(y, mask=keys, routings=routings)
         counted = mx.ones((*y.shape[:2],), y.dtype) if mask is None else mask.astype(y.dtype)
         weights = counted / mx.maximum(counted.sum(axis=1, keepdims=True), 1)
@@ -75,7 +75,7 @@ class AutoregressiveTransformerModel(CacheMaker, nn.Module):
         vocabulary, for which the call waits until they are computed."""
         check_last(last)
         y = self.input_proj(_vectors(self, "x", x, check))
-        y = positioned(y, self.config.max_len, "x", caches[0] if caches else None)
+        y = add_positions(y, self.config.max_len, "x", caches[0] if caches else None)
         return _answer(self, self.stack(y, caches=caches, routings=routings), last)
 
     def generate_next_token(self, x: mx.array, *, caches: Sequence[KVCache] | None = None) -> mx.array:
@@ -127,8 +127,8 @@ class EncoderDecoder(CacheMaker, nn.Module):
     ) -> mx.array:
         """source (B, S, I) -> the memory (B, S, E). source_mask (B, S): True where there is no padding."""
         check_vectors("source", source, self.config.input_dim)
-        x = positioned(self.encoder_input_proj(source), self.config.max_len, "source")
-        return self.encoder(x, mask=key_mask("source_mask", source_mask, source.shape), routings=routings)
+        x = add_positions(self.encoder_input_proj(source), self.config.max_len, "source")
+        return self.encoder(x, mask=expand_key_mask("source_mask", source_mask, source.shape), routings=routings)
 
     def decode(
         self,
@@ -148,8 +148,8 @@ class EncoderDecoder(CacheMaker, nn.Module):
         check_last(last)
         check_vectors("memory", memory, self.config.embed_dim)
         y = self.decoder_input_proj(_vectors(self, "target", target, check))
-        y = positioned(y, self.config.max_len, "target", caches[0] if caches else None)
-        seen = key_mask("memory_mask", memory_mask, memory.shape)
+        y = add_positions(y, self.config.max_len, "target", caches[0] if caches else None)
+        seen = expand_key_mask("memory_mask", memory_mask, memory.shape)
         given: dict[str, Any] = {"memory_mask": seen, "caches": caches, "cross_caches": cross_caches}
         return _answer(self, self.decoder(y, memory, **given, routings=routings), last)
 

@@ -14,7 +14,7 @@ from ....nn.attention.heads import reshape_to_heads
 from ....nn.attention.layer import Attention
 from ....nn.cache import CrossCache, KVCache
 from ....nn.config import check_eps
-from ....nn.layers import FeedForward, LayerNorm, dropped
+from ....nn.layers import FeedForward, LayerNorm, apply_dropout
 from ....nn.transformer import run_layers
 from .config import RATES, StackConfig
 
@@ -87,13 +87,13 @@ class TransformerBlock(nn.Module):
         branch = config.block_dropout if config.dropout_at == "branches" else 0.0
         given: dict[str, Any] = {"mask": mask, "bias": bias, "cache": cache}
         y = self._attend(self.self_attn, self.norm_1(x), None, keys[0], given)
-        x = x + dropped(y, branch, keys[1])
+        x = x + apply_dropout(y, branch, keys[1])
         if memory is not None:
             given = {"mask": memory_mask, "cache": cross_cache}
             y = self._attend(self.cross_attn, self.norm_3(x), memory, keys[2], given)
-            x = x + dropped(y, branch, keys[3])
-        x = x + dropped(self.mlp(self.norm_2(x)), config.ffn_dropout, keys[4])
-        return x if config.dropout_at == "branches" else dropped(x, config.block_dropout, keys[5])
+            x = x + apply_dropout(y, branch, keys[3])
+        x = x + apply_dropout(self.mlp(self.norm_2(x)), config.ffn_dropout, keys[4])
+        return x if config.dropout_at == "branches" else apply_dropout(x, config.block_dropout, keys[5])
 
     def _attend(
         self, layer: Attention, x: mx.array, memory: mx.array | None, key: mx.array | None, given: dict[str, Any]
@@ -107,7 +107,7 @@ class TransformerBlock(nn.Module):
         projected = layer.q_proj(x), layer.k_proj(source)
         q, k = (reshape_to_heads(y, layer.config.num_heads) for y in projected)
         scores = (q * layer.scale) @ k.swapaxes(-1, -2)  # (B, H, L, S)
-        change = dropped(scores, self.config.attention_dropout, key) - scores
+        change = apply_dropout(scores, self.config.attention_dropout, key) - scores
         bias = given.get("bias")
         return layer(x, memory, **{**given, "bias": change if bias is None else change + bias})
 

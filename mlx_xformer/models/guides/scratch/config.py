@@ -12,12 +12,26 @@ RATES = ("attention_dropout", "ffn_dropout", "block_dropout")
 
 @dataclass(frozen=True)
 class StackConfig(Config):
-    """What a TransformerStack is. ValueError names the field that is unknown, of the wrong type or out of range.
+    """The fields of a TransformerStack, checked.
 
-    key_dim is a head's, whatever model_dim is; a head's values have model_dim / num_heads. enc_out_dim: the width of a
-    memory that every block attends to. norm: "layer", or "unbiased" as in UnbiasedLayerNorm. Dropout in training:
-    attention_dropout of weights (score_dropout: of the scores before softmax), ffn_dropout of what the network gives,
-    and block_dropout of what attentions give, or with dropout_at "residual" of all that leaves a block.
+    Attributes:
+        model_dim: Channels of a position. The values of a head have model_dim / num_heads.
+        key_dim: Channels of a head's queries and keys.
+        hidden_dim: Channels inside the feed-forward networks.
+        num_heads: Heads of each attention.
+        enc_out_dim: Channels of a memory that every block attends to, if there is one.
+        num_stack: Blocks.
+        causal: Whether a position attends to none after it.
+        norm: "layer", or "unbiased" as in UnbiasedLayerNorm.
+        norm_eps: The eps of the norms.
+        attention_dropout: The probability, in training, that a weight of attention is dropped.
+        ffn_dropout: The same of what a feed-forward network gives.
+        block_dropout: The same of what attentions give.
+        dropout_at: Where block_dropout acts: at the "branches", or on the "residual", which is all that leaves a block.
+        score_dropout: Whether attention_dropout acts on the scores before the softmax instead.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
     """
 
     _what: ClassVar[str] = "the stack"
@@ -51,8 +65,18 @@ class StackConfig(Config):
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig(Config):
-    """What an EncoderDecoder is. padding_idx: the token, if any, whose embedding is 0 at first and is not trained, and
-    which the loss passes over. max_len: positions there are, at most. embed_dropout: of embeddings with positions."""
+    """The fields of an EncoderDecoder, checked.
+
+    Attributes:
+        vocab_size: Tokens.
+        stack: The blocks, which are causal.
+        padding_idx: The token, if any, whose embedding is 0 at first and is not trained, and which the loss ignores.
+        max_len: The most positions.
+        embed_dropout: The probability, in training, that a number of embeddings with positions is dropped.
+
+    Raises:
+        ValueError: A field is unknown, of the wrong type or out of range; the message names it.
+    """
 
     _what: ClassVar[str] = "the encoder-decoder"
     _parts: ClassVar = {"stack": StackConfig}

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
-from ....nn.checks import check_last, check_range, check_tokens, key_mask
-from ....nn.layers import Embedding, dropped
+from ....nn.checks import check_last, check_range, check_tokens, expand_key_mask
+from ....nn.layers import Embedding, apply_dropout
 from ....nn.linear import Linear
 from ....nn.transformer import last_positions
-from ...bound import Conditioned, positioned
+from ...bound import Conditioned, add_positions
 from .blocks import TransformerStack, needed
 from .config import EncoderDecoderConfig
 
@@ -66,7 +66,7 @@ class EncoderDecoder(CacheMaker, nn.Module):
         """
         check_tokens("target", target, self.config.vocab_size if check else None)
         check_last(last)
-        seen = None if memory is None else key_mask("memory_mask", memory_mask, memory.shape)
+        seen = None if memory is None else expand_key_mask("memory_mask", memory_mask, memory.shape)
         first, second = (None, None) if key is None else mx.random.split(key)
         x = self.embedded(target, caches[0] if caches else None, first)
         given: dict[str, Any] = {"mask": mask, "memory_mask": seen, "caches": caches, "cross_caches": cross_caches}
@@ -81,9 +81,9 @@ class EncoderDecoder(CacheMaker, nn.Module):
         x = self.embed(target)
         if config.padding_idx is not None:
             x = mx.where((target == config.padding_idx)[..., None], mx.stop_gradient(x), x)
-        x = positioned(x, config.max_len, "target", cache)
+        x = add_positions(x, config.max_len, "target", cache)
         if self.training and config.embed_dropout:
-            x = dropped(x, config.embed_dropout, needed(key))
+            x = apply_dropout(x, config.embed_dropout, needed(key))
         return x
 
     def loss(self, target: mx.array, memory: mx.array | None = None, **options: Any) -> mx.array:
