@@ -7,6 +7,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from support.harness import as32, assert_within_budget, check_module, draw, signal
 from support.text import ARCHITECTURES, TOKENS, WIDE
 from support.text import causal_lm_config as config
@@ -95,6 +96,15 @@ def test_only_the_last_positions():
         assert some.shape == (2, min(last, 11), 31)
         np.testing.assert_allclose(some, whole[:, 11 - some.shape[1] :], atol=1e-6)
     assert model(tokens[:0]).shape == (0, 11, 31)
+
+
+def test_which_projections_have_biases_and_which_layers_are_mixtures():
+    """The twin takes the parameters that there are, so that it cannot see which there should be."""
+    names = [name for name, _ in tree_flatten(drawn("qwen2")[0].parameters())]
+    biases = [f"model.layers.{i}.self_attn.{part}_proj.bias" for i in range(2) for part in "qkv"]
+    assert sorted(name for name in names if name.endswith("bias")) == sorted(biases)
+    names = [name for name, _ in tree_flatten(drawn("qwen2 moe")[0].parameters())]
+    assert {name.split(".")[2] for name in names if ".experts." in name} == {"0", "2"}
 
 
 def test_caches_for_layers():

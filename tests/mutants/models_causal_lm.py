@@ -8,6 +8,7 @@ LLAMA = tests("tests/models/test_causal_lm.py::test_logits_and_gradients[llama]"
 GEMMA_3 = tests("tests/models/test_causal_lm.py::test_logits_and_gradients[gemma 3]")
 GEMMA_2 = tests("tests/models/test_causal_lm.py::test_logits_and_gradients[gemma 2]")
 QWEN3 = tests("tests/models/test_causal_lm.py::test_logits_and_gradients[qwen3]")
+PARAMETERS = tests("tests/models/test_causal_lm.py::test_which_projections_have_biases_and_which_layers_are_mixtures")
 
 BUGS = [
     Bug("no residual", MODEL, "            x = x + y\n", "            x = y\n", LLAMA),
@@ -25,7 +26,7 @@ BUGS = [
         MODEL,
         "bias=config.attention_bias",
         "bias=config.attention_bias[:1]",
-        tests("tests/models/test_causal_lm.py::test_logits_and_gradients[qwen2]"),
+        PARAMETERS,
     ),
     Bug(
         "norm before the sum",
@@ -98,6 +99,6 @@ BUGS = [
         CONFIG,
         "index not in self.dense_layers",
         "index in [0, 1]",
-        tests("tests/models/test_causal_lm.py::test_logits_and_gradients[qwen2 moe]"),
+        PARAMETERS,
     ),
 ]
