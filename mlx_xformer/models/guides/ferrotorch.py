@@ -46,3 +46,4 @@ class AttentionLayer(Attention):
     def __init__(self, config: AttentionLayerConfig):
         options = {"num_kv_heads": config.num_kv_heads, "bias": config.bias, "causal": config.causal}
         super().__init__(config.embed_dim, config.num_heads, **options)
+        self.layer_config = config
