@@ -28,7 +28,7 @@ BUGS = [
     Bug("cold is hot", SAMPLERS, "/ max(temperature, _TINY)", "* temperature", parity("make_sampler")),
     Bug("one number for all positions", SAMPLERS, "[seed, history.shape[1]]", "[seed, 0]", parity("make_sampler")),
     Bug("no penalty", SAMPLERS, "logits = penalize(", "penalize(", parity("make_sampler")),
-    Bug("a short filter", RECORDING, 'to_rate, quality="VHQ").T', 'to_rate, quality="LQ").T', parity("resample")),
+    Bug("cubic interpolation", RECORDING, 'to_rate, quality="VHQ").T', 'to_rate, quality="QQ").T', parity("resample")),
     Bug(
         "a narrow distribution",
         ATTENTION,

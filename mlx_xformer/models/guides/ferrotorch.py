@@ -47,6 +47,7 @@ class AttentionLayer(Attention):
     def __init__(self, config: AttentionLayerConfig):
         sizes = config.embed_dim, config.num_heads
         super().__init__(*sizes, num_kv_heads=config.num_kv_heads, bias=config.bias, causal=config.causal)
+        self.layer_config = config
 
     @property
     def is_gqa(self) -> bool:

@@ -20,7 +20,7 @@ def _samples(rng: Rng) -> Iterator[Sample]:
     C, N = 2, 401
     t = np.arange(N)
     for from_rate, to_rate in _RATES:
-        highest = 0.2 * math.pi * min(1.0, to_rate / from_rate)  # radians a sample
+        highest = 0.27 * math.pi * min(1.0, to_rate / from_rate)  # radians a sample
         frequency, phase = rng.uniform(0, highest, (C, 7, 1)), rng.uniform(0, 2 * math.pi, (C, 7, 1))
         tones = rng.uniform(0.1, 0.3, (C, 7, 1)) * np.sin(frequency * t + phase)
         audio = tones.sum(axis=1) * np.kaiser(N, 20)  # a side lobe is 200 dB down

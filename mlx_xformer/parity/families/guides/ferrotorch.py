@@ -27,7 +27,7 @@ def examples() -> dict[str, nn.Module]:
 
 def cases(model: AttentionLayer) -> dict[str, Case]:
     """A case for the layer."""
-    config = model.config
+    config = model.layer_config  # the attention module's own might be made of it wrongly
 
     def theirs(params: Arrays, arrays: Arrays, _: Options) -> np.ndarray:
         return twin.attention_layer(params, config, arrays["x"])
