@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..storage.files import misfit
+from ..storage.messages import describe_misfits
 from .layouts import Layout
 
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
@@ -93,7 +93,7 @@ def inverse_shapes(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict[s
     blanks = {name: mx.zeros(shape) for name, shape in shapes.items()}  # lazy, never computed
     moves, problems = plan(back, blanks)
     if problems:
-        raise ValueError(misfit(problems))
+        raise ValueError(describe_misfits(problems))
     return {
         name: x.shape
         for move in moves
@@ -133,6 +133,15 @@ class Move:
         if not x.ndim or x.shape[0] % len(self.targets):
             raise ValueError(f"must have rows in {len(self.targets)} equal parts")
         return list(mx.split(x, len(self.targets), axis=0))
+
+    def describe(self, tensors: Sequence[mx.array]) -> str:
+        """The sources and their shapes, for messages."""
+        return _listed([f"{name} {x.shape}" for name, x in zip(self.sources, tensors, strict=True)])
+
+    def describe_failure(self, error: ValueError, tensors: Sequence[mx.array], expected: Mapping[str, Shape]) -> str:
+        """Which sources did not become which targets, and why."""
+        wanted = ", ".join(f"{name} {expected.get(name, '(not expected)')}" for name in self.targets)
+        return f"{self.describe(tensors)} {error} for {wanted}"
 
     def _odd(self, tensors: Sequence[mx.array]) -> str:
         """The sources that are not as most are."""
@@ -221,14 +230,14 @@ def apply_rules(
     moves, problems, spoilt = _plan(rules, tensors)
     result: dict[str, mx.array] = {}
     for move in moves:
-        given = _listed([f"{name} {tensors[name].shape}" for name in move.sources])
+        sources = [tensors[name] for name in move.sources]
         try:
-            made = move([tensors[name] for name in move.sources])
+            made = move(sources)
         except ValueError as error:
-            wanted = ", ".join(f"{name} {expected.get(name, '(not expected)')}" for name in move.targets)
-            problems.append(("misshapen", f"{given} {error} for {wanted}"))
+            problems.append(("misshapen", move.describe_failure(error, sources, expected)))
             spoilt.update(move.targets)
             continue
+        given = move.describe(sources)
         for name, x in zip(move.targets, made, strict=True):
             if name in result:
                 problems.append(("duplicate", f"{name}, again from {given}"))
@@ -239,5 +248,5 @@ def apply_rules(
             result[name] = x
     problems += [("missing", f"{name} {tuple(expected[name])}") for name in expected.keys() - result.keys() - spoilt]
     if problems:
-        raise ValueError(misfit(problems))
+        raise ValueError(describe_misfits(problems))
     return result

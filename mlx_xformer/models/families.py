@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..storage.checkpoint import read_checkpoint
-from ..storage.files import misfit
+from ..storage.messages import describe_misfits, find_misfits
 from .bert import Bert, BertConfig
 from .causal_lm.model import CausalLM, CausalLMConfig
 from .guides.ferrotorch import AttentionLayer, AttentionLayerConfig
@@ -82,7 +82,8 @@ def load_model(folder: str | Path) -> nn.Module:
     checkpoint = read_checkpoint(folder)
     try:
         model = make_model(checkpoint.family, checkpoint.config)
-        _check_fit(checkpoint.weights, _shapes(model))
+        if problems := find_misfits(checkpoint.weights, _shapes(model)):
+            raise ValueError(describe_misfits(problems))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     wanted = checkpoint.config.get("dtype") if checkpoint.family == "causal_lm" else "float32"
@@ -95,15 +96,3 @@ def load_model(folder: str | Path) -> nn.Module:
     if not isinstance(model, Bag):
         mx.eval(model.parameters())
     return model
-
-
-def _check_fit(weights: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [("missing", f"{name} {shapes[name]}") for name in shapes.keys() - weights.keys()]
-    problems += [("unexpected", f"{name} {weights[name].shape}") for name in weights.keys() - shapes.keys()]
-    problems += [
-        ("misshapen", f"{name} must be {shapes[name]}, got {weights[name].shape}")
-        for name in weights.keys() & shapes.keys()
-        if weights[name].shape != shapes[name]
-    ]
-    if problems:
-        raise ValueError(misfit(problems))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,19 +23,6 @@ DTYPES = {  # in the words of safetensors
     "U8": mx.uint8,
     "BOOL": mx.bool_,
 }
-
-
-_LISTED = 20
-
-
-def misfit(problems: Sequence[tuple[str, str]]) -> str:
-    """The message for (kind, line) pairs: how many there are of each kind, then the lines, twenty at most."""
-    counts = Counter(kind for kind, _ in problems)
-    lines = [f"  {kind}: {line}" for kind, line in sorted(problems)]
-    if len(lines) > _LISTED:
-        lines[_LISTED:] = [f"  ... and {len(lines) - _LISTED} more"]
-    summary = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
-    return "\n".join([f"the tensors do not fit the model: {summary}", *lines])
 
 
 def write_extras(folder: Path, extras: Mapping[str, bytes]) -> None:

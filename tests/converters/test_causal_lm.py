@@ -20,7 +20,7 @@ from support.tensors import same_tensors
 from mlx_xformer import cli
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import causal_lm as names
-from mlx_xformer.converters.formats import gguf
+from mlx_xformer.converters.families import causal_lm_gguf as gguf
 from mlx_xformer.converters.layouts import Pairs
 from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from mlx_xformer.models.causal_lm.model import CausalLM, Quantization
@@ -515,7 +515,7 @@ def test_pairs_of_rows():
     with pytest.raises(ValueError, match="must have an even number of rows for each of 4 heads"):
         Pairs(4)(x)
     own = config("llama")
-    table = gguf.rules(own, "llama")
+    table = gguf.rules(own)
     shapes = parameter_shapes("causal_lm", own.to_dict())
     back = apply_rules(invert(table), {n: mx.zeros(s) for n, s in shapes.items()}, inverse_shapes(table, shapes))
     assert "blk.1.attn_q.weight" in back

@@ -24,7 +24,7 @@ from support.whispers import (
 from mlx_xformer.cli import main
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import whisper as names
-from mlx_xformer.converters.formats.ctranslate2 import read_ctranslate2
+from mlx_xformer.converters.formats.ctranslate2 import open_ctranslate2
 from mlx_xformer.converters.formats.source import read_source
 from mlx_xformer.converters.layouts import ZeroPart
 from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
@@ -347,7 +347,6 @@ def test_a_broken_config_beside_it(tmp_path):
 
 def test_aliases_share_their_bytes(tmp_path):
     file = ctranslate2(tmp_path / "model.bin", theirs(MODEL, "ctranslate2"))
-    with file.open("rb") as opened:
-        tensors, _ = read_ctranslate2(opened, file.stat().st_size)
+    tensors, _ = open_ctranslate2(file)
     (name, known), *_ = ALIASES.items()
     assert tensors[name] is tensors[known]

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 
 from mlx_xformer.backend import activations
-from mlx_xformer.converters.families.attention import load_attention
+from mlx_xformer.converters.attention import load_attention
 from mlx_xformer.nn import layers
 from mlx_xformer.nn.attention.layer import attention, attention_weights
 from mlx_xformer.nn.attention.torch_layout import MultiheadAttention

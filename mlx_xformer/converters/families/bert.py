@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import mlx.core as mx
-
 from ...models.bert import BertConfig
+from ..converter import Converter
+from ..formats import config_keys
+from ..formats.stored import Tensors
 from ..rules import Rule
-from . import config_keys
 
-FAMILY = "bert"
-MODEL_TYPES: tuple[str, ...] = ("bert",)
-Tensors = Mapping[str, mx.array]
 
 _PREFIX = "bert."
 _LEAF = "{leaf:weight|bias}"
@@ -53,7 +50,7 @@ _HEADS = (
 )
 
 
-def _prefix(names: Iterable[str]) -> str:
+def _prefix(names: Collection[str]) -> str:
     return _PREFIX if _PREFIX + _WORDS in names else ""
 
 
@@ -94,7 +91,7 @@ def _by_shape(tensors: Tensors, start: str) -> dict[str, Any]:
     }
 
 
-def rules(config: BertConfig, names: Tensors) -> list[Rule]:
+def rules(config: BertConfig, names: Collection[str] = ()) -> list[Rule]:
     """The table from Hugging Face's names."""
     start = _prefix(names)
     layer, ours = start + "encoder.layer.{i}.", "encoder.layers.{i}."
@@ -136,3 +133,6 @@ def original(config: BertConfig) -> dict[str, Any]:
         **same,
         "hidden_act": config_keys.word(config.activation),
     }
+
+
+CONVERTER = Converter("bert", "bert", config, rules, original, detect=detect, model_types=("bert",))

@@ -1,8 +1,8 @@
-"""Decoders: rules from Hugging Face's names, and the configuration from a config.json of theirs and back.
+"""Language models: rules from Hugging Face's names, and the configuration from a config.json of theirs and back.
 
 Sources: transformers 5.23 (models/llama, mistral, qwen2, qwen3, gemma2, gemma3: names, defaults), whose older keys are
-read too; mlx-lm's `quantization`. What mixtures have beside that is in mixture.py. A key that is neither understood nor
-known to make no difference is an error.
+read too; mlx-lm's `quantization`. Mixtures of experts are in causal_lm_moe. A key that is neither understood nor known to
+make no difference is an error.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from ...storage.messages import shorten
 from ...models.causal_lm.model import CausalLMConfig, Quantization
-from ..formats.torch_pickle import short
+from ..converter import Converter, Original
+from ..formats.rotary_keys import FULL, SLIDING, read_positions, write_scaling
+from ..formats.stored import Tensors
 from ..rules import Rule
 from . import causal_lm_moe
-from .rope import scaling_read, scaling_written
 
 _LAYER = "model.layers.{i}."
 _PACKED = "{leaf:weight|bias|scales|biases}"
@@ -121,10 +123,9 @@ ABSENT: dict[str, dict[str, Any]] = {
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _MOST_LAYERS = 1000
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def rules(config: CausalLMConfig, names: Container[str] = (TABLE_NAME,)) -> list[Rule]:
+def rules(config: CausalLMConfig, names: Collection[str] = (TABLE_NAME,)) -> list[Rule]:
     """The table from Hugging Face's names, with packed matrices under mlx-lm's. A tied head is dropped where the table
     of embeddings is among the `names`, and is that table where not."""
     tied = [Rule(TABLE, TABLE), Rule(HEAD, None)] if TABLE_NAME in names else [Rule(HEAD, TABLE)]
@@ -145,18 +146,19 @@ def _same(template: str) -> Rule:
     return Rule(template, template)
 
 
-def config(values: Mapping[str, Any]) -> CausalLMConfig:
-    """The configuration that a config.json of Hugging Face means. ValueError names what is not understood."""
+def config(values: Mapping[str, Any], tensors: Tensors | None = None) -> CausalLMConfig:
+    """The configuration that a config.json of Hugging Face means, and the tensors of packed routers. ValueError names
+    what is not understood."""
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ValueError(f"model_type must be one of {', '.join(_TYPES)}, got {short(str(kind))}")
+        raise ValueError(f"model_type must be one of {', '.join(_TYPES)}, got {shorten(str(kind))}")
     values = {**ABSENT[kind], **causal_lm_moe.one_name(values, kind)}
     _check_keys(values, kind)
     given = {ours: values[theirs] for theirs, ours in _SAME.items() if values.get(theirs) is not None}
-    given = {**_TYPES[kind], **given, **_rotary(values, kind), **_windows(values, kind)}
+    given = {**_TYPES[kind], **given, **read_positions(values, kind), **_windows(values, kind)}
     key = "hidden_activation" if kind.startswith("gemma") else "hidden_act"
     if values[key] not in _ACTIVATIONS:
-        raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {short(str(values[key]))}")
+        raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {shorten(str(values[key]))}")
     given["activation"] = _ACTIVATIONS[values[key]]
     if values.get("attention_bias"):
         given["attention_bias"] = ("q", "k", "v", "out")
@@ -166,20 +168,21 @@ def config(values: Mapping[str, Any]) -> CausalLMConfig:
         given["embed_scale"] = math.sqrt(values["hidden_size"])
         given["attention_scale"] = values["query_pre_attn_scalar"] ** -0.5
     packing = values.get("quantization") or values.get("quantization_config")
-    return CausalLMConfig(**given, quantization=None if packing is None else _quantization(packing))
+    found = CausalLMConfig(**given, quantization=None if packing is None else _quantization(packing))
+    return causal_lm_moe.with_packed_routers(found, tensors or ())
 
 
 def _check_keys(values: Mapping[str, Any], kind: str) -> None:
     known = _UNDERSTOOD | HARMLESS | _ONLY.keys() | causal_lm_moe.KEYS.get(kind, set())
     unknown = sorted(key for key in values if key not in known)
     if unknown:
-        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
+        raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
     for key, right in _ONLY.items():
         if key in values and values[key] not in right:
-            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {shorten(str(values[key]))}")
     for key, kinds in _SOFTCAPS.items():
         if values.get(key) is not None and kind not in kinds:
-            raise ValueError(f"{key} must be null in a {kind}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be null in a {kind}, got {shorten(str(values[key]))}")
     required = [*_REQUIRED, *(["head_dim"] if "head_dim" in ABSENT[kind] else [])]
     required += ["num_key_value_heads", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
     required += ["num_key_value_heads"] if kind in ("qwen2_moe", "qwen3_moe") else []
@@ -188,70 +191,42 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
         raise ValueError(f"config.json must have {', '.join(missing)}")
     for key in ("hidden_size", "query_pre_attn_scalar"):
         if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
-            raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be a number above 0, got {shorten(str(values[key]))}")
     count = values["num_hidden_layers"]  # lists of so many are made before a CausalLMConfig can refuse it
     if type(count) is not int or not 1 <= count <= _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers must be a whole number from 1 to {_MOST_LAYERS}, got {short(str(count))}")
+        raise ValueError(f"num_hidden_layers must be a whole number from 1 to {_MOST_LAYERS}, got {shorten(str(count))}")
     if kind in causal_lm_moe.KEYS:
         causal_lm_moe.check(values, kind)
-
-
-def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """rope_theta, rope_scaling and local_rope_theta, from the keys of any age."""
-    given, scaled = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    name, local = "rope_scaling" if scaled else "rope_parameters", None
-    if not isinstance(given, Mapping):
-        raise ValueError("rope_parameters must be an object")
-    if kind == "gemma3_text":
-        local = values["rope_local_base_freq"]
-        if given and _FULL not in given and _SLIDING not in given:
-            raise ValueError(f"rope_parameters must have {_FULL} and {_SLIDING} in a {kind}")
-    if _FULL in given or _SLIDING in given:  # one object for each kind of layer
-        if unknown := sorted(given.keys() - {_FULL, _SLIDING}):
-            raise ValueError(f"rope_parameters has keys that are not handled: {short(', '.join(unknown))}")
-        sliding, given = given.get(_SLIDING) or {}, given.get(_FULL) or {}
-        if scaling_read(sliding, None, f"rope_parameters of {_SLIDING}") is not None:
-            raise ValueError(f"rope_type of {_SLIDING} must be default, got {short(str(dict(sliding)))}")
-        local = sliding.get("rope_theta", local)
-    if kind == "gemma3_text" and local is None:
-        raise ValueError(f"rope_local_base_freq must be a number in a {kind}, got null")
-    given = {**given, **scaled}
-    scaling = scaling_read(given, values["max_position_embeddings"], name)
-    return {
-        "rope_theta": given.get("rope_theta", values["rope_theta"]),
-        "rope_scaling": scaling,
-        "local_rope_theta": local,
-    }
 
 
 def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """window and layer_types."""
     window, count, types = values["sliding_window"], values["num_hidden_layers"], values.get("layer_types")
     if kind in ("llama", "olmoe") and window is not None:
-        raise ValueError(f"sliding_window must be null in a {kind}, got {short(str(window))}")
+        raise ValueError(f"sliding_window must be null in a {kind}, got {shorten(str(window))}")
     if kind.startswith("qwen") and not values.get("use_sliding_window"):
         window = None
-    if kind in _ONE_WINDOW and types not in (None, [_FULL if window is None else _SLIDING] * count):
-        named = _FULL if window is None else _SLIDING
-        raise ValueError(f"layer_types must be {named} throughout in a {kind}, got {short(str(types))}")
+    if kind in _ONE_WINDOW and types not in (None, [FULL if window is None else SLIDING] * count):
+        named = FULL if window is None else SLIDING
+        raise ValueError(f"layer_types must be {named} throughout in a {kind}, got {shorten(str(types))}")
     if window is None:
-        if kind == "qwen2_moe" and (values.get("use_sliding_window") or types not in (None, [_FULL] * count)):
+        if kind == "qwen2_moe" and (values.get("use_sliding_window") or types not in (None, [FULL] * count)):
             raise ValueError(f"sliding_window must be a number, and used, in a {kind} with layers that slide")
-        if kind.startswith("gemma") and types != [_FULL] * count:
+        if kind.startswith("gemma") and types != [FULL] * count:
             raise ValueError(f"sliding_window must be a number in a {kind} with layers that slide, got null")
         return {}
     if types is None and kind == "qwen2_moe":
         first = values["max_window_layers"]
-        types = [_FULL if index % 2 or index >= first else _SLIDING for index in range(count)]
+        types = [FULL if index % 2 or index >= first else SLIDING for index in range(count)]
     if types is None and kind in ("qwen2", "qwen3"):
         first = values["max_window_layers"]
-        types = [_SLIDING if index >= first else _FULL for index in range(count)]
+        types = [SLIDING if index >= first else FULL for index in range(count)]
     elif types is None and kind.startswith("gemma"):
         every = 2 if kind == "gemma2" else values["sliding_window_pattern"]
-        types = [_SLIDING if (index + 1) % every else _FULL for index in range(count)]
-    names = {_SLIDING: "local", _FULL: "global"}
+        types = [SLIDING if (index + 1) % every else FULL for index in range(count)]
+    names = {SLIDING: "local", FULL: "global"}
     if types is not None and not (isinstance(types, list) and all(name in names for name in types)):
-        raise ValueError(f"layer_types must be {' or '.join(names)} for each layer, got {short(str(types))}")
+        raise ValueError(f"layer_types must be {' or '.join(names)} for each layer, got {shorten(str(types))}")
     return {"window": window, "layer_types": None if types is None else tuple(names[name] for name in types)}
 
 
@@ -262,7 +237,7 @@ def _quantization(given: Any) -> Quantization:
         or not {"bits", "group_size"} <= given.keys()
         or given.get("mode", "affine") != "affine"
     ):
-        raise ValueError(f"quantization must be of bits and group_size in affine mode, got {short(str(given))}")
+        raise ValueError(f"quantization must be of bits and group_size in affine mode, got {shorten(str(given))}")
     layers: dict[str, tuple[int, int] | None] = {}
     for name, own in given.items():
         if name in ("bits", "group_size", "mode"):
@@ -277,7 +252,7 @@ def _quantization(given: Any) -> Quantization:
         ):
             layers[ours] = (own.get("bits", given["bits"]), own.get("group_size", given["group_size"]))
         else:
-            raise ValueError(f"quantization has a key that is not handled: {short(name)}")
+            raise ValueError(f"quantization has a key that is not handled: {shorten(name)}")
     return Quantization(given["bits"], given["group_size"], layers)
 
 
@@ -288,11 +263,11 @@ def original(own: CausalLMConfig) -> dict[str, Any]:
     words = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     values: dict[str, Any] = {"model_type": kind, **theirs, "hidden_act": words[own.activation]}
     values["attention_bias"] = set(own.attention_bias) == {"q", "k", "v", "out"}
-    values |= {"rope_theta": own.rope_theta, "rope_scaling": scaling_written(own.rope_scaling)}
+    values |= {"rope_theta": own.rope_theta, "rope_scaling": write_scaling(own.rope_scaling)}
     if own.window is not None:
         values |= {"sliding_window": own.window, "use_sliding_window": True}
         if own.layer_types is not None:
-            values["layer_types"] = [_SLIDING if name == "local" else _FULL for name in own.layer_types]
+            values["layer_types"] = [SLIDING if name == "local" else FULL for name in own.layer_types]
     if own.moe is not None:
         values |= causal_lm_moe.original(own, own.moe)
     if kind.startswith("gemma"):
@@ -300,7 +275,7 @@ def original(own: CausalLMConfig) -> dict[str, Any]:
         values["rope_local_base_freq"] = own.local_rope_theta
         values["hidden_activation"] = values.pop("hidden_act")
         values.setdefault("sliding_window", None)
-        values.setdefault("layer_types", [_FULL] * own.num_layers)
+        values.setdefault("layer_types", [FULL] * own.num_layers)
     values = {key: value for key, value in values.items() if value is not None or key in ABSENT[kind]}
     plain = causal_lm_moe.plain(dataclasses.replace(own, dtype=None, quantization=None))
     try:
@@ -328,3 +303,34 @@ def _kind(config: CausalLMConfig) -> str:
     if set(config.attention_bias) == {"q", "k", "v"}:
         return "qwen2"
     return "llama" if config.window is None else "mistral"
+
+
+def record(config: CausalLMConfig, original: Original) -> dict[str, Any]:
+    """What leads back to the same files: config.json, the metadata of the tensors, and which of several names for the
+    same tensors are there."""
+    found: dict[str, Any] = {"config": original.values, "metadata": original.metadata}
+    if config.moe is not None:
+        found["fused"] = causal_lm_moe.fused_name(config) in original.tensors
+    found["table"] = TABLE_NAME if TABLE_NAME in original.tensors else HEAD_NAME
+    return found
+
+
+def names(config: CausalLMConfig, record: Mapping[str, Any] | None) -> list[str]:
+    """The names of a record: of the table of embeddings, and of fused experts."""
+    record = record or {}
+    head = config.tie_embeddings and record.get("table") == HEAD_NAME
+    fused = config.moe is not None and record.get("fused") is True
+    return [HEAD_NAME if head else TABLE_NAME, *([causal_lm_moe.fused_name(config)] if fused else [])]
+
+
+CONVERTER = Converter(
+    "causal_lm",
+    "causal_lm",
+    config,
+    rules,
+    original,
+    model_types=MODEL_TYPES,
+    quantizes=True,
+    record=record,
+    names=names,
+)

@@ -8,12 +8,12 @@ router_aux_loss_coef is the alpha of each layer here; there it is that of one lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from ...storage.messages import shorten
 from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ...nn.moe.layer import MoEConfig
-from ..formats.torch_pickle import short
 from ..layouts import Halves, Stack
 from ..rules import Rule
 
@@ -55,7 +55,7 @@ def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     local = values.pop("num_local_experts")
     if values.setdefault("num_experts", local) != local:
         raise ValueError(
-            f"num_experts must be num_local_experts, {short(str(local))}, got {values['num_experts']!r:.80}"
+            f"num_experts must be num_local_experts, {shorten(str(local))}, got {values['num_experts']!r:.80}"
         )
     return values
 
@@ -66,28 +66,28 @@ def check(values: Mapping[str, Any], kind: str) -> None:
     for key in sorted(counts | (KEYS[kind] & {"decoder_sparse_step", "num_experts"})):
         least = 0 if key == "num_experts" and kind in ("qwen2_moe", "qwen3_moe") else 1
         if type(values[key]) is not int or values[key] < least:
-            raise ValueError(f"{key} must be a whole number from {least}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be a whole number from {least}, got {shorten(str(values[key]))}")
     for key in sorted(KEYS[kind] & {"norm_topk_prob", "qkv_bias"}):
         if type(values[key]) is not bool:
-            raise ValueError(f"{key} must be true or false, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be true or false, got {shorten(str(values[key]))}")
     if values.get("clip_qkv") is not None:
-        raise ValueError(f"clip_qkv must be null, got {short(str(values['clip_qkv']))}")
+        raise ValueError(f"clip_qkv must be null, got {shorten(str(values['clip_qkv']))}")
     alpha = values["router_aux_loss_coef"]
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"):
-        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {short(str(alpha))}")
+        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {shorten(str(alpha))}")
     layers = values.get("mlp_only_layers")
     if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
-        raise ValueError(f"mlp_only_layers must be numbers of layers, got {short(str(layers))}")
+        raise ValueError(f"mlp_only_layers must be numbers of layers, got {shorten(str(layers))}")
     unread = ["mlp_bias", *(["attention_bias"] if kind in ("mixtral", "qwen2_moe") else [])]
     for key in unread:
         if values.get(key):
-            raise ValueError(f"{key} must be false in a {kind}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be false in a {kind}, got {shorten(str(values[key]))}")
     if kind != "mixtral" and "head_dim" in values and values["head_dim"] is None:
         raise ValueError(f"head_dim must be a number or absent in a {kind}, got null")
     if kind == "olmoe" and "head_dim" in values:
         heads, width = values["num_attention_heads"], values["head_dim"]
         if not type(heads) is type(width) is int or heads * width != values["hidden_size"]:
-            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {short(str(width))}")
+            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {shorten(str(width))}")
 
 
 def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _first(config: CausalLMConfig) -> int:
     return next(index for index in range(config.num_layers) if config.has_mixture(index))
 
 
-def rules(config: CausalLMConfig, moe: MoEConfig, names: Container[str]) -> list[Rule]:
+def rules(config: CausalLMConfig, moe: MoEConfig, names: Collection[str]) -> list[Rule]:
     """The table of experts and routers: fused or packed where the `names` tell so, else expert by expert."""
     fused, mixtral = fused_name(config) in names, kind_of(config) == "mixtral"
     block = _LAYER + ("block_sparse_moe." if mixtral and not fused else "mlp.")
@@ -188,7 +188,7 @@ def our_name(layer: str) -> str:
     return layer.removesuffix(".gate") + ".router" if layer.endswith(".mlp.gate") else layer
 
 
-def with_packed_routers(config: CausalLMConfig, names: Container[str]) -> CausalLMConfig:
+def with_packed_routers(config: CausalLMConfig, names: Collection[str]) -> CausalLMConfig:
     """The configuration of packed tensors, whose routers may be packed too: their scales tell."""
     packing = config.quantization
     if packing is None or config.moe is None:

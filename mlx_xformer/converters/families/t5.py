@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from ...storage.messages import shorten
 from ...models.t5 import T5Config
-from ..formats.torch_pickle import short
+from ..converter import Converter
+from ..formats import config_keys
+from ..formats.stored import Tensors, read_array
 from ..rules import Rule
-from . import config_keys
 
-FAMILY = "t5"
-MODEL_TYPES: tuple[str, ...] = ("t5",)
-Tensors = Mapping[str, mx.array]
 
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
@@ -79,7 +78,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> T5Config:
 def _one(tensors: Tensors, name: str, other: str) -> bool:
     """Whether two tensors are the same numbers."""
     a, b = tensors[name], tensors[other]
-    return name == other or (a.shape == b.shape and mx.array_equal(a, b).item() is True)
+    return name == other or (a.shape == b.shape and mx.array_equal(read_array(a), read_array(b)).item() is True)
 
 
 def _network(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,11 +86,11 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
     proj = values.get("feed_forward_proj", "relu")
     gate, dash, word = proj.partition("-") if isinstance(proj, str) else ("", "-", "")
     if dash and gate != "gated":
-        raise ValueError(f"feed_forward_proj must be an activation, or gated- and one, got {short(str(proj))}")
+        raise ValueError(f"feed_forward_proj must be an activation, or gated- and one, got {shorten(str(proj))}")
     word = gate if not dash else "gelu_new" if word == "gelu" else word
     for key, meant in (("is_gated_act", bool(dash)), ("dense_act_fn", word)):
         if values.get(key, meant) != meant:
-            raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {shorten(str(values[key]))}")
     return {"activation": config_keys.activation("feed_forward_proj", word), "gated": bool(dash)}
 
 
@@ -118,12 +117,12 @@ def _layers(names: Iterable[str], side: str) -> int:
     return 1 + max((int(m[1]) for name in names if (m := re.match(rf"{side}\.block\.(\d+)\.", name))), default=-1)
 
 
-def _table(names: Iterable[str]) -> str:
+def _table(names: Collection[str]) -> str:
     """The name under which the table of embeddings is there: it may stand there three times."""
     return next((name for name in _TABLES if name in names), _TABLES[0])
 
 
-def rules(config: T5Config, names: Tensors) -> list[Rule]:
+def rules(config: T5Config, names: Collection[str] = ()) -> list[Rule]:
     """The table from Hugging Face's names. What is the table of embeddings again is dropped."""
     table = _table(names)
     table_rules = [Rule(name, _TABLES[0] if name == table else None) for name in _TABLES]
@@ -170,3 +169,6 @@ def original(config: T5Config) -> dict[str, Any]:
         "decoder_start_token_id": config.start_token,
         "is_encoder_decoder": True,
     }
+
+
+CONVERTER = Converter("t5", "t5", config, rules, original, detect=detect, model_types=("t5",))

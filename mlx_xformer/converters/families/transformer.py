@@ -6,17 +6,16 @@ norms stand or what the activation is: these are settings. Biases must all be th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from ...models.transformer import TransformerConfig
+from ..converter import Converter
+from ..formats import config_keys
+from ..formats.stored import Tensors
 from ..rules import Rule
-from . import config_keys
 
-Tensors = Mapping[str, mx.array]
 _LEAF = "{leaf:weight|bias}"
 _SETTINGS = ("num_heads", "norm_first", "activation", "norm_eps", "dropout")
 
@@ -42,20 +41,20 @@ def stack_rules(theirs: str, ours: str, *, cross: bool) -> list[Rule]:
 
 
 @dataclass(frozen=True, eq=False)
-class TorchKind:
-    """A Kind (see networks): one of PyTorch's modules. sides: the stacks that it has, and how its names begin."""
+class TorchModule:
+    """One of PyTorch's modules.
+
+    Attributes:
+        name: Of the converter.
+        klass: The module's class.
+        sides: The stacks that it has, and how the names of their tensors begin.
+        single: Whether each stack is one layer.
+    """
 
     name: str
     klass: str
     sides: dict[str, str]
     single: bool = False
-    FAMILY: str = "transformer"
-    MODEL_TYPES: tuple[str, ...] = ()
-
-    @property
-    def __name__(self) -> str:
-        """What provenance names the kind by."""
-        return self.name
 
     def detect(self, tensors: Tensors) -> str | None:
         """By the packed projections of the first layers."""
@@ -99,7 +98,7 @@ class TorchKind:
             **{"dropout": 0.1, **values},
         )
 
-    def rules(self, config: TransformerConfig, names: Tensors) -> list[Rule]:
+    def rules(self, config: TransformerConfig, names: Collection[str] = ()) -> list[Rule]:
         """The table from PyTorch's names."""
         table = []
         for side, prefix in self.sides.items():
@@ -121,10 +120,12 @@ def _count(tensors: Tensors, start: str) -> int:
     return len(found)
 
 
-KINDS = (
-    TorchKind("torch_transformer", "torch.nn.Transformer", {"encoder": "encoder.", "decoder": "decoder."}),
-    TorchKind("torch_encoder", "torch.nn.TransformerEncoder", {"encoder": ""}),
-    TorchKind("torch_decoder", "torch.nn.TransformerDecoder", {"decoder": ""}),
-    TorchKind("torch_encoder_layer", "torch.nn.TransformerEncoderLayer", {"encoder": ""}, single=True),
-    TorchKind("torch_decoder_layer", "torch.nn.TransformerDecoderLayer", {"decoder": ""}, single=True),
+MODULES = (
+    TorchModule("torch_transformer", "torch.nn.Transformer", {"encoder": "encoder.", "decoder": "decoder."}),
+    TorchModule("torch_encoder", "torch.nn.TransformerEncoder", {"encoder": ""}),
+    TorchModule("torch_decoder", "torch.nn.TransformerDecoder", {"decoder": ""}),
+    TorchModule("torch_encoder_layer", "torch.nn.TransformerEncoderLayer", {"encoder": ""}, single=True),
+    TorchModule("torch_decoder_layer", "torch.nn.TransformerDecoderLayer", {"decoder": ""}, single=True),
 )
+
+CONVERTERS = tuple(Converter(m.name, "transformer", m.config, m.rules, m.original, detect=m.detect) for m in MODULES)

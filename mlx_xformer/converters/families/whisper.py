@@ -7,19 +7,19 @@ of one input are one, with zeros where keys have no bias.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from ...storage.messages import shorten
 from ...models.whisper import WhisperConfig
-from ..formats.torch_pickle import short
+from ..converter import Converter
+from ..formats.stored import Tensors, read_array
 from ..layouts import Permute, ZeroPart
 from ..rules import Rule
 
-FAMILY = "whisper"
-MODEL_TYPES = ("whisper",)
-Tensors = Mapping[str, mx.array]
 
 # Where the shapes are that tell sizes: table, first convolution, positions of both sides, inside a layer's network.
 _SIZES = {
@@ -101,7 +101,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
     head = None if layout is None else tensors.get(_HEADS[layout])
     if layout is not None and head is not None:
         table = tensors[_SIZES[layout][0]]
-        if head.shape != table.shape or not mx.array_equal(head, table).item():
+        if head.shape != table.shape or not mx.array_equal(read_array(head), read_array(table)).item():
             raise ValueError(f"{_HEADS[layout]} must be {_SIZES[layout][0]}, the table of embeddings, got another")
     if "model_type" in values:
         return _of_hugging_face(values)
@@ -122,15 +122,15 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
 def _of_hugging_face(values: Mapping[str, Any]) -> WhisperConfig:
     known = _SAME.keys() | ABSENT.keys() | _ONLY.keys() | _HARMLESS
     if unknown := sorted(values.keys() - known):
-        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
+        raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
     values = {**ABSENT, **values}
     for key, right in _ONLY.items():
         if values.get(key, right) != right:
-            raise ValueError(f"{key} must be {right!r}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be {right!r}, got {shorten(str(values[key]))}")
     for part in ("attention_heads", "ffn_dim"):
         sides = [values[f"{side}_{part}"] for side in ("encoder", "decoder")]
         if sides[0] != sides[1]:
-            raise ValueError(f"decoder_{part} must be the encoder's, {short(sides[0])}, got {short(sides[1])}")
+            raise ValueError(f"decoder_{part} must be the encoder's, {shorten(sides[0])}, got {shorten(sides[1])}")
     return WhisperConfig(**{ours: values[theirs] for theirs, ours in _SAME.items()})
 
 
@@ -161,19 +161,21 @@ def _sizes(tensors: Tensors, layout: str) -> dict[str, int]:
 def _scalars(tensors: Tensors) -> int:
     """The heads; ValueError for scalars that are not as we understand them."""
     sides = [f"{side}/num_heads" for side in ("encoder", "decoder")]
+    values: dict[str, Any] = {}
     for name in (*_SCALARS, *sides):
-        if name not in tensors or tensors[name].size != 1:
+        if name not in tensors or math.prod(tensors[name].shape) != 1:
             raise ValueError(f"{name} must be one number")
+        values[name] = read_array(tensors[name]).item()
     for name, right in _SCALARS.items():
-        if tensors[name].item() != right:
-            raise ValueError(f"{name} must be {right}, got {tensors[name].item()}")
-    heads: list[Any] = [tensors[side].item() for side in sides]
+        if values[name] != right:
+            raise ValueError(f"{name} must be {right}, got {values[name]}")
+    heads = [values[side] for side in sides]
     if heads[0] != heads[1]:
         raise ValueError(f"decoder/num_heads must be the encoder's, {heads[0]}, got {heads[1]}")
     return int(heads[0])
 
 
-def rules(config: WhisperConfig, names: Iterable[str] = ()) -> list[Rule]:
+def rules(config: WhisperConfig, names: Collection[str] = ()) -> list[Rule]:
     """The table from the names of CTranslate2, if they are, or else of Hugging Face."""
     return _ctranslate2() if _layout(names) == "ctranslate2" else _hugging_face()
 
@@ -240,3 +242,6 @@ def original(config: WhisperConfig) -> dict[str, Any]:
     values["pad_token_id"] = None  # which it is depends on the tokenizer, and it means nothing to the weights
     del values["use_weighted_layer_sum"]
     return {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **values}
+
+
+CONVERTER = Converter("whisper", "whisper", config, rules, original, detect=detect, model_types=("whisper",))

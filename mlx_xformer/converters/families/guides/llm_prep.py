@@ -6,19 +6,16 @@ a mixture, the capacity and how many experts a token goes through. The tables of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-
-import mlx.core as mx
 
 from ....models.guides.llm_prep import FFNConfig, SequenceCheckpoint, SequenceConfig
 from ...layouts import Stack
+from ...converter import Converter
+from ...formats import config_keys
+from ...formats.stored import Tensors
 from ...rules import Rule
-from .. import config_keys
 
-FAMILY = "llm_prep"
-MODEL_TYPES: tuple[str, ...] = ()
-Tensors = Mapping[str, mx.array]
 _LEAF = "{leaf:weight|bias}"
 _PROJECTION = "{part:q_proj|k_proj|v_proj|out_proj}."
 _LINEAR = {"layer_1": "linear1", "layer_2": "linear2"}
@@ -114,7 +111,7 @@ def _max_len(values: Mapping[str, Any], tensors: Tensors, pair: bool) -> int:
     return length
 
 
-def rules(config: SequenceCheckpoint, names: Tensors) -> list[Rule]:
+def rules(config: SequenceCheckpoint, names: Collection[str] = ()) -> list[Rule]:
     """The table from llm_prep's names."""
     pair = config.model == "encoder_decoder"
     encoder = ("encoder_layers.{i}.", "encoder.layers.{i}.") if pair else ("layers.{i}.", "stack.layers.{i}.")
@@ -156,3 +153,6 @@ def original(config: SequenceCheckpoint) -> dict[str, Any]:
     if sizes.ffn.use_moe:
         values |= {name: getattr(sizes.ffn, name) for name in _MIXTURE}
     return values
+
+
+CONVERTER = Converter("llm_prep", "llm_prep", config, rules, original, detect=detect)

@@ -15,10 +15,9 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ....storage.messages import describe_misfits, shorten
 from ....models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder
-from ....storage.files import misfit
 from ...formats.source import read_source
-from ...formats.torch_pickle import short
 from ...rules import Rule, Shape, apply_rules, inverse_shapes, invert
 
 PREFIX = "cross_transformer"
@@ -81,8 +80,8 @@ def _elsewhere(names: Iterable[str]) -> str:
     names = sorted(names)
     found = [name.removesuffix(_FIRST).removesuffix(".") for name in names if re.search(rf"(^|\.){_FIRST}$", name)]
     if found:
-        return "the prefix is " + short(" or ".join(map(repr, found)))
-    return f"the names are {short(', '.join(names[:5]))}" if names else "there is no tensor at all"
+        return "the prefix is " + shorten(" or ".join(map(repr, found)))
+    return f"the names are {shorten(', '.join(names[:5]))}" if names else "there is no tensor at all"
 
 
 def to_mlx(tensors: Mapping[str, mx.array], config: CrossTransformerConfig, prefix: str = PREFIX) -> Tensors:
@@ -93,7 +92,7 @@ def to_mlx(tensors: Mapping[str, mx.array], config: CrossTransformerConfig, pref
     shapes = _shapes(config)
     problems = _problems(own, inverse_shapes(table, shapes))
     if problems:
-        raise ValueError(misfit(problems))
+        raise ValueError(describe_misfits(problems))
     return apply_rules(table, own, shapes)
 
 
@@ -101,7 +100,7 @@ def to_metalaudio(weights: Mapping[str, mx.array], config: CrossTransformerConfi
     """The inverse of `to_mlx`, as strict."""
     problems = _problems(weights, _shapes(config))
     if problems:
-        raise ValueError(misfit(problems))
+        raise ValueError(describe_misfits(problems))
     table = rules(prefix)
     return apply_rules(invert(table), weights, inverse_shapes(table, _shapes(config)))
 

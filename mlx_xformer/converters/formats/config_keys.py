@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
+from ...storage.messages import shorten
 
-from ..formats.torch_pickle import short
 
 # What makes no difference to the answers of a loaded model.
 HARMLESS = {
@@ -32,16 +32,16 @@ def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tu
     only = {**ONLY, **only}
     unknown = sorted(values.keys() - {*known, *only, *HARMLESS})
     if unknown:
-        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
+        raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
     for key, right in only.items():
         if key in values and values[key] not in right:
-            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {shorten(str(values[key]))}")
 
 
 def activation(key: str, value: Any) -> str:
     """Our name of an activation."""
     if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {short(str(value))}")
+        raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {shorten(str(value))}")
     return ACTIVATIONS[value]
 
 
@@ -54,7 +54,7 @@ def settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[s
     """What is told of a file of tensors beside its shapes. ValueError for what is not `known` or lacks."""
     known = list(known)
     if unknown := sorted(values.keys() - set(known)):
-        raise ValueError(f"settings must be among {', '.join(known)}, got {short(', '.join(unknown))}")
+        raise ValueError(f"settings must be among {', '.join(known)}, got {shorten(', '.join(unknown))}")
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"the shapes do not tell {', '.join(missing)}: it must be set")
     return dict(values)
