@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.checkpoint import Checkpoint
-from .formats.stored import StoredTensor, Tensors
 from .rules import Rule
+from .stored import StoredTensor, Tensors
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Original:
     warnings: tuple[str, ...] = ()
 
 
-# The files that a checkpoint becomes on the way back, by name: the content of a text, or the prefix of the tensors that a
-# .safetensors file holds, without which they stand in it, and the file's metadata.
+# The files that a checkpoint becomes on the way back, by name: the content of a text; or of a .safetensors file the
+# prefix of the tensors in it, which they lose, and the file's metadata.
 OriginalFiles = dict[str, str | tuple[str, dict[str, str]]]
 
 

@@ -7,7 +7,7 @@ particular to a family is in its Converter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from ..storage.messages import describe_misfits, find_misfits, shorten
 from .converter import Converter, Original
 from .families import CONVERTERS
 from .formats import hugging_face
-from .formats.source import hash_file, scan
-from .formats.stored import StoredTensor, make_blanks, open_safetensors
+from .formats.source import hash_file
 from .precision import Precision, Repacking, unpack_tensors
 from .report import Report, make_rows, totals
-from .rules import Move, Shape, apply_rules, inverse_shapes, invert, plan
+from .rules import Move, apply_rules, inverse_shapes, invert, plan
+from .stored import StoredTensor, make_blanks, open_safetensors
+from .streaming import Progress, as_blanks, count_written, name_errors, stream_moves
 
-Progress = Callable[[int, int], None]  # tensors written, and how many there are
 _WEIGHTS = "model.safetensors"
 _NO_MODEL = (ArithmeticError, TypeError, AttributeError, LookupError)  # of values that nothing has checked
 
@@ -53,7 +53,7 @@ def convert_to_mlx(
         made = apply_rules(rules, blanks, shapes)
         target, repack = _choose_precision(converter, config, precision)
         moves = plan(rules, blanks)[0]
-        written = dict(_stream(moves, _as_blanks(original.tensors), shapes, repack))
+        written = dict(stream_moves(moves, as_blanks(original.tensors), shapes, repack))
         if problems := find_misfits(written, parameter_shapes(converter.family, target.to_dict())):
             raise ValueError(describe_misfits(problems))
     except ValueError as error:
@@ -62,14 +62,14 @@ def convert_to_mlx(
         raise ValueError(f"{original.path}: makes no model ({type(error).__name__}, {shorten(error)})") from None
     warnings = list(original.warnings)
     if not dry_run:
-        arrays = _stream(moves, original.tensors, shapes, repack, warnings)
+        arrays = stream_moves(moves, original.tensors, shapes, repack, warnings)
         save_checkpoint(
             out,
             written,
             family=converter.family,
             config=target.to_dict(),
             provenance=_make_provenance(converter, config, original, origin),
-            arrays=_name_errors(original.path, _count(arrays, len(written), progress)),
+            arrays=name_errors(original.path, count_written(arrays, len(written), progress)),
             extras=original.extras,
         )
     return Report(
@@ -128,7 +128,7 @@ def convert_to_original(source: Path, out: Path, *, family: str | None, dry_run:
         if converter.quantizes:
             tensors = unpack_tensors(stored, config.quantization)
             config = dataclasses.replace(config, quantization=None, dtype=None)
-        back = _Back(converter, config, checkpoint, tensors)
+        back = _Reversal(converter, config, checkpoint, tensors)
         if converter.lay_out is None:
             files = hugging_face.lay_out_folder(back.values, back.metadata)
         else:
@@ -163,8 +163,8 @@ def _find_converter(checkpoint: Checkpoint) -> Converter:
     return next((converter for converter in candidates if converter.name == name), candidates[0])
 
 
-class _Back:
-    """The plan of the way back.
+class _Reversal:
+    """The plan of a conversion back into the layout of an original.
 
     Attributes:
         rules: The table from the names here to the original's.
@@ -216,7 +216,7 @@ class _Back:
         """Writes the tensors under a prefix, without it."""
         moves = [move for move in self._moves if move.targets[0].startswith(prefix)]
         made = {name.removeprefix(prefix): self.made[name] for move in moves for name in move.targets}
-        arrays = _stream(moves, self.tensors, self._expected)
+        arrays = stream_moves(moves, self.tensors, self._expected)
         write_safetensors(path, made, metadata, ((name.removeprefix(prefix), x) for name, x in arrays))
 
 
@@ -229,79 +229,3 @@ def check_family(source: Path, wanted: str | None, found: str) -> None:
     """ValueError unless the family is the one that the user insists on."""
     if wanted is not None and found not in (wanted, f"{wanted}_bag"):
         raise ValueError(f"{source}: family must be {wanted}, got {found}")
-
-
-def _stream(
-    moves: Sequence[Move],
-    tensors: Mapping[str, StoredTensor],
-    shapes: Mapping[str, Shape],
-    repack: Repacking | None = None,
-    warnings: list[str] | None = None,
-) -> Iterator[tuple[str, mx.array]]:
-    """What the moves make of the tensors, one at a time or, to repack them, the tensors of a layer at a time.
-
-    Args:
-        shapes: Of the targets, for messages.
-        warnings: Grows by a line for every tensor read with values that look wrong.
-    """
-    for group in [[move] for move in moves] if repack is None else _group_by_layer(moves):
-        made: dict[str, mx.array] = {}
-        for move in group:
-            arrays = [tensors[name].read() for name in move.sources] if move.targets else []
-            if warnings is not None:
-                warnings += scan(dict(zip(move.sources, arrays, strict=False)))
-            try:
-                made |= zip(move.targets, move(arrays), strict=True)
-            except ValueError as error:
-                failure = move.describe_failure(error, arrays, shapes)
-                raise ValueError(describe_misfits([("misshapen", failure)])) from None
-            del arrays
-        made = made if repack is None else repack(made)
-        for name in list(made):
-            yield name, made.pop(name)
-        mx.clear_cache()  # of buffers that fit no other layer
-
-
-def _as_blanks(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors of the same shapes and dtypes that are never read."""
-    return {name: StoredTensor(x.dtype, x.shape, x.blank) for name, x in tensors.items()}
-
-
-def _group_by_layer(moves: Sequence[Move]) -> list[list[Move]]:
-    """The moves whose targets are parts of the same layers, in the order of their first."""
-    groups: list[list[Move]] = []
-    group_of: dict[str, list[Move]] = {}
-    for move in moves:
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in move.targets))
-        found = next((group_of[layer] for layer in layers if layer in group_of), None)
-        if found is None:
-            groups.append(found := [])
-        for layer in layers:
-            other = group_of.setdefault(layer, found)
-            if other is not found:
-                found += other
-                other.clear()
-                group_of |= {name: found for name, group in group_of.items() if group is other}
-        found.append(move)
-    return [group for group in groups if group]
-
-
-def _count(
-    arrays: Iterator[tuple[str, mx.array]], total: int, progress: Progress | None
-) -> Iterator[tuple[str, mx.array]]:
-    """The arrays; progress hears how many of them have been written."""
-    for done, pair in enumerate(arrays):
-        if progress is not None:
-            progress(done, total)
-        yield pair
-    if progress is not None:
-        progress(total, total)
-
-
-def _name_errors(path: Path, arrays: Iterator[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
-    """The arrays; a ValueError begins with the path, as those of reading do already."""
-    try:
-        yield from arrays
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(f"{path}") else f"{path}: {message}") from None

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..models.causal_lm.model import DTYPES, Quantization
 from ..storage.messages import describe_misfits
-from .formats.stored import StoredTensor, make_blanks
+from .stored import StoredTensor, make_blanks
 
 Packing = tuple[int, int] | None  # bits and group size of a packed matrix; None: floats
 
@@ -62,7 +62,13 @@ class Precision:
 
 @dataclass(frozen=True)
 class Repacking:
-    """Packs the matrices of layers as `after` says, where they are packed as `before` says, and casts floats to dtype."""
+    """Packs the matrices of layers anew and casts their floats.
+
+    Attributes:
+        before: How they are packed.
+        after: How they shall be packed.
+        dtype: Of the floats; None leaves them as they are.
+    """
 
     before: Quantization | None
     after: Quantization | None

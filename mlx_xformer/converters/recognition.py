@@ -41,7 +41,7 @@ def recognize(source: Path, settings: Mapping[str, Any]) -> tuple[Converter, Ori
     if file := gguf.find_file(source):
         return causal_lm_gguf.CONVERTER, gguf.open_file(file)
     location = demucs.find_model(source)
-    return htdemucs.BAG_CONVERTER if location.is_bag else htdemucs.CONVERTER, demucs.open_model(location)
+    return htdemucs.BAG if location.is_bag else htdemucs.MODEL, demucs.open_model(location)
 
 
 def _by_model_type(folder: Path, model_type: Any) -> Converter:

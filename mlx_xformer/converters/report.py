@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .formats.source import dtype_name
 from .rules import Rule, plan
+from .stored import dtype_name
 
 _PACKED = ("weight", "scales", "biases")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..converters.formats.stored import dtype_name
+from ..converters.stored import dtype_name
 from ..models.families import make_config, parameter_count, parameter_shapes
 from ..storage.checkpoint import read_checkpoint
 from ..storage.messages import find_misfits

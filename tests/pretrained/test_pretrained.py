@@ -99,7 +99,9 @@ def test_a_name_outdoes_a_folder_of_stems(tmp_path, monkeypatch):
 
 
 def test_repositories():
-    assert [pretrained_hub.name_repository("adefossez", name) for name in ("htdemucs", "htdemucs_ft", "htdemucs_6s")] == [
+    assert [
+        pretrained_hub.name_repository("adefossez", name) for name in ("htdemucs", "htdemucs_ft", "htdemucs_6s")
+    ] == [
         "adefossez/HTDemucs",
         "adefossez/HTDemucs-ft",
         "adefossez/HTDemucs-6s",

@@ -3,16 +3,8 @@
 from . import bert, causal_lm, htdemucs, t5, transformer, whisper
 from .guides import ferrotorch, llm_prep, scratch
 
-CONVERTERS = (
-    causal_lm.CONVERTER,
-    htdemucs.CONVERTER,
-    htdemucs.BAG_CONVERTER,
-    bert.CONVERTER,
-    t5.CONVERTER,
-    whisper.CONVERTER,
-    *transformer.CONVERTERS,
-    scratch.CONVERTER,
-    scratch.ENCODER_DECODER,
-    ferrotorch.CONVERTER,
-    llm_prep.CONVERTER,
+CONVERTERS = tuple(
+    converter
+    for family in (causal_lm, htdemucs, bert, t5, whisper, transformer, scratch, ferrotorch, llm_prep)
+    for converter in family.CONVERTERS
 )

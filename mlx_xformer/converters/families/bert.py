@@ -15,9 +15,8 @@ from typing import Any
 from ...models.bert import BertConfig
 from ..converter import Converter
 from ..formats import config_keys
-from ..formats.stored import Tensors
 from ..rules import Rule
-
+from ..stored import Tensors
 
 _PREFIX = "bert."
 _LEAF = "{leaf:weight|bias}"
@@ -135,4 +134,4 @@ def original(config: BertConfig) -> dict[str, Any]:
     }
 
 
-CONVERTER = Converter("bert", "bert", config, rules, original, detect=detect, model_types=("bert",))
+CONVERTERS = (Converter("bert", "bert", config, rules, original, detect=detect, model_types=("bert",)),)

@@ -13,9 +13,9 @@ from typing import Any
 from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ...storage.messages import shorten
 from ..converter import Original
-from ..formats.stored import Tensors
 from ..layouts import Pairs
 from ..rules import Rule
+from ..stored import Tensors
 from .causal_lm import CONVERTER as CAUSAL_LM
 
 _GROUP = 32  # what MLX makes of every block of GGUF
@@ -81,7 +81,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> CausalLMConfig:
     ):
         raise ValueError(f"the metadata must have {', '.join(missing)}")
     if own.get("rope.scaling.type", "none") != "none":
-        raise ValueError(f"rope.scaling.type must be none, got {shorten(str(own['rope.scaling.type']))}")
+        raise ValueError(f"rope.scaling.type must be none, got {shorten(own['rope.scaling.type'])}")
     if "token_embd.weight" not in tensors:
         raise ValueError("there is no token_embd.weight")
     made = CausalLMConfig(

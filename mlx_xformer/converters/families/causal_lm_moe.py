@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ...storage.messages import shorten
 from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ...nn.moe.layer import MoEConfig
+from ...storage.messages import shorten
 from ..layouts import Halves, Stack
 from ..rules import Rule
 
@@ -54,9 +54,7 @@ def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return values
     local = values.pop("num_local_experts")
     if values.setdefault("num_experts", local) != local:
-        raise ValueError(
-            f"num_experts must be num_local_experts, {shorten(str(local))}, got {values['num_experts']!r:.80}"
-        )
+        raise ValueError(f"num_experts must be num_local_experts, {shorten(local)}, got {values['num_experts']!r:.80}")
     return values
 
 
@@ -66,28 +64,28 @@ def check(values: Mapping[str, Any], kind: str) -> None:
     for key in sorted(counts | (KEYS[kind] & {"decoder_sparse_step", "num_experts"})):
         least = 0 if key == "num_experts" and kind in ("qwen2_moe", "qwen3_moe") else 1
         if type(values[key]) is not int or values[key] < least:
-            raise ValueError(f"{key} must be a whole number from {least}, got {shorten(str(values[key]))}")
+            raise ValueError(f"{key} must be a whole number from {least}, got {shorten(values[key])}")
     for key in sorted(KEYS[kind] & {"norm_topk_prob", "qkv_bias"}):
         if type(values[key]) is not bool:
-            raise ValueError(f"{key} must be true or false, got {shorten(str(values[key]))}")
+            raise ValueError(f"{key} must be true or false, got {shorten(values[key])}")
     if values.get("clip_qkv") is not None:
-        raise ValueError(f"clip_qkv must be null, got {shorten(str(values['clip_qkv']))}")
+        raise ValueError(f"clip_qkv must be null, got {shorten(values['clip_qkv'])}")
     alpha = values["router_aux_loss_coef"]
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"):
-        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {shorten(str(alpha))}")
+        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {shorten(alpha)}")
     layers = values.get("mlp_only_layers")
     if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
-        raise ValueError(f"mlp_only_layers must be numbers of layers, got {shorten(str(layers))}")
+        raise ValueError(f"mlp_only_layers must be numbers of layers, got {shorten(layers)}")
     unread = ["mlp_bias", *(["attention_bias"] if kind in ("mixtral", "qwen2_moe") else [])]
     for key in unread:
         if values.get(key):
-            raise ValueError(f"{key} must be false in a {kind}, got {shorten(str(values[key]))}")
+            raise ValueError(f"{key} must be false in a {kind}, got {shorten(values[key])}")
     if kind != "mixtral" and "head_dim" in values and values["head_dim"] is None:
         raise ValueError(f"head_dim must be a number or absent in a {kind}, got null")
     if kind == "olmoe" and "head_dim" in values:
         heads, width = values["num_attention_heads"], values["head_dim"]
         if not type(heads) is type(width) is int or heads * width != values["hidden_size"]:
-            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {shorten(str(width))}")
+            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {shorten(width)}")
 
 
 def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from ...storage.messages import shorten
 from ...models.htdemucs import BagConfig, HTDemucsConfig
 from ...models.htdemucs.config import levels
+from ...storage.messages import shorten
 from ..converter import Converter, Original
 from ..formats.demucs import lay_out_checkpoint
-from ..formats.stored import Tensors
 from ..layouts import Permute, Squeeze
 from ..rules import Rule, prefixed
+from ..stored import Tensors
 
 KLASS = "demucs.htdemucs.HTDemucs"
 _OTHER_KLASSES = {"demucs.hdemucs.HDemucs": "Hybrid Demucs (hdemucs_mmi)", "demucs.demucs.Demucs": "Demucs (mdx)"}
@@ -119,7 +119,8 @@ def config(metadata: Mapping[str, str], tensors: Tensors | None = None) -> HTDem
     """The configuration from demucs' metadata: `klass`, and `args` and `kwargs` as JSON text.
 
     Args:
-        tensors: The file's tensors, whose naming the message names if there is no metadata.
+        metadata: Of the model's file.
+        tensors: Those of the file, whose naming the message names if there is no metadata.
     """
     missing = [key for key in ("klass", "args", "kwargs") if key not in metadata]
     if missing:
@@ -146,7 +147,7 @@ def config(metadata: Mapping[str, str], tensors: Tensors | None = None) -> HTDem
     try:
         return HTDemucsConfig.from_dict({**dict(zip(names, args, strict=False)), **kwargs})
     except (ArithmeticError, TypeError) as error:
-        raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {shorten(str(error))}") from None
+        raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {shorten(error)}") from None
 
 
 def _decoded(key: str, text: str) -> Any:
@@ -238,9 +239,8 @@ def _record_nothing(config: HTDemucsConfig | BagConfig, original: Original) -> N
     """The configuration leads back to the metadata."""
 
 
-CONVERTER = Converter(
-    "htdemucs", "htdemucs", config, rules, metadata, record=_record_nothing, lay_out=lay_out_checkpoint
-)
-BAG_CONVERTER = Converter(
+MODEL = Converter("htdemucs", "htdemucs", config, rules, metadata, record=_record_nothing, lay_out=lay_out_checkpoint)
+BAG = Converter(
     "htdemucs_bag", "htdemucs_bag", bag_config, rules, describe_bag, record=_record_nothing, lay_out=lay_out_checkpoint
 )
+CONVERTERS = (MODEL, BAG)

@@ -13,13 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...storage.messages import shorten
 from ...models.t5 import T5Config
+from ...storage.messages import shorten
 from ..converter import Converter
 from ..formats import config_keys
-from ..formats.stored import Tensors, read_array
 from ..rules import Rule
-
+from ..stored import Tensors, read_array
 
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
@@ -86,11 +85,11 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
     proj = values.get("feed_forward_proj", "relu")
     gate, dash, word = proj.partition("-") if isinstance(proj, str) else ("", "-", "")
     if dash and gate != "gated":
-        raise ValueError(f"feed_forward_proj must be an activation, or gated- and one, got {shorten(str(proj))}")
+        raise ValueError(f"feed_forward_proj must be an activation, or gated- and one, got {shorten(proj)}")
     word = gate if not dash else "gelu_new" if word == "gelu" else word
     for key, meant in (("is_gated_act", bool(dash)), ("dense_act_fn", word)):
         if values.get(key, meant) != meant:
-            raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {shorten(str(values[key]))}")
+            raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {shorten(values[key])}")
     return {"activation": config_keys.activation("feed_forward_proj", word), "gated": bool(dash)}
 
 
@@ -171,4 +170,4 @@ def original(config: T5Config) -> dict[str, Any]:
     }
 
 
-CONVERTER = Converter("t5", "t5", config, rules, original, detect=detect, model_types=("t5",))
+CONVERTERS = (Converter("t5", "t5", config, rules, original, detect=detect, model_types=("t5",)),)

@@ -13,8 +13,8 @@ from typing import Any
 from ...models.transformer import TransformerConfig
 from ..converter import Converter
 from ..formats import config_keys
-from ..formats.stored import Tensors
 from ..rules import Rule
+from ..stored import Tensors
 
 _LEAF = "{leaf:weight|bias}"
 _SETTINGS = ("num_heads", "norm_first", "activation", "norm_eps", "dropout")

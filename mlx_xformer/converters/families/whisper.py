@@ -13,13 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...storage.messages import shorten
 from ...models.whisper import WhisperConfig
+from ...storage.messages import shorten
 from ..converter import Converter
-from ..formats.stored import Tensors, read_array
 from ..layouts import Permute, ZeroPart
 from ..rules import Rule
-
+from ..stored import Tensors, read_array
 
 # Where the shapes are that tell sizes: table, first convolution, positions of both sides, inside a layer's network.
 _SIZES = {
@@ -126,7 +125,7 @@ def _of_hugging_face(values: Mapping[str, Any]) -> WhisperConfig:
     values = {**ABSENT, **values}
     for key, right in _ONLY.items():
         if values.get(key, right) != right:
-            raise ValueError(f"{key} must be {right!r}, got {shorten(str(values[key]))}")
+            raise ValueError(f"{key} must be {right!r}, got {shorten(values[key])}")
     for part in ("attention_heads", "ffn_dim"):
         sides = [values[f"{side}_{part}"] for side in ("encoder", "decoder")]
         if sides[0] != sides[1]:
@@ -244,4 +243,4 @@ def original(config: WhisperConfig) -> dict[str, Any]:
     return {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **values}
 
 
-CONVERTER = Converter("whisper", "whisper", config, rules, original, detect=detect, model_types=("whisper",))
+CONVERTERS = (Converter("whisper", "whisper", config, rules, original, detect=detect, model_types=("whisper",)),)

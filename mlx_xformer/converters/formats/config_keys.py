@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
-from ...storage.messages import shorten
 
+from ...storage.messages import shorten
 
 # What makes no difference to the answers of a loaded model.
 HARMLESS = {
@@ -35,13 +35,13 @@ def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tu
         raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
     for key, right in only.items():
         if key in values and values[key] not in right:
-            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {shorten(str(values[key]))}")
+            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {shorten(values[key])}")
 
 
 def activation(key: str, value: Any) -> str:
     """Our name of an activation."""
     if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {shorten(str(value))}")
+        raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {shorten(value)}")
     return ACTIVATIONS[value]
 
 

@@ -11,10 +11,10 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from ...storage.messages import shorten
 from ...storage.checkpoint import EXTRAS
 from ...storage.files import DTYPES
-from .stored import StoredTensor, stored_at
+from ...storage.messages import shorten
+from ..stored import StoredTensor, stored_at
 
 FILE = "model.bin"
 _VERSION = 6
@@ -121,7 +121,7 @@ def read_extras(folder: Path) -> dict[str, bytes]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({shorten(str(error))})") from None
+        raise ValueError(f"{path}: not JSON ({shorten(error)})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be an object, got a {type(values).__name__}")
     suppressed = {theirs: values[ours] for ours, theirs in _SUPPRESSED.items() if ours in values}

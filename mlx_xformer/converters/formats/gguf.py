@@ -13,8 +13,8 @@ import numpy as np
 
 from ...storage.messages import shorten
 from ..converter import Original
+from ..stored import hold_array
 from .gguf_tokenizer import make_tokenizer_files
-from .stored import hold_array
 
 
 def find_file(path: Path) -> Path | None:

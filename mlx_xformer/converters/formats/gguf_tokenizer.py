@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
-from ...storage.messages import shorten
 
+from ...storage.messages import shorten
 
 _PREFIX = "tokenizer.ggml."
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -10,8 +10,8 @@ from typing import Any
 from ...storage.checkpoint import EXTRAS, is_checkpoint
 from ...storage.messages import shorten
 from ..converter import Original, OriginalFiles
+from ..stored import StoredTensor
 from .source import check_plain_name, open_source
-from .stored import StoredTensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...storage.messages import shorten
 from ...nn.positions import RotaryScaling
+from ...storage.messages import shorten
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 _SCALINGS = {
@@ -66,7 +66,7 @@ def read_scaling(given: Mapping[str, Any], trained: Any, name: str) -> RotarySca
     """
     kind = given.get("rope_type", given.get("type")) or "default"
     if kind != "default" and kind not in _SCALINGS:
-        raise ValueError(f"rope_type must be one of default, {', '.join(_SCALINGS)}, got {shorten(str(kind))}")
+        raise ValueError(f"rope_type must be one of default, {', '.join(_SCALINGS)}, got {shorten(kind)}")
     known = _SCALINGS.get(kind, set()) | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     unknown = sorted(given.keys() - known)
     if unknown or given.get("partial_rotary_factor", 1) != 1:
@@ -78,7 +78,7 @@ def read_scaling(given: Mapping[str, Any], trained: Any, name: str) -> RotarySca
     length = given.get("original_max_position_embeddings") or trained
     numbers = {key: value for key, value in given.items() if key not in ("rope_type", "type", "truncate")}
     if not all(isinstance(x, (int, float)) for x in (*numbers.values(), length or 1)) or "factor" not in given:
-        raise ValueError(f"{name} must have a factor and hold numbers, got {shorten(str(dict(given)))}")
+        raise ValueError(f"{name} must have a factor and hold numbers, got {shorten(dict(given))}")
     if kind == "linear":
         return RotaryScaling(kind, given["factor"])
     if kind == "llama3":

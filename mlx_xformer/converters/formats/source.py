@@ -20,8 +20,8 @@ import numpy as np
 
 from ...storage.files import DTYPES
 from ...storage.messages import shorten
+from ..stored import RawTensor, StoredTensor, check_booleans, dtype_name, hold_array, open_safetensors
 from .ctranslate2 import is_ctranslate2, open_ctranslate2
-from .stored import RawTensor, StoredTensor, check_booleans, dtype_name, hold_array, open_safetensors
 from .torch_file import open_torch
 
 _NUMPY = {

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...storage.files import DTYPES
 from ...storage.messages import shorten
-from .stored import RawTensor, StoredTensor, check_booleans
+from ..stored import RawTensor, StoredTensor, check_booleans
 from .torch_pickle import Symbol, View, read_pickle
 
 _MAX_PICKLE = 16 << 20

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
 from ...storage.messages import shorten
 
 _MAX_NESTING = 64  # open tuples, lists and dicts at one time
@@ -73,7 +74,7 @@ def read_pickle(pickle: bytes, storages: dict[str, int]) -> Any:
         try:
             opcode, arg, _ = next(operations)
         except Exception as error:  # pickletools raises whatever its decoders raise
-            raise ValueError(f"data.pkl is no whole pickle: {shorten(str(error))}") from None
+            raise ValueError(f"data.pkl is no whole pickle: {shorten(error)}") from None
         if opcode.name == "STOP":
             return machine.pop()
         if opcode.name in _CONSTANTS:

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_xformer import cli
-from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.attention import attention_state, load_attention
+from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families.guides import ferrotorch, scratch
 from mlx_xformer.converters.rules import apply_rules, invert
 from mlx_xformer.models.families import load_model, parameter_shapes
@@ -166,9 +166,9 @@ def test_attention_layers_as_parts(names):
 @pytest.mark.parametrize(
     ("kind", "state", "settings"),
     [
-        (scratch.CONVERTER, stack_state(), HEADS),
+        (scratch.STACK, stack_state(), HEADS),
         (scratch.ENCODER_DECODER, model_state(False), HEADS),
-        (ferrotorch.CONVERTER, layer_state(), HEADS),
+        (ferrotorch.CONVERTERS[0], layer_state(), HEADS),
     ],
 )
 def test_tables_invert(kind, state, settings):

@@ -11,8 +11,8 @@ from typing import Any
 
 from ....models.guides.ferrotorch import AttentionLayerConfig
 from ...converter import Converter
-from ...formats.stored import Tensors
 from ...rules import Rule
+from ...stored import Tensors
 
 _WEIGHTS, _BIASES = ({f"{name}_proj.{leaf}" for name in ("q", "k", "v", "out")} for leaf in ("weight", "bias"))
 
@@ -54,4 +54,4 @@ def original(config: AttentionLayerConfig) -> dict[str, Any]:
     return {"num_heads": config.num_heads, "causal": config.causal}
 
 
-CONVERTER = Converter("ferrotorch", "ferrotorch", config, rules, original, detect=detect)
+CONVERTERS = (Converter("ferrotorch", "ferrotorch", config, rules, original, detect=detect),)

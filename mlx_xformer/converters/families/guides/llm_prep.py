@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ....models.guides.llm_prep import FFNConfig, SequenceCheckpoint, SequenceConfig
-from ...layouts import Stack
 from ...converter import Converter
 from ...formats import config_keys
-from ...formats.stored import Tensors
+from ...layouts import Stack
 from ...rules import Rule
+from ...stored import Tensors
 
 _LEAF = "{leaf:weight|bias}"
 _PROJECTION = "{part:q_proj|k_proj|v_proj|out_proj}."
@@ -155,4 +155,4 @@ def original(config: SequenceCheckpoint) -> dict[str, Any]:
     return values
 
 
-CONVERTER = Converter("llm_prep", "llm_prep", config, rules, original, detect=detect)
+CONVERTERS = (Converter("llm_prep", "llm_prep", config, rules, original, detect=detect),)

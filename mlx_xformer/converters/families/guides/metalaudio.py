@@ -15,8 +15,8 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ....storage.messages import describe_misfits, shorten
 from ....models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder
+from ....storage.messages import describe_misfits, shorten
 from ...formats.source import read_source
 from ...rules import Rule, Shape, apply_rules, inverse_shapes, invert
 

@@ -1,5 +1,6 @@
-"""The models of a transformer from scratch, under its author's names (W_Q, lin_1, gamma, ...): a stack of blocks, and the
-token model around it.
+"""The models of a transformer from scratch, under its author's names (W_Q, lin_1, gamma, ...).
+
+There is a stack of blocks, and a token model around it.
 
 Source: yucoder14/guitar_effects, transformer_fun.ipynb and myTransformer.py without the codec in it. A file has the
 widths and the number of blocks; settings give num_heads and, where they differ from the defaults, causal, norm_eps and
@@ -14,8 +15,8 @@ from typing import Any
 
 from ....models.guides.scratch import EncoderDecoderConfig, StackConfig
 from ...converter import Converter
-from ...formats.stored import Tensors
 from ...rules import Rule, prefixed
+from ...stored import Tensors
 
 _PARTS = {"attention_layer": "self_attn", "cross_attention_layer": "cross_attn"}
 _LETTERS = {"Q": "q", "K": "k", "V": "v", "O": "out"}
@@ -26,7 +27,7 @@ _SETTINGS = (
 _NAME = re.compile(
     r"blocks\.[0-9]+\.((cross_)?attention_layer\.W_[QKVO]\.weight|ffn\.lin_[12]\.(weight|bias)|norm_[123]\.(gamma|beta))"
 )
-_STACK = "decoder."  # what stands before the names of the stack inside a token model
+_INSIDE = "decoder."  # what stands before the names of the stack inside a token model
 _TOKEN_SETTINGS = ("padding_idx", "max_len", "embed_dropout")
 _TOKEN_NAMES = {"embed.weight", "unembed.weight", "unembed.bias"}
 _BUFFERS = {"mask", "pos.pe"}  # which PyTorch makes anew
@@ -94,14 +95,14 @@ def original(config: StackConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name in _SETTINGS}
 
 
-CONVERTER = Converter("scratch", "scratch", config, rules, original, detect=detect)
+STACK = Converter("scratch", "scratch", config, rules, original, detect=detect)
 
 
 def _detect_tokens(tensors: Tensors) -> str | None:
     if not tensors.keys() >= _TOKEN_NAMES:
         return None
-    found = _detect_stack(tensors, _STACK)
-    others = {name for name in tensors if not name.startswith(_STACK)} - _TOKEN_NAMES - _BUFFERS
+    found = _detect_stack(tensors, _INSIDE)
+    others = {name for name in tensors if not name.startswith(_INSIDE)} - _TOKEN_NAMES - _BUFFERS
     return None if found is None or others else f"embed and unembed beside {found}"
 
 
@@ -113,14 +114,14 @@ def _token_config(values: Mapping[str, Any], tensors: Tensors) -> EncoderDecoder
     shape = tensors["embed.weight"].shape
     if len(shape) != 2:
         raise ValueError(f"embed.weight must be a matrix, got {shape}")
-    return EncoderDecoderConfig(shape[0], _stack_config(stack, tensors, _STACK), **own)
+    return EncoderDecoderConfig(shape[0], _stack_config(stack, tensors, _INSIDE), **own)
 
 
 def _token_rules(config: EncoderDecoderConfig, names: Collection[str] = ()) -> list[Rule]:
     return [
         Rule("embed.weight", "embed.weight"),
         Rule("unembed.{leaf:weight|bias}", "unembed.{leaf}"),
-        *prefixed(rules(), _STACK),
+        *prefixed(rules(), _INSIDE),
         Rule("mask", None),
         Rule("pos.pe", None),
     ]
@@ -134,3 +135,4 @@ def _token_settings(config: EncoderDecoderConfig) -> dict[str, Any]:
 ENCODER_DECODER = Converter(
     "scratch_model", "scratch_encoder_decoder", _token_config, _token_rules, _token_settings, detect=_detect_tokens
 )
+CONVERTERS = (STACK, ENCODER_DECODER)

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ...storage.files import DTYPES
-from ...storage.messages import shorten
+from ..storage.files import DTYPES
+from ..storage.messages import shorten
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StoredTensor:
 
     @property
     def ndim(self) -> int:
+        """The number of axes."""
         return len(self.shape)
 
     def blank(self) -> mx.array:
