@@ -63,7 +63,7 @@ def convert(
     if to == "pytorch":
         if precision != Precision() or settings:
             raise ValueError(
-                "quantize, group_size, dtype and settings are of no use where a checkpoint leads back to its original"
+                'quantize, group_size, dtype and settings must not be given with to="pytorch": nothing is changed'
             )
         return pipeline.convert_to_original(source, out, family=family, dry_run=dry_run)
     converter, original = recognize(source, settings or {})

@@ -116,8 +116,10 @@ def _make_provenance(
 
 
 def convert_to_original(source: Path, out: Path, *, family: str | None, dry_run: bool) -> Report:
-    """Writes a checkpoint in the layout that it came from; packed matrices become floats. Arguments and errors are
-    those of conversion.convert."""
+    """Writes a checkpoint in the layout that it came from; packed matrices become floats.
+
+    Arguments and errors are those of conversion.convert.
+    """
     checkpoint = read_checkpoint(source)
     check_family(source, family, checkpoint.family)
     converter = _find_converter(checkpoint)
@@ -156,8 +158,7 @@ def convert_to_original(source: Path, out: Path, *, family: str | None, dry_run:
 
 
 def _find_converter(checkpoint: Checkpoint) -> Converter:
-    """The converter of the layout that a checkpoint came from or, where its provenance names none, of the first of its
-    family."""
+    """The converter of the layout that a checkpoint came from; without provenance, the first of its family."""
     candidates = [converter for converter in CONVERTERS if converter.family == checkpoint.family]
     name = checkpoint.provenance.get("kind")
     return next((converter for converter in candidates if converter.name == name), candidates[0])

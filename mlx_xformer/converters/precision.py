@@ -62,7 +62,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Repacking:
-    """Packs the matrices of layers anew and casts their floats.
+    """Packs the matrices of layers in another way and casts their floats.
 
     Attributes:
         before: How they are packed.

@@ -77,7 +77,7 @@ def _group_by_layer(moves: Sequence[Move]) -> list[list[Move]]:
 def count_written(
     arrays: Iterator[tuple[str, mx.array]], total: int, progress: Progress | None
 ) -> Iterator[tuple[str, mx.array]]:
-    """The arrays; progress hears how many of them have been written."""
+    """The arrays. Each that is asked for means that those before it have been written, which `progress` is told."""
     for done, pair in enumerate(arrays):
         if progress is not None:
             progress(done, total)

@@ -36,8 +36,10 @@ def name_repository(namespace: str, name: str) -> str:
 
 
 def convert_original(path: Path) -> Path:
-    """The conversion of an original, kept under a digest of its files. Large files are known by their path, size and
-    time of change, as reading them at every load would take too long."""
+    """The conversion of an original, kept under a digest of its files.
+
+    Large files are known by their path, size and time of change, as reading them at every load would take too long.
+    """
     digest = hashlib.sha256(__version__.encode())
     for file in list_files(path):
         facts = file.stat()

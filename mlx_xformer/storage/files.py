@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format, and the messages about tensors that do not fit."""
+"""Files: tensors in the safetensors format, and the files that stand beside them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {  # in the words of safetensors
 
 
 def write_extras(folder: Path, extras: Mapping[str, bytes]) -> None:
-    """Files of EXTRAS, some of which have a folder of their own."""
+    """Writes files by their names, which may have a folder in them."""
     for name, content in extras.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -38,10 +38,18 @@ def write_safetensors(
     metadata: Mapping[str, str],
     arrays: Iterable[tuple[str, mx.array]] | None = None,
 ) -> None:
-    """Writes a file, a tensor after the other, and checks that it is whole. OSError if it is not.
+    """Writes a .safetensors file, one tensor after the other, and checks that it is whole.
 
-    `arrays` brings the tensors one by one, in the order of `tensors`, whose shapes and dtypes are then all that counts:
-    no more than one of them need be held.
+    Args:
+        path: The file.
+        tensors: The tensors, or lazy arrays of their shapes and dtypes.
+        metadata: Of the file.
+        arrays: The values, (name, array) in the order of `tensors`, so that only one of them need be in memory at a
+            time; those of `tensors` if None.
+
+    Raises:
+        ValueError: An array has another shape, dtype or place than `tensors` says.
+        OSError: The file could not be written whole.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -54,10 +62,8 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, x in tensors.items() if arrays is None else arrays:
-            like = tensors[name]
-            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != 8 + len(text) + header[name][
-                "data_offsets"
-            ][0]:
+            like, begin = tensors[name], 8 + len(text) + header[name]["data_offsets"][0]
+            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != begin:
                 raise ValueError(f"{name} must be {like.shape} {like.dtype} and in its turn, got {x.shape} {x.dtype}")
             file.write(_bytes_of(x))
     try:

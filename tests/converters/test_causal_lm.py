@@ -672,7 +672,7 @@ def test_values_of_any_kind(tmp_path, name):
         ({"quantize": 3}, "quantize must be 4, 8, or 0 for floats, got 3"),
         ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
-        ({"quantize": 4, "to": "pytorch"}, "of no use where a checkpoint leads back"),
+        ({"quantize": 4, "to": "pytorch"}, 'must not be given with to="pytorch"'),
     ],
 )
 def test_wishes_that_are_refused(tmp_path, given, reason):

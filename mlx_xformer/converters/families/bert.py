@@ -77,7 +77,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> BertConfig:
 
 
 def _by_shape(tensors: Tensors, start: str) -> dict[str, Any]:
-    """Sizes by what has them."""
+    """The sizes, from the shapes of tensors."""
     layers = {int(m[1]) for name in tensors if (m := re.match(re.escape(start) + r"encoder\.layer\.(\d+)\.", name))}
     table = start + "embeddings.{}_embeddings.weight"
     return {
@@ -116,7 +116,7 @@ def rules(config: BertConfig, names: Collection[str] = ()) -> list[Rule]:
 
 
 def _norm(names: Iterable[str], theirs: str, ours: str) -> list[Rule]:
-    """A norm, under the names that its tensors have."""
+    """The rules of a norm, whose tensors have other names in old files."""
     old = any(name.endswith("LayerNorm.gamma") and not name.startswith("cls.") for name in names)
     leaves = (("gamma", "weight"), ("beta", "bias")) if old else (("weight", "weight"), ("bias", "bias"))
     return [Rule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in leaves]

@@ -1,4 +1,4 @@
-"""Language models: rules from Hugging Face's names, and the configuration from a config.json of theirs and back.
+"""Language models: rules from Hugging Face's names, and the configuration from its config.json and back.
 
 Sources: transformers 5.23 (models/llama, mistral, qwen2, qwen3, gemma2, gemma3: names, defaults), whose older keys are
 read too; mlx-lm's `quantization`. Mixtures of experts are in causal_lm_moe. A key that is neither understood nor known
@@ -42,8 +42,10 @@ TABLE, HEAD = "model.embed_tokens.{leaf:weight|scales|biases}", "lm_head.{leaf:w
 
 
 def rules(config: CausalLMConfig, names: Collection[str] = (TABLE_NAME,)) -> list[Rule]:
-    """The table from Hugging Face's names, with packed matrices under mlx-lm's. A tied head is dropped where the table
-    of embeddings is among the `names`, and is that table where not."""
+    """The table from Hugging Face's names, with packed matrices under mlx-lm's.
+
+    A tied head is dropped where the table of embeddings is among the `names`, and is that table where not.
+    """
     tied = [Rule(TABLE, TABLE), Rule(HEAD, None)] if TABLE_NAME in names else [Rule(HEAD, TABLE)]
     attention, norms = _LAYER + "self_attn.", "{norm:input|post_attention|pre_feedforward|post_feedforward}_layernorm."
     return [
@@ -63,8 +65,10 @@ def _same(template: str) -> Rule:
 
 
 def config(values: Mapping[str, Any], tensors: Tensors | None = None) -> CausalLMConfig:
-    """The configuration that a config.json of Hugging Face means, and the tensors of packed routers. ValueError names
-    what is not understood."""
+    """The configuration that a config.json of Hugging Face means, and the tensors of packed routers.
+
+    ValueError names what is not understood.
+    """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in TYPES:
         raise ValueError(f"model_type must be one of {', '.join(TYPES)}, got {shorten(kind)}")
@@ -147,7 +151,7 @@ def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _quantization(given: Any) -> Quantization:
-    """mlx-lm's: bits and group_size, and the same or false under the names of single layers."""
+    """mlx-lm's `quantization`: bits and group_size, and for single layers the same, or false for floats."""
     if (
         not isinstance(given, Mapping)
         or not {"bits", "group_size"} <= given.keys()
@@ -173,7 +177,7 @@ def _quantization(given: Any) -> Quantization:
 
 
 def original(own: CausalLMConfig) -> dict[str, Any]:
-    """A config.json of Hugging Face that means the same, floats throughout. ValueError if none of theirs does."""
+    """A config.json of Hugging Face that means the configuration, all in floats. ValueError if there is none."""
     kind = _kind(own)
     theirs = {theirs: getattr(own, ours) for theirs, ours in SAME.items()}
     words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -204,7 +208,7 @@ def original(own: CausalLMConfig) -> dict[str, Any]:
 
 
 def _alike(a: CausalLMConfig, b: CausalLMConfig) -> bool:
-    """Whether two configurations are one, but for the rounding of a square root."""
+    """Whether two configurations are equal but for the rounding of a square root."""
     scales = (a.attention_scale or 0.0), (b.attention_scale or 0.0)
     return math.isclose(*scales) and dataclasses.replace(a, attention_scale=b.attention_scale) == b
 
@@ -222,8 +226,10 @@ def _kind(config: CausalLMConfig) -> str:
 
 
 def record(config: CausalLMConfig, original: Original) -> dict[str, Any]:
-    """What leads back to the same files: config.json, the metadata of the tensors, and which of several names for the
-    same tensors are there."""
+    """What leads back to the same files: config.json, the metadata of the tensors, and the names of some of them.
+
+    The table of embeddings may be under the head's name, and experts may be fused.
+    """
     found: dict[str, Any] = {"config": original.values, "metadata": original.metadata}
     if config.moe is not None:
         found["fused"] = causal_lm_moe.fused_name(config) in original.tensors

@@ -99,7 +99,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> CausalLMConfig:
 
 
 def _matrix_names() -> dict[str, str]:
-    """The beginning of GGUF's name of every matrix, {i} for its layer's number, and of ours."""
+    """The beginning of every matrix's name in GGUF, with {i} for the layer's number, and of its name here."""
     pairs = [(rule.sources[0], rule.targets[0]) for rule in rules(CausalLMConfig(1, 2, 1, 1, 1))]
     return {a.rpartition(".")[0]: b.rpartition(".")[0] for a, b in pairs if "{leaf:" in a}
 

@@ -1,7 +1,7 @@
-"""Mixtures of experts in the words of others: keys of config.json and names of tensors.
+"""Mixtures of experts: keys of Hugging Face's config.json and names of tensors.
 
 Sources: transformers 5.23 (models/mixtral, qwen2_moe, qwen3_moe, olmoe; conversion_mapping.py, whose names of single
-experts its save_pretrained writes unless told otherwise); mlx-lm's `switch_mlp`, where experts are stacked and packed.
+experts its save_pretrained writes by default); mlx-lm's `switch_mlp`, where experts are stacked and packed.
 router_aux_loss_coef is the alpha of each layer here; there it is that of one loss over the tokens of all layers.
 """
 
@@ -48,7 +48,7 @@ _ONE_NAME = ("qwen2_moe",)  # the others say num_local_experts too
 
 
 def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The keys, num_local_experts as num_experts."""
+    """The keys, with num_experts for num_local_experts."""
     values = dict(values)
     if kind not in KEYS or kind in _ONE_NAME or "num_local_experts" not in values:
         return values
@@ -89,7 +89,7 @@ def check(values: Mapping[str, Any], kind: str) -> None:
 
 
 def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
-    """moe and dense_layers, and what the kind means for attention."""
+    """The fields moe and dense_layers, and those of attention that the model_type means."""
     own = dict(_ATTENTION.get(kind, {}))
     if values.get("qkv_bias"):
         own["attention_bias"] = ("q", "k", "v")
@@ -120,7 +120,7 @@ def kind_of(config: CausalLMConfig) -> str:
 
 
 def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
-    """The keys of a mixture that mean the configuration, as far as they can say it."""
+    """The keys of a mixture that mean the configuration, as far as there are such keys."""
     kind = kind_of(config)
     values: dict[str, Any] = {
         "num_local_experts" if kind == "mixtral" else "num_experts": moe.num_experts,
@@ -137,7 +137,7 @@ def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
 
 
 def plain(config: CausalLMConfig) -> CausalLMConfig:
-    """The configuration, with what makes no difference to it as others would have it."""
+    """The configuration, with the values that transformers has where they make no difference."""
     if config.moe is None:
         return config
     moe = dataclasses.replace(config.moe, renormalize=config.moe.renormalizes)
@@ -147,7 +147,7 @@ def plain(config: CausalLMConfig) -> CausalLMConfig:
 
 
 def fused_name(config: CausalLMConfig) -> str:
-    """The tensor whose presence tells that transformers has saved experts as it computes with them."""
+    """The name of a tensor that is there only if transformers has saved the experts fused, as it computes with them."""
     return f"model.layers.{_first(config)}.mlp.experts.gate_up_proj"
 
 
@@ -156,7 +156,7 @@ def _first(config: CausalLMConfig) -> int:
 
 
 def rules(config: CausalLMConfig, moe: MoEConfig, names: Collection[str]) -> list[Rule]:
-    """The table of experts and routers: fused or packed where the `names` tell so, else expert by expert."""
+    """The table of experts and routers: fused or stacked if the `names` are, else expert by expert."""
     fused, mixtral = fused_name(config) in names, kind_of(config) == "mixtral"
     block = _LAYER + ("block_sparse_moe." if mixtral and not fused else "mlp.")
     table = [
@@ -181,13 +181,13 @@ def rules(config: CausalLMConfig, moe: MoEConfig, names: Collection[str]) -> lis
 
 
 def our_name(layer: str) -> str:
-    """What a layer of mlx-lm is called here."""
+    """The name here of a layer of mlx-lm."""
     layer = layer.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
     return layer.removesuffix(".gate") + ".router" if layer.endswith(".mlp.gate") else layer
 
 
 def with_packed_routers(config: CausalLMConfig, names: Collection[str]) -> CausalLMConfig:
-    """The configuration of packed tensors, whose routers may be packed too: their scales tell."""
+    """The configuration, with the routers among the packed layers if they have scales."""
     packing = config.quantization
     if packing is None or config.moe is None:
         return config

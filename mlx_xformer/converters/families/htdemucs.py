@@ -222,8 +222,10 @@ _MARKS = {
 
 
 def find_naming(names: Iterable[str]) -> tuple[str, str]:
-    """Whose naming a set of tensors follows, "demucs", "metalaudio" or "unknown", and the reason. The prefix
-    `models.N.` of a bag's state dict is looked past."""
+    """Whose naming a set of tensors follows, "demucs", "metalaudio" or "unknown", and the reason.
+
+    The prefix `models.N.` of a bag's state dict is looked past.
+    """
     heads = set()
     for name in names:
         parts = name.split(".")

@@ -56,8 +56,10 @@ def detect(tensors: Tensors) -> str | None:
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> T5Config:
-    """The configuration that a config.json, or the settings given, and the shapes mean. The head is tied where there is
-    none, or where it is the table."""
+    """The configuration that a config.json, or the settings given, and the tensors mean.
+
+    The head is tied where there is none, or where it equals the table of embeddings.
+    """
     table = _table(tensors)
     tied = _HEAD not in tensors or (table in tensors and _one(tensors, _HEAD, table))
     for name in _TABLES:
@@ -75,7 +77,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> T5Config:
 
 
 def _one(tensors: Tensors, name: str, other: str) -> bool:
-    """Whether two tensors are the same numbers."""
+    """Whether two tensors hold the same numbers."""
     a, b = tensors[name], tensors[other]
     return name == other or (a.shape == b.shape and mx.array_equal(read_array(a), read_array(b)).item() is True)
 
@@ -94,7 +96,7 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_shape(tensors: Tensors) -> dict[str, Any]:
-    """Sizes by what has them."""
+    """The sizes, from the shapes of tensors."""
     relative = _RELATIVE.format(side="encoder")
     heads = config_keys.size(tensors, relative, 1)
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in tensors
@@ -128,7 +130,7 @@ def rules(config: T5Config, names: Collection[str] = ()) -> list[Rule]:
     return [
         *table_rules,
         Rule(_HEAD, None if config.tie_embeddings else _HEAD),
-        Rule("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None),  # of no use to anybody
+        Rule("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None),  # never used
         *_side("encoder", config.gated, cross=False),
         *_side("decoder", config.gated, cross=True),
     ]

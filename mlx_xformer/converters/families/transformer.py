@@ -1,7 +1,7 @@
 """torch.nn.Transformer, TransformerEncoder, TransformerDecoder and single layers of them, into and out of Transformer.
 
-Source: torch.nn.modules.transformer (PyTorch 2.13), whose state dicts do not tell how many heads there are, where the
-norms stand or what the activation is: these are settings. Biases must all be there.
+Source: torch.nn.modules.transformer (PyTorch 2.13). Its state dicts have neither the number of heads nor the place of
+the norms nor the activation: these are settings. All biases must be there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SETTINGS = ("num_heads", "norm_first", "activation", "norm_eps", "dropout")
 
 
 def layer_rules(theirs: str, ours: str, *, cross: bool) -> list[Rule]:
-    """A layer whose names begin with `theirs` becomes a blocks.Layer whose names begin with `ours`."""
+    """A layer whose names begin with `theirs` becomes one of models.transformer whose names begin with `ours`."""
     names = {"self_attn": "self_attn"} | ({"multihead_attn": "cross_attn"} if cross else {})
     table = []
     for name, own in names.items():
@@ -57,7 +57,7 @@ class TorchModule:
     single: bool = False
 
     def detect(self, tensors: Tensors) -> str | None:
-        """By the packed projections of the first layers."""
+        """Why the tensors are this module's, by the packed projections of its first layers; None if they are not."""
         own = {side: f"{prefix}{'' if self.single else 'layers.0.'}" for side, prefix in self.sides.items()}
         marks = {f"{start}self_attn.in_proj_weight" for start in own.values()}
         marks |= {f"{own['decoder']}multihead_attn.in_proj_weight"} if "decoder" in own else set()
@@ -69,7 +69,7 @@ class TorchModule:
         return f"the tensors have the names of {self.klass}, such as {sorted(marks)[0]}"
 
     def _foreign(self, name: str) -> bool:
-        """Whether a name is no module's of this kind: another stack's, or an encoder's with cross-attention."""
+        """Whether a name belongs to another module, such as cross-attention to no encoder."""
         if self.single and name.startswith("layers."):
             return True
         if "decoder" not in self.sides and ".multihead_attn." in f".{name}":
@@ -77,7 +77,7 @@ class TorchModule:
         return len(self.sides) == 1 and name.startswith(("encoder.", "decoder."))
 
     def config(self, values: Mapping[str, Any], tensors: Tensors) -> TransformerConfig:
-        """Sizes by the shapes, and what they do not tell by the settings."""
+        """The configuration: sizes from the shapes, the rest from the settings."""
         if unknown := sorted(values.keys() - set(_SETTINGS)):
             raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
         if "num_heads" not in values:
@@ -110,7 +110,7 @@ class TorchModule:
         return table
 
     def original(self, config: TransformerConfig) -> dict[str, Any]:
-        """The settings."""
+        """The settings that mean the configuration."""
         return {name: getattr(config, name) for name in _SETTINGS}
 
 

@@ -20,7 +20,7 @@ from ..layouts import Permute, ZeroPart
 from ..rules import Rule
 from ..stored import Tensors, read_array
 
-# Where the shapes are that tell sizes: table, first convolution, positions of both sides, inside a layer's network.
+# The tensors whose shapes give the sizes: table, first convolution, positions of both sides, inside a layer's network.
 _SIZES = {
     "hugging face": (
         "model.decoder.embed_tokens.weight",
@@ -82,20 +82,23 @@ _SCALARS = {
 
 
 def _layout(names: Iterable[str]) -> str | None:
-    """Whose names they are."""
+    """Which of the two layouts the names are of."""
     given = set(names)
     return next((layout for layout, keys in _SIZES.items() if set(keys[:4]) <= given), None)
 
 
 def detect(tensors: Tensors) -> str | None:
-    """Why tensors of these names and shapes are a Whisper, in words; None if they are not."""
+    """Why the tensors are a Whisper; None if they are not."""
     layout = _layout(tensors)
     return None if layout is None else f"names of {_WORDS[layout]} Whisper: {_SIZES[layout][1]}, {_SIZES[layout][2]}"
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
-    """What a config.json, or the shapes of a file mean. Of Hugging Face's file, num_heads must be set: no shape tells
-    it. ValueError names what is not understood or lacks."""
+    """The configuration that a config.json, or the shapes of a file mean.
+
+    For a file of Hugging Face num_heads must be set, which no shape gives. ValueError names what is missing or not
+    understood.
+    """
     layout = _layout(tensors)
     head = None if layout is None else tensors.get(_HEADS[layout])
     if layout is not None and head is not None:
@@ -134,7 +137,7 @@ def _of_hugging_face(values: Mapping[str, Any]) -> WhisperConfig:
 
 
 def _sizes(tensors: Tensors, layout: str) -> dict[str, int]:
-    """What the shapes tell. ValueError for axes that are not there."""
+    """The sizes that the shapes give. ValueError for missing axes."""
     table, conv, source, target, inner = _SIZES[layout]
     for name, rank in ((table, 2), (conv, 3), (source, 2), (target, 2)):
         if tensors[name].ndim != rank:
@@ -158,7 +161,7 @@ def _sizes(tensors: Tensors, layout: str) -> dict[str, int]:
 
 
 def _scalars(tensors: Tensors) -> int:
-    """The heads; ValueError for scalars that are not as we understand them."""
+    """The number of heads, from the scalars. ValueError for scalars with other values than this Whisper has."""
     sides = [f"{side}/num_heads" for side in ("encoder", "decoder")]
     values: dict[str, Any] = {}
     for name in (*_SCALARS, *sides):

@@ -1,4 +1,4 @@
-"""Keys of a config.json of Hugging Face's that encoders and encoder-decoders share, and what becomes of others."""
+"""Keys of Hugging Face's config.json that encoders and encoder-decoders share, and checks of all keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ ACTIVATIONS = {
 
 
 def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -> None:
-    """ValueError names the keys that are neither `known` nor harmless, or one of `only` with another value."""
+    """Checks the keys of a config.json.
+
+    Args:
+        values: The config.json.
+        known: The keys that the caller reads.
+        only: Keys of which only some values are understood, and these values.
+
+    Raises:
+        ValueError: A key is neither known nor harmless, or has a value that is not understood.
+    """
     only = {**ONLY, **only}
     unknown = sorted(values.keys() - {*known, *only, *HARMLESS})
     if unknown:
@@ -39,19 +48,28 @@ def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tu
 
 
 def activation(key: str, value: Any) -> str:
-    """Our name of an activation."""
+    """The name here of an activation that a key names."""
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {shorten(value)}")
     return ACTIVATIONS[value]
 
 
 def word(ours: str) -> str:
-    """Theirs."""
+    """Hugging Face's name of an activation."""
     return {"gelu_tanh": "gelu_new"}.get(ours, ours)
 
 
 def settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[str]) -> dict[str, Any]:
-    """What is told of a file of tensors beside its shapes. ValueError for what is not `known` or lacks."""
+    """Checks the settings given for a file of tensors.
+
+    Args:
+        values: The settings.
+        known: The names that may be set.
+        needed: The names that must be set.
+
+    Raises:
+        ValueError: A setting is unknown or missing.
+    """
     known = list(known)
     if unknown := sorted(values.keys() - set(known)):
         raise ValueError(f"settings must be among {', '.join(known)}, got {shorten(', '.join(unknown))}")
@@ -61,7 +79,7 @@ def settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[s
 
 
 def size(tensors: Mapping[str, Any], name: str, axis: int, ndim: int = 2) -> int:
-    """The length of a tensor along an axis. ValueError if there is none like it."""
+    """The length of a tensor along an axis. ValueError if it is missing or has another number of axes."""
     x = tensors.get(name)
     if x is None:
         raise ValueError(f"the tensors must have {name}")

@@ -112,8 +112,10 @@ class _Reader:
 
 
 def read_extras(folder: Path) -> dict[str, bytes]:
-    """The files of the tokenizer in a folder of CTranslate2, and what its config.json says of generation as Hugging
-    Face's generation_config.json."""
+    """The files of the tokenizer in a folder of CTranslate2, and a generation_config.json.
+
+    The latter has what config.json says of generation, under Hugging Face's keys.
+    """
     found = {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
     path = folder / "config.json"
     if not path.is_file() or "generation_config.json" in found:

@@ -184,8 +184,10 @@ def read_bag(path: str | Path) -> BagFile:
 
 
 def find_member(folder: Path, signature: str) -> Path:
-    """The one file of a bag's member: `<signature>.safetensors`, or `<signature>[-<checksum>].th`. It lies in the
-    folder itself: a symbolic link that leads out of it is refused."""
+    """The one file of a bag's member: `<signature>.safetensors`, or `<signature>[-<checksum>].th`.
+
+    It lies in the folder itself: a symbolic link that leads out of it is refused.
+    """
     check_plain_name(signature)
     found = [folder / f"{signature}.safetensors"]
     if not found[0].exists():

@@ -58,8 +58,10 @@ def list_shards(index: Path) -> list[str]:
 
 
 def open_folder(folder: Path) -> Original:
-    """What a folder holds; `values` are its config.json. FileNotFoundError or ValueError, in one line, begins with the
-    path of what is wrong."""
+    """What a folder holds; `values` are its config.json.
+
+    FileNotFoundError or ValueError, in one line, begins with the path of what is wrong.
+    """
     values = read_object(folder / CONFIG)
     files = find_files(folder)
     tensors: dict[str, StoredTensor] = {}

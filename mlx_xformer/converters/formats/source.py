@@ -1,8 +1,7 @@
-"""Reads other people's files of tensors: .safetensors, PyTorch's .th, .pt, .pth and .bin (without PyTorch),
-CTranslate2's .bin, and .npz.
+"""Reads files of tensors: .safetensors, PyTorch's .th, .pt, .pth and .bin, CTranslate2's .bin, and .npz.
 
-Tensors come bit for bit in their stored dtype; nothing is ever unpickled. Every problem with a file is one ValueError
-that begins with its path.
+Tensors come bit for bit in their stored dtype. PyTorch is not needed, and nothing is ever unpickled. Every problem with a
+file is one ValueError that begins with its path.
 """
 
 from __future__ import annotations
@@ -79,8 +78,10 @@ def read_source(path: str | Path) -> Source:
 
 
 def open_source(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a file, each read when it is asked for, and the file's metadata. Arguments and errors are those
-    of read_source; reading a tensor raises the same errors."""
+    """The tensors of a file, each read when it is asked for, and the file's metadata.
+
+    Arguments and errors are those of read_source; reading a tensor raises the same errors.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")

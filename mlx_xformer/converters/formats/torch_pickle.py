@@ -66,8 +66,10 @@ class _Ordered(dict):
 
 
 def read_pickle(pickle: bytes, storages: dict[str, int]) -> Any:
-    """The value of a pickle: plain Python values, Fraction, Symbol and View. `storages` holds the bytes there are
-    under each key. ValueError names the opcode, global or call that is refused."""
+    """The value of a pickle: plain Python values, Fraction, Symbol and View.
+
+    `storages` holds the bytes there are under each key. ValueError names the opcode, global or call that is refused.
+    """
     machine = _Machine(storages)
     operations = pickletools.genops(io.BytesIO(pickle))
     while True:

@@ -273,6 +273,6 @@ def test_commands(tmp_path, capsys):
         cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "b"), "--to", "pytorch", "--set", "num_heads=7"])
         == 1
     )
-    assert "settings are of no use where a checkpoint leads back" in capsys.readouterr().err
+    assert 'settings must not be given with to="pytorch"' in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path / "nothing.pt"), str(tmp_path / "b"), "--set", "num_heads=7"]) == 1
     assert capsys.readouterr().err.endswith("nothing.pt: no such file or folder\n")

@@ -1,5 +1,6 @@
-"""An attention layer alone, under ferrotorch's names ({q,k,v,out}_proj.weight and, all or none, .bias), which are the
-names here. Settings tell num_heads and, where queries are hidden from what comes after them, causal.
+"""An attention layer alone, under ferrotorch's names, which are the names here.
+
+They are {q,k,v,out}_proj.weight and, all or none, .bias. Settings give num_heads and, for a causal layer, causal.
 
 Source: ferrotorch-nn, MultiheadAttention::named_parameters, with grouped queries or without.
 """

@@ -1,7 +1,8 @@
-"""Document 1's models (venkatvi/llm_prep): its names, and which of them its tensors are.
+"""The models of llm_prep: a regression, an autoregressive model and an encoder-decoder.
 
-Its regression and its autoregressive model have the same tensors: which it is must be set. So must be the heads and, of
-a mixture, the capacity and how many experts a token goes through. The tables of positions are computed here.
+Source: venkatvi/llm_prep (names). The regression and the autoregressive model have the same tensors: the setting
+`model` says which it is. Settings also give num_heads and, of a mixture, the capacity and the number of experts a token
+(topk). The tables of positions are dropped, as they are computed here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SETTINGS = ("model", "num_heads", "max_len", *_MIXTURE)
 
 
 def detect(tensors: Tensors) -> str | None:
-    """By the projections of the input and the names of the attentions."""
+    """Why the tensors are one of the models, by the names of projections; None if they are not."""
     pair = {"encoder_input_proj.weight", "decoder_layers.0.self_attention.q_proj.weight"}
     if pair <= tensors.keys():
         return "the tensors have the names of llm_prep's EncoderDecoder, such as encoder_input_proj.weight"
@@ -34,7 +35,7 @@ def detect(tensors: Tensors) -> str | None:
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
-    """Sizes by the shapes, and what they do not tell by the settings."""
+    """The configuration: sizes from the shapes, the rest from the settings. ValueError names what is missing."""
     if unknown := sorted(values.keys() - set(_SETTINGS)):
         raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
     pair = "encoder_input_proj.weight" in tensors
@@ -78,15 +79,15 @@ def _count(tensors: Tensors, start: str) -> int:
 
 
 def _ffn(values: Mapping[str, Any], tensors: Tensors, start: str, embed_dim: int) -> FFNConfig:
-    """The networks of the layers, which are all alike."""
+    """The feed-forward network, which is the same in all layers."""
     router = f"{start}.0.ffn.router.weight"
     if router not in tensors:
         if odd := [name for name in _MIXTURE if name in values]:
             raise ValueError(f"{', '.join(odd)} must not be set for a model without mixtures")
         return FFNConfig(embed_dim, config_keys.size(tensors, f"{start}.0.ffn.layer_1.weight", 0))
-    lacking = [name for name in ("capacity", "topk") if name not in values]
-    if lacking:
-        raise ValueError(f"{', '.join(lacking)} must be set for a model with mixtures (--set capacity=64)")
+    missing = [name for name in ("capacity", "topk") if name not in values]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be set for a model with mixtures (--set capacity=64)")
     hidden = config_keys.size(tensors, f"{start}.0.ffn.experts.0.layer_1.weight", 0)
     given = {name: values[name] for name in _MIXTURE if name in values}
     return FFNConfig(
@@ -100,7 +101,7 @@ def _ffn(values: Mapping[str, Any], tensors: Tensors, start: str, embed_dim: int
 
 
 def _max_len(values: Mapping[str, Any], tensors: Tensors, pair: bool) -> int:
-    """As many positions as the tables hold."""
+    """The number of positions: as set, or as the tables have."""
     tables = [tensors[name].shape for name in (("encoder_pe.pe", "decoder_pe.pe") if pair else ("pe.pe",))
               if name in tensors]  # fmt: skip
     lengths = [shape[-2] for shape in tables if len(shape) > 1]
@@ -146,7 +147,7 @@ def _layer(
 
 
 def original(config: SequenceCheckpoint) -> dict[str, Any]:
-    """The settings."""
+    """The settings that mean the configuration."""
     sizes = config.config
     assert sizes.ffn is not None  # for the type checker: it has been set
     values: dict[str, Any] = {"model": config.model, "num_heads": sizes.num_heads, "max_len": sizes.max_len}
