@@ -187,8 +187,8 @@ class _Reversal:
                 if isinstance(metadata, dict):
                     self.metadata = {key: x for key, x in metadata.items() if isinstance(x, str)}
                 return
-        self._plan(converter, config, None)
         self.values = converter.original(config)
+        self._plan(converter, config, None)
 
     def _plan(self, converter: Converter, config: Any, record: Mapping[str, Any] | None) -> None:
         forward = converter.rules(config, converter.names(config, record))

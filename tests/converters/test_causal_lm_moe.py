@@ -25,7 +25,7 @@ from support.tensors import same_tensors
 
 from mlx_xformer import cli, parity
 from mlx_xformer.converters import conversion as converting
-from mlx_xformer.converters import language
+from mlx_xformer.converters import streaming
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import causal_lm as names
 from mlx_xformer.converters.families import causal_lm_moe
@@ -411,15 +411,15 @@ MUTANTS = {  # bug -> (file, source, what it becomes, the test that must see it)
         lambda path: test_fused_experts(path, "olmoe"),
     ),
     "fused experts lead back one by one": (
-        "language",
-        'before.get("fused") is True',
+        "decoder",
+        'record.get("fused") is True',
         "False",
         lambda path: test_fused_experts(path, "mixtral"),
     ),
     "all of a join is its first": (
-        "language",
-        "[move.targets.index(name)]",
-        "[0]",
+        "streaming",
+        "zip(move.targets, move(arrays), strict=True)",
+        "zip(move.targets, move(arrays)[:1] * len(move.targets), strict=True)",
         lambda path: test_fused_experts(path, "mixtral"),
     ),
     "packed routers go unseen": (
@@ -442,8 +442,8 @@ MUTANTS = {  # bug -> (file, source, what it becomes, the test that must see it)
     ),
     "windows below the last layers": (
         "causal_lm",
-        "_FULL if index % 2 or index >= first",
-        "_FULL if index % 2 or index < first",
+        "FULL if index % 2 or index >= first",
+        "FULL if index % 2 or index < first",
         lambda _: assert_means(
             "qwen2_moe",
             {"use_sliding_window": True, "max_window_layers": 3},
@@ -463,7 +463,7 @@ def assert_means(kind, values, **wanted):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(monkeypatch, tmp_path, name):
     module, source, planted, check = MUTANTS[name]
-    original = {"mixture": causal_lm_moe, "language": language, "decoder": names}[module]
+    original = {"mixture": causal_lm_moe, "streaming": streaming, "decoder": names}[module]
     text = Path(original.__file__).read_text()
     assert text.count(source) == 1, f"{text.count(source)} times: {source}"
     copy = types.ModuleType(original.__name__)
@@ -471,8 +471,8 @@ def test_planted_bug_is_caught(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, "mutant", copy)  # where dataclasses look for it
     copy.__dict__["__name__"] = "mutant"
     exec(compile(text.replace(source, planted), name, "exec"), copy.__dict__)
-    for kept in ("mixture", "names", "language", "decoder"):
-        for user in (sys.modules[__name__], decoder_folders, language, names, converting):
+    for kept in ("mixture", "names", "streaming", "decoder"):
+        for user in (sys.modules[__name__], decoder_folders, streaming, names, converting):
             if getattr(user, kept, None) is original:
                 monkeypatch.setattr(user, kept, copy)
     with pytest.raises((AssertionError, ValueError, KeyError)):

@@ -1,7 +1,7 @@
 """Reads files of tensors: .safetensors, PyTorch's .th, .pt, .pth and .bin, CTranslate2's .bin, and .npz.
 
-Tensors come bit for bit in their stored dtype. PyTorch is not needed, and nothing is ever unpickled. Every problem with a
-file is one ValueError that begins with its path.
+Tensors come bit for bit in their stored dtype. PyTorch is not needed, and nothing is ever unpickled. Every problem with
+a file is one ValueError that begins with its path.
 """
 
 from __future__ import annotations
