@@ -17,12 +17,11 @@ import mlx.core as mx
 from .._version import __version__
 from ..models.families import make_config, parameter_count, parameter_shapes
 from ..storage.checkpoint import EXTRAS, Checkpoint, new_folder, read_checkpoint, save_checkpoint
-from ..storage.files import write_extras, write_safetensors
+from ..storage.files import hash_file, write_extras, write_safetensors
 from ..storage.messages import describe_misfits, find_misfits, shorten
 from .converter import Converter, Original
 from .families import CONVERTERS
 from .formats import hugging_face
-from .formats.source import hash_file
 from .precision import Precision, Repacking, unpack_tensors
 from .report import Report, make_rows, totals
 from .rules import Move, apply_rules, inverse_shapes, invert, plan

@@ -17,6 +17,7 @@ from ..converters.formats.demucs import read_bag
 from ..converters.formats.source import check_plain_name
 from ..converters.recognition import list_files
 from ..storage.checkpoint import EXTRAS, SENTENCES, is_checkpoint
+from ..storage.files import hash_file
 
 NAMESPACE = "adefossez"  # on the hub, whose models of demucs need no namespace here
 NAME = re.compile(r"([A-Za-z0-9]\w*)|([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", re.ASCII)
@@ -36,31 +37,22 @@ def name_repository(namespace: str, name: str) -> str:
 
 
 def convert_original(path: Path) -> Path:
-    """The conversion of an original, kept under a digest of its files.
-
-    Large files are known by their path, size and time of change, as reading them at every load would take too long.
-    """
+    """The conversion of an original, kept under a digest of its files."""
     digest = hashlib.sha256(__version__.encode())
     for file in list_files(path):
-        facts = file.stat()
-        if facts.st_size > _SMALL:
-            known = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-        else:
-            known = _hash(file, hashlib.sha256)
-        digest.update(f"\n{file.name} {known}".encode())
+        digest.update(f"\n{file.name} {_identify(file)}".encode())
     folder = cache_folder() / "converted" / digest.hexdigest()[:16]
     if not is_checkpoint(folder):
         convert(path, folder)
     return folder
 
 
-def _hash(path: Path, algorithm: Callable[[], Any], head: bytes = b"") -> str:
-    digest = algorithm()
-    digest.update(head)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _identify(file: Path) -> str:
+    """The digest of a file's content; of a large file, which takes long to read, its path, size and time of change."""
+    facts = file.stat()
+    if facts.st_size > _SMALL:
+        return f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    return hash_file(file)
 
 
 def download_model(namespace: str, name: str) -> Path:
@@ -133,9 +125,9 @@ def _fetch(repo: str, file: str, revision: str, staging: Path) -> Path:
     expected = _ask(repo, file, lambda: _metadata(repo, file, revision)).etag or ""
     path = Path(_ask(repo, file, lambda: hf_hub_download(repo, file, revision=revision, local_dir=staging)))
     if re.fullmatch("[0-9a-f]{64}", expected):
-        kind, actual = "SHA-256", _hash(path, hashlib.sha256)
+        kind, actual = "SHA-256", hash_file(path)
     elif re.fullmatch("[0-9a-f]{40}", expected):  # a small file outside LFS has git's own digest
-        kind, actual = "git SHA-1", _hash(path, hashlib.sha1, b"blob %d\0" % path.stat().st_size)
+        kind, actual = "git SHA-1", hash_file(path, "sha1", b"blob %d\0" % path.stat().st_size)
     else:
         raise ValueError(f"the hub reports no digest for {file} of {repo}, got {expected!r}: not used")
     if actual != expected:

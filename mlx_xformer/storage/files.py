@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,15 @@ DTYPES = {  # in the words of safetensors
     "U8": mx.uint8,
     "BOOL": mx.bool_,
 }
+
+
+def hash_file(path: Path, algorithm: str = "sha256", head: bytes = b"") -> str:
+    """The digest of a file's content after a head, in hexadecimal."""
+    digest = hashlib.new(algorithm, head)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_extras(folder: Path, extras: Mapping[str, bytes]) -> None:

@@ -181,13 +181,12 @@ def _encoded(value: Any) -> Any:
 def bag_config(values: Mapping[str, Any], tensors: Tensors) -> BagConfig:
     """The configuration of a bag as formats.demucs reads it: the metadata of its members, weights and segment."""
     members = []
-    for n, metadata in enumerate(values["members"]):
-        file, prefix = metadata["file"], f"models.{n}."
-        described = {key: x for key, x in metadata.items() if key != "file"}
+    for n, member in enumerate(values["members"]):
+        own = {name: x for name, x in tensors.items() if name.startswith(f"models.{n}.")}
         try:
-            members.append(config(described, {name: x for name, x in tensors.items() if name.startswith(prefix)}))
+            members.append(config({key: x for key, x in member.items() if key != "file"}, own))
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise ValueError(f"{member['file']}: {error}") from None
     weights, segment = values["weights"], values["segment"]
 
     def is_number(value: Any) -> bool:

@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from ...storage.checkpoint import Checkpoint, is_checkpoint
+from ...storage.files import hash_file
 from ...storage.messages import shorten
 from ..converter import Original, OriginalFiles
-from .source import SUFFIXES, check_plain_name, hash_file, open_source
+from .source import SUFFIXES, check_plain_name, open_source
 
 _BAGS = (".yaml", ".yml")
 _SIGNED = re.compile(r"(.+)-([0-9a-f]{8,64})")

@@ -6,7 +6,6 @@ a file is one ValueError that begins with its path.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ...storage.files import DTYPES
+from ...storage.files import DTYPES, hash_file
 from ...storage.messages import shorten
 from ..stored import RawTensor, StoredTensor, check_booleans, dtype_name, hold_array, open_safetensors
 from .ctranslate2 import is_ctranslate2, open_ctranslate2
@@ -111,15 +110,6 @@ def _naming(path: Path, read: Callable[[], mx.array]) -> Callable[[], mx.array]:
             raise ValueError(f"{path}: {error}") from None
 
     return named
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_npz(path: Path) -> dict[str, StoredTensor]:
