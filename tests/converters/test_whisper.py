@@ -100,10 +100,10 @@ def test_absent_keys_are_those_of_tiny():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation_function": "relu"}, "activation_function must be 'gelu', got relu"),
-        ({"scale_embedding": True}, "scale_embedding must be False, got True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings must be True, got False"),
-        ({"use_weighted_layer_sum": True}, "use_weighted_layer_sum must be False, got True"),
+        ({"activation_function": "relu"}, 'activation_function must be "gelu", got relu'),
+        ({"scale_embedding": True}, "scale_embedding must be false, got True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be true, got False"),
+        ({"use_weighted_layer_sum": True}, "use_weighted_layer_sum must be false, got True"),
         ({"decoder_attention_heads": 11}, "decoder_attention_heads must be the encoder's, 2, got 11"),
         ({"decoder_ffn_dim": 31}, "decoder_ffn_dim must be the encoder's, 29, got 31"),
         ({"d_model": "22"}, "embed_dim must be a whole number from 1 to 1000000, got '22'"),

@@ -35,6 +35,7 @@ _SAME: dict[str, tuple[str, Any]] = {
 }
 _KNOWN = {*_SAME, "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"}
 _ONLY: dict[str, tuple[Any, ...]] = {
+    **config_keys.ONLY,
     "position_embedding_type": ("absolute", None),
     **dict.fromkeys(("is_decoder", "add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"), (False,)),
 }
@@ -67,12 +68,12 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> BertConfig:
     pooler = f"{start}pooler.dense.weight" in tensors
     if "model_type" not in values:
         return BertConfig(
-            **_by_shape(tensors, start), **config_keys.settings(values, _SETTINGS, ["num_heads"]), pooler=pooler
+            **_by_shape(tensors, start), **config_keys.check_settings(values, _SETTINGS, ["num_heads"]), pooler=pooler
         )
-    config_keys.check(values, _KNOWN, _ONLY)
+    config_keys.check_keys(values, _KNOWN, _ONLY)
     given = {ours: values.get(theirs, default) for theirs, (ours, default) in _SAME.items()}
     return BertConfig(
-        **given, activation=config_keys.activation("hidden_act", values.get("hidden_act", "gelu")), pooler=pooler
+        **given, activation=config_keys.read_activation("hidden_act", values.get("hidden_act", "gelu")), pooler=pooler
     )
 
 
@@ -81,12 +82,12 @@ def _by_shape(tensors: Tensors, start: str) -> dict[str, Any]:
     layers = {int(m[1]) for name in tensors if (m := re.match(re.escape(start) + r"encoder\.layer\.(\d+)\.", name))}
     table = start + "embeddings.{}_embeddings.weight"
     return {
-        "vocab_size": config_keys.size(tensors, start + _WORDS, 0),
-        "embed_dim": config_keys.size(tensors, start + _WORDS, 1),
+        "vocab_size": config_keys.read_size(tensors, start + _WORDS, 0),
+        "embed_dim": config_keys.read_size(tensors, start + _WORDS, 1),
         "num_layers": max(layers, default=-1) + 1,
-        "hidden_dim": config_keys.size(tensors, start + "encoder.layer.0.intermediate.dense.weight", 0),
-        "max_positions": config_keys.size(tensors, table.format("position"), 0),
-        "num_token_types": config_keys.size(tensors, table.format("token_type"), 0),
+        "hidden_dim": config_keys.read_size(tensors, start + "encoder.layer.0.intermediate.dense.weight", 0),
+        "max_positions": config_keys.read_size(tensors, table.format("position"), 0),
+        "num_token_types": config_keys.read_size(tensors, table.format("token_type"), 0),
     }
 
 
@@ -130,7 +131,7 @@ def original(config: BertConfig) -> dict[str, Any]:
         "model_type": "bert",
         "architectures": ["BertModel"],
         **same,
-        "hidden_act": config_keys.word(config.activation),
+        "hidden_act": config_keys.name_activation(config.activation),
     }
 
 

@@ -8,7 +8,6 @@ to make no difference is an error.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ...storage.messages import shorten
 from ..converter import Converter, Original
+from ..formats import config_keys
 from ..formats.rotary_keys import FULL, SLIDING, read_positions, write_scaling
 from ..rules import Rule
 from ..stored import Tensors
@@ -93,13 +93,7 @@ def config(values: Mapping[str, Any], tensors: Tensors | None = None) -> CausalL
 
 
 def _check_keys(values: Mapping[str, Any], kind: str) -> None:
-    known = UNDERSTOOD | HARMLESS | ONLY.keys() | causal_lm_moe.KEYS.get(kind, set())
-    unknown = sorted(key for key in values if key not in known)
-    if unknown:
-        raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
-    for key, right in ONLY.items():
-        if key in values and values[key] not in right:
-            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {shorten(values[key])}")
+    config_keys.check_keys(values, UNDERSTOOD | causal_lm_moe.KEYS.get(kind, set()), ONLY, HARMLESS)
     for key, kinds in SOFTCAPS.items():
         if values.get(key) is not None and kind not in kinds:
             raise ValueError(f"{key} must be null in a {kind}, got {shorten(values[key])}")

@@ -44,6 +44,7 @@ _KNOWN = {
     *("decoder_start_token_id", "pad_token_id", "initializer_factor", "output_past"),
 }
 _ONLY: dict[str, tuple[Any, ...]] = {
+    **config_keys.ONLY,
     "is_encoder_decoder": (True,),
     **dict.fromkeys(("is_decoder", "add_cross_attention", "tie_encoder_decoder"), (False,)),
 }
@@ -66,9 +67,9 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> T5Config:
         if name in tensors and not _one(tensors, name, table):
             raise ValueError(f"{name} must be {table}, got other numbers")
     if "model_type" not in values:
-        given = config_keys.settings(values, _SETTINGS, ["activation"])
+        given = config_keys.check_settings(values, _SETTINGS, ["activation"])
         return T5Config(**{"scale_logits": tied, **_by_shape(tensors), **given}, tie_embeddings=tied)
-    config_keys.check(values, _KNOWN, _ONLY)
+    config_keys.check_keys(values, _KNOWN, _ONLY)
     given = {ours: values.get(theirs, default) for theirs, (ours, default) in _SAME.items()}
     scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings") is not False)
     start = values.get("decoder_start_token_id", values.get("pad_token_id", 0))
@@ -92,25 +93,25 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, meant in (("is_gated_act", bool(dash)), ("dense_act_fn", word)):
         if values.get(key, meant) != meant:
             raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {shorten(values[key])}")
-    return {"activation": config_keys.activation("feed_forward_proj", word), "gated": bool(dash)}
+    return {"activation": config_keys.read_activation("feed_forward_proj", word), "gated": bool(dash)}
 
 
 def _by_shape(tensors: Tensors) -> dict[str, Any]:
     """The sizes, from the shapes of tensors."""
     relative = _RELATIVE.format(side="encoder")
-    heads = config_keys.size(tensors, relative, 1)
+    heads = config_keys.read_size(tensors, relative, 1)
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in tensors
     inside = f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"
     return {
-        "vocab_size": config_keys.size(tensors, _table(tensors), 0),
-        "embed_dim": config_keys.size(tensors, _table(tensors), 1),
+        "vocab_size": config_keys.read_size(tensors, _table(tensors), 0),
+        "embed_dim": config_keys.read_size(tensors, _table(tensors), 1),
         "num_layers": _layers(tensors, "encoder"),
         "num_decoder_layers": _layers(tensors, "decoder"),
         "num_heads": heads,
-        "head_dim": config_keys.size(tensors, _QUERY, 0) // max(heads, 1),
-        "hidden_dim": config_keys.size(tensors, inside, 0),
+        "head_dim": config_keys.read_size(tensors, _QUERY, 0) // max(heads, 1),
+        "hidden_dim": config_keys.read_size(tensors, inside, 0),
         "gated": gated,
-        "num_buckets": config_keys.size(tensors, relative, 0),
+        "num_buckets": config_keys.read_size(tensors, relative, 0),
     }
 
 
@@ -158,7 +159,7 @@ _PLAIN = {"wi": "linear1", "wo": "linear2"}
 def original(config: T5Config) -> dict[str, Any]:
     """A config.json that means the configuration."""
     own = dataclasses.asdict(config)
-    word = config_keys.word(config.activation)
+    word = config_keys.name_activation(config.activation)
     proj = ("gated-gelu" if word == "gelu_new" else f"gated-{word}") if config.gated else word
     return {
         "model_type": "t5",

@@ -78,8 +78,7 @@ class TorchModule:
 
     def config(self, values: Mapping[str, Any], tensors: Tensors) -> TransformerConfig:
         """The configuration: sizes from the shapes, the rest from the settings."""
-        if unknown := sorted(values.keys() - set(_SETTINGS)):
-            raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
+        config_keys.check_settings(values, _SETTINGS, [])
         if "num_heads" not in values:
             raise ValueError("num_heads must be set, as the shapes do not tell it (--set num_heads=8)")
         starts = {side: prefix if self.single else f"{prefix}layers." for side, prefix in self.sides.items()}
@@ -90,8 +89,8 @@ class TorchModule:
             raise ValueError("encoder.norm and decoder.norm must be there both or not at all, got one")
         return TransformerConfig(
             vocab_size=None,
-            embed_dim=config_keys.size(tensors, f"{first}self_attn.in_proj_weight", 1),
-            hidden_dim=config_keys.size(tensors, f"{first}linear1.weight", 0),
+            embed_dim=config_keys.read_size(tensors, f"{first}self_attn.in_proj_weight", 1),
+            hidden_dim=config_keys.read_size(tensors, f"{first}linear1.weight", 0),
             num_encoder_layers=counts.get("encoder", 0),
             num_decoder_layers=counts.get("decoder", 0),
             final_norm=norms == {True} and not self.single,

@@ -16,6 +16,7 @@ import mlx.core as mx
 from ...models.whisper import WhisperConfig
 from ...storage.messages import shorten
 from ..converter import Converter
+from ..formats import config_keys
 from ..layouts import Permute, ZeroPart
 from ..rules import Rule
 from ..stored import Tensors, read_array
@@ -59,8 +60,8 @@ ABSENT: dict[str, Any] = {
     **{"max_source_positions": 1500, "max_target_positions": 448, "activation_function": "gelu"},
     **{"scale_embedding": False, "tie_word_embeddings": True, "is_encoder_decoder": True},
 }
-_ONLY = {key: ABSENT[key] for key in ("activation_function", "scale_embedding", "tie_word_embeddings")}
-_ONLY |= {"is_encoder_decoder": True, "use_weighted_layer_sum": False}
+_ONLY = {key: (ABSENT[key],) for key in ("activation_function", "scale_embedding", "tie_word_embeddings")}
+_ONLY |= {"is_encoder_decoder": (True,), "use_weighted_layer_sum": (False,)}
 # What makes no difference to the answers of a loaded model.
 _HARMLESS = {
     *("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "max_length"),
@@ -122,13 +123,8 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
 
 
 def _of_hugging_face(values: Mapping[str, Any]) -> WhisperConfig:
-    known = _SAME.keys() | ABSENT.keys() | _ONLY.keys() | _HARMLESS
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
+    config_keys.check_keys(values, _SAME.keys() | ABSENT.keys(), _ONLY, _HARMLESS)
     values = {**ABSENT, **values}
-    for key, right in _ONLY.items():
-        if values.get(key, right) != right:
-            raise ValueError(f"{key} must be {right!r}, got {shorten(values[key])}")
     for part in ("attention_heads", "ffn_dim"):
         sides = [values[f"{side}_{part}"] for side in ("encoder", "decoder")]
         if sides[0] != sides[1]:
@@ -240,7 +236,8 @@ def _ctranslate2() -> list[Rule]:
 def original(config: WhisperConfig) -> dict[str, Any]:
     """The config.json of Hugging Face that means the configuration."""
     values = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()}
-    values |= {"decoder_attention_heads": config.num_heads, "decoder_ffn_dim": config.hidden_dim, **_ONLY}
+    values |= {"decoder_attention_heads": config.num_heads, "decoder_ffn_dim": config.hidden_dim}
+    values |= {key: right for key, (right,) in _ONLY.items()}
     values["pad_token_id"] = None  # which it is depends on the tokenizer, and it means nothing to the weights
     del values["use_weighted_layer_sum"]
     return {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **values}

@@ -18,7 +18,7 @@ HARMLESS = {
     *("transformers.js_config", "model_type", "max_length", "min_length", "num_beams", "early_stopping"),
     *("length_penalty", "no_repeat_ngram_size"),  # of how answers are searched
 }
-# Keys of which one value is understood.
+# Keys of which one value is understood, in encoders and encoder-decoders.
 ONLY: dict[str, tuple[Any, ...]] = {"pruned_heads": ({}, None), "cross_attention_hidden_size": (None,)}
 
 ACTIVATIONS = {
@@ -27,19 +27,24 @@ ACTIVATIONS = {
 }
 
 
-def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -> None:
+def check_keys(
+    values: Mapping[str, Any],
+    known: Iterable[str],
+    only: Mapping[str, tuple[Any, ...]],
+    harmless: Iterable[str] = HARMLESS,
+) -> None:
     """Checks the keys of a config.json.
 
     Args:
         values: The config.json.
         known: The keys that the caller reads.
         only: Keys of which only some values are understood, and these values.
+        harmless: Keys that make no difference to the answers of a loaded model.
 
     Raises:
         ValueError: A key is neither known nor harmless, or has a value that is not understood.
     """
-    only = {**ONLY, **only}
-    unknown = sorted(values.keys() - {*known, *only, *HARMLESS})
+    unknown = sorted(values.keys() - {*known, *only, *harmless})
     if unknown:
         raise ValueError(f"config.json has keys that are not handled: {shorten(', '.join(unknown))}")
     for key, right in only.items():
@@ -47,19 +52,19 @@ def check(values: Mapping[str, Any], known: Iterable[str], only: Mapping[str, tu
             raise ValueError(f"{key} must be {json.dumps(right[0])}, got {shorten(values[key])}")
 
 
-def activation(key: str, value: Any) -> str:
+def read_activation(key: str, value: Any) -> str:
     """The name here of an activation that a key names."""
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {shorten(value)}")
     return ACTIVATIONS[value]
 
 
-def word(ours: str) -> str:
+def name_activation(ours: str) -> str:
     """Hugging Face's name of an activation."""
     return {"gelu_tanh": "gelu_new"}.get(ours, ours)
 
 
-def settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[str]) -> dict[str, Any]:
+def check_settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[str]) -> dict[str, Any]:
     """Checks the settings given for a file of tensors.
 
     Args:
@@ -78,7 +83,7 @@ def settings(values: Mapping[str, Any], known: Iterable[str], needed: Iterable[s
     return dict(values)
 
 
-def size(tensors: Mapping[str, Any], name: str, axis: int, ndim: int = 2) -> int:
+def read_size(tensors: Mapping[str, Any], name: str, axis: int, ndim: int = 2) -> int:
     """The length of a tensor along an axis. ValueError if it is missing or has another number of axes."""
     x = tensors.get(name)
     if x is None:

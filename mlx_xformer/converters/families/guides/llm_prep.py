@@ -36,8 +36,7 @@ def detect(tensors: Tensors) -> str | None:
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
     """The configuration: sizes from the shapes, the rest from the settings. ValueError names what is missing."""
-    if unknown := sorted(values.keys() - set(_SETTINGS)):
-        raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
+    config_keys.check_settings(values, _SETTINGS, [])
     pair = "encoder_input_proj.weight" in tensors
     model = values.get("model", "encoder_decoder" if pair else None)
     if model not in (("encoder_decoder",) if pair else ("regression", "autoregressive")):
@@ -47,11 +46,11 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
         raise ValueError(f"num_heads must be set (--set num_heads=8), got {values.get('num_heads')!r:.80}")
     start = "encoder_layers" if pair else "layers"
     first = "encoder_input_proj.weight" if pair else "input_proj.weight"
-    embed_dim, input_dim = (config_keys.size(tensors, first, axis) for axis in (0, 1))
+    embed_dim, input_dim = (config_keys.read_size(tensors, first, axis) for axis in (0, 1))
     theirs = tensors["decoder_input_proj.weight"].shape if pair else (embed_dim, input_dim)
     if theirs != (embed_dim, input_dim):
         raise ValueError(f"decoder_input_proj.weight must be {(embed_dim, input_dim)}, as the encoder's, got {theirs}")
-    heads, rows = values["num_heads"], config_keys.size(tensors, f"{start}.0.attn.k_proj.weight", 0)
+    heads, rows = values["num_heads"], config_keys.read_size(tensors, f"{start}.0.attn.k_proj.weight", 0)
     groups, left = divmod(rows * heads, embed_dim)
     if left:
         raise ValueError(f"num_heads must divide the rows of the keys, {rows}, into heads, got {heads}")
@@ -61,7 +60,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
         model,
         SequenceConfig(
             input_dim=input_dim,
-            output_dim=config_keys.size(tensors, "out_proj.weight", 0),
+            output_dim=config_keys.read_size(tensors, "out_proj.weight", 0),
             embed_dim=embed_dim,
             num_layers=_count(tensors, start),
             num_heads=heads,
@@ -84,17 +83,17 @@ def _ffn(values: Mapping[str, Any], tensors: Tensors, start: str, embed_dim: int
     if router not in tensors:
         if odd := [name for name in _MIXTURE if name in values]:
             raise ValueError(f"{', '.join(odd)} must not be set for a model without mixtures")
-        return FFNConfig(embed_dim, config_keys.size(tensors, f"{start}.0.ffn.layer_1.weight", 0))
+        return FFNConfig(embed_dim, config_keys.read_size(tensors, f"{start}.0.ffn.layer_1.weight", 0))
     missing = [name for name in ("capacity", "topk") if name not in values]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be set for a model with mixtures (--set capacity=64)")
-    hidden = config_keys.size(tensors, f"{start}.0.ffn.experts.0.layer_1.weight", 0)
+    hidden = config_keys.read_size(tensors, f"{start}.0.ffn.experts.0.layer_1.weight", 0)
     given = {name: values[name] for name in _MIXTURE if name in values}
     return FFNConfig(
         embed_dim,
         hidden,
         use_moe=True,
-        num_experts=config_keys.size(tensors, router, 0),
+        num_experts=config_keys.read_size(tensors, router, 0),
         renormalize=True,
         **{"alpha": 0.01, **given},
     )
