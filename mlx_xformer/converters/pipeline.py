@@ -7,7 +7,7 @@ particular to a family is in its Converter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,44 +45,65 @@ def convert_to_mlx(
 ) -> Report:
     """Writes an original as the checkpoint folder `out`. Arguments and errors are those of conversion.convert."""
     try:
-        config = converter.config(original.values, original.tensors)
-        rules = converter.rules(config, original.tensors)
-        shapes = parameter_shapes(converter.family, config.to_dict())
-        blanks = make_blanks(original.tensors)
-        made = apply_rules(rules, blanks, shapes)
-        target, repack = _choose_precision(converter, config, precision)
-        moves = plan(rules, blanks)[0]
-        written = dict(stream_moves(moves, as_blanks(original.tensors), shapes, repack))
-        if problems := find_misfits(written, parameter_shapes(converter.family, target.to_dict())):
-            raise ValueError(describe_misfits(problems))
+        conversion = _Conversion(converter, original, precision)
     except ValueError as error:
         raise ValueError(f"{original.path}: {error}") from None
     except _NO_MODEL as error:
         raise ValueError(f"{original.path}: makes no model ({type(error).__name__}, {shorten(error)})") from None
     warnings = list(original.warnings)
+    config = conversion.target.to_dict()
     if not dry_run:
-        arrays = stream_moves(moves, original.tensors, shapes, repack, warnings)
+        arrays = conversion.stream(original.tensors, warnings)
         save_checkpoint(
             out,
-            written,
+            conversion.written,
             family=converter.family,
-            config=target.to_dict(),
-            provenance=_make_provenance(converter, config, original, origin),
-            arrays=name_errors(original.path, count_written(arrays, len(written), progress)),
+            config=config,
+            provenance=_make_provenance(converter, conversion.config, original, origin),
+            arrays=name_errors(original.path, count_written(arrays, len(conversion.written), progress)),
             extras=original.extras,
         )
     return Report(
         source=source,
         out=out,
         family=converter.family,
-        rows=make_rows(rules, blanks, made, written=written),
+        rows=make_rows(conversion.rules, make_blanks(original.tensors), conversion.made, written=conversion.written),
         files=("config.json", _WEIGHTS, *original.extras),
         written=not dry_run,
-        parameters=parameter_count(converter.family, target.to_dict()),
-        bytes=totals(written)[1],
+        parameters=parameter_count(converter.family, config),
+        bytes=totals(conversion.written)[1],
         warnings=tuple(warnings),
         reason=original.reason,
     )
+
+
+class _Conversion:
+    """The plan of a conversion, from names, shapes and dtypes alone. ValueError lists what does not fit.
+
+    Attributes:
+        config: The configuration of the original.
+        target: That of the checkpoint, which may be packed otherwise.
+        rules: The table from the original's names.
+        made: What the rules make of the tensors, as lazy arrays that are never computed.
+        written: The tensors of the checkpoint, likewise.
+    """
+
+    def __init__(self, converter: Converter, original: Original, precision: Precision):
+        self.config = converter.config(original.values, original.tensors)
+        self.rules = converter.rules(self.config, original.tensors)
+        self._shapes = parameter_shapes(converter.family, self.config.to_dict())
+        self.made = apply_rules(self.rules, make_blanks(original.tensors), self._shapes)
+        self.target, self._repack = _choose_precision(converter, self.config, precision)
+        self._moves = plan(self.rules, original.tensors)[0]
+        self.written = dict(self.stream(as_blanks(original.tensors)))
+        if problems := find_misfits(self.written, parameter_shapes(converter.family, self.target.to_dict())):
+            raise ValueError(describe_misfits(problems))
+
+    def stream(
+        self, tensors: Mapping[str, StoredTensor], warnings: list[str] | None = None
+    ) -> Iterator[tuple[str, mx.array]]:
+        """The tensors of the checkpoint, see stream_moves."""
+        return stream_moves(self._moves, tensors, self._shapes, self._repack, warnings)
 
 
 def _choose_precision(converter: Converter, config: Any, precision: Precision) -> tuple[Any, Repacking | None]:

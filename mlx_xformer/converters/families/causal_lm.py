@@ -72,7 +72,7 @@ def config(values: Mapping[str, Any], tensors: Tensors | None = None) -> CausalL
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in TYPES:
         raise ValueError(f"model_type must be one of {', '.join(TYPES)}, got {shorten(kind)}")
-    values = {**ABSENT[kind], **causal_lm_moe.one_name(values, kind)}
+    values = {**ABSENT[kind], **causal_lm_moe.merge_names(values, kind)}
     _check_keys(values, kind)
     given = {ours: values[theirs] for theirs, ours in SAME.items() if values.get(theirs) is not None}
     given = {**TYPES[kind], **given, **read_positions(values, kind), **_windows(values, kind)}
@@ -83,13 +83,13 @@ def config(values: Mapping[str, Any], tensors: Tensors | None = None) -> CausalL
     if values.get("attention_bias"):
         given["attention_bias"] = ("q", "k", "v", "out")
     if kind in causal_lm_moe.KEYS:
-        given |= causal_lm_moe.fields(values, kind, given["activation"])
+        given |= causal_lm_moe.read_fields(values, kind, given["activation"])
     if kind.startswith("gemma"):
         given["embed_scale"] = math.sqrt(values["hidden_size"])
         given["attention_scale"] = values["query_pre_attn_scalar"] ** -0.5
     packing = values.get("quantization") or values.get("quantization_config")
     found = CausalLMConfig(**given, quantization=None if packing is None else _quantization(packing))
-    return causal_lm_moe.with_packed_routers(found, tensors or ())
+    return causal_lm_moe.add_packed_routers(found, tensors or ())
 
 
 def _check_keys(values: Mapping[str, Any], kind: str) -> None:
@@ -110,7 +110,7 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
     if type(count) is not int or not 1 <= count <= MOST_LAYERS:
         raise ValueError(f"num_hidden_layers must be a whole number from 1 to {MOST_LAYERS}, got {shorten(count)}")
     if kind in causal_lm_moe.KEYS:
-        causal_lm_moe.check(values, kind)
+        causal_lm_moe.check_values(values, kind)
 
 
 def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _quantization(given: Any) -> Quantization:
     for name, own in given.items():
         if name in ("bits", "group_size", "mode"):
             continue
-        ours = causal_lm_moe.our_name(name.replace(".o_proj", ".out_proj"))
+        ours = causal_lm_moe.rename_layer(name.replace(".o_proj", ".out_proj"))
         if own is False:
             layers[ours] = None
         elif (
@@ -191,7 +191,7 @@ def original(own: CausalLMConfig) -> dict[str, Any]:
         values.setdefault("sliding_window", None)
         values.setdefault("layer_types", [FULL] * own.num_layers)
     values = {key: value for key, value in values.items() if value is not None or key in ABSENT[kind]}
-    plain = causal_lm_moe.plain(dataclasses.replace(own, dtype=None, quantization=None))
+    plain = causal_lm_moe.simplify(dataclasses.replace(own, dtype=None, quantization=None))
     try:
         again = config(values)
     except ValueError as error:
@@ -209,7 +209,7 @@ def _alike(a: CausalLMConfig, b: CausalLMConfig) -> bool:
 
 def _kind(config: CausalLMConfig) -> str:
     if config.moe is not None:
-        return causal_lm_moe.kind_of(config)
+        return causal_lm_moe.find_model_type(config)
     if config.sandwich_norms:
         return "gemma3_text" if config.qk_norm else "gemma2"
     if config.qk_norm:

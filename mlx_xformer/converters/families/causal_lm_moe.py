@@ -47,7 +47,7 @@ _ATTENTION: dict[str, dict[str, Any]] = {"qwen3_moe": {"qk_norm": True}, "olmoe"
 _ONE_NAME = ("qwen2_moe",)  # the others say num_local_experts too
 
 
-def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def merge_names(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The keys, with num_experts for num_local_experts."""
     values = dict(values)
     if kind not in KEYS or kind in _ONE_NAME or "num_local_experts" not in values:
@@ -58,7 +58,7 @@ def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return values
 
 
-def check(values: Mapping[str, Any], kind: str) -> None:
+def check_values(values: Mapping[str, Any], kind: str) -> None:
     """ValueError names a key of a mixture whose value is not understood."""
     counts = KEYS[kind] & {"num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
     for key in sorted(counts | (KEYS[kind] & {"decoder_sparse_step", "num_experts"})):
@@ -88,7 +88,7 @@ def check(values: Mapping[str, Any], kind: str) -> None:
             raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {shorten(width)}")
 
 
-def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
+def read_fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
     """The fields moe and dense_layers, and those of attention that the model_type means."""
     own = dict(_ATTENTION.get(kind, {}))
     if values.get("qkv_bias"):
@@ -112,7 +112,7 @@ def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, A
     return {**own, "moe": moe, "dense_layers": dense}
 
 
-def kind_of(config: CausalLMConfig) -> str:
+def find_model_type(config: CausalLMConfig) -> str:
     """The model_type of a mixture."""
     if config.moe is not None and config.moe.shared_dim:
         return "qwen2_moe"
@@ -121,7 +121,7 @@ def kind_of(config: CausalLMConfig) -> str:
 
 def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
     """The keys of a mixture that mean the configuration, as far as there are such keys."""
-    kind = kind_of(config)
+    kind = find_model_type(config)
     values: dict[str, Any] = {
         "num_local_experts" if kind == "mixtral" else "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
@@ -136,12 +136,12 @@ def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
     return values if kind.startswith("qwen") else {**values, "intermediate_size": moe.hidden_dim}
 
 
-def plain(config: CausalLMConfig) -> CausalLMConfig:
+def simplify(config: CausalLMConfig) -> CausalLMConfig:
     """The configuration, with the values that transformers has where they make no difference."""
     if config.moe is None:
         return config
     moe = dataclasses.replace(config.moe, renormalize=config.moe.renormalizes)
-    unused = not config.dense_layers and not kind_of(config).startswith("qwen")
+    unused = not config.dense_layers and not find_model_type(config).startswith("qwen")
     hidden_dim = moe.hidden_dim if unused else config.hidden_dim
     return dataclasses.replace(config, moe=moe, hidden_dim=hidden_dim)
 
@@ -157,7 +157,7 @@ def _first(config: CausalLMConfig) -> int:
 
 def rules(config: CausalLMConfig, moe: MoEConfig, names: Collection[str]) -> list[Rule]:
     """The table of experts and routers: fused or stacked if the `names` are, else expert by expert."""
-    fused, mixtral = fused_name(config) in names, kind_of(config) == "mixtral"
+    fused, mixtral = fused_name(config) in names, find_model_type(config) == "mixtral"
     block = _LAYER + ("block_sparse_moe." if mixtral and not fused else "mlp.")
     table = [
         Rule(f"{block}gate.{_PACKED}", f"{_LAYER}mlp.router.{_PACKED}"),
@@ -180,13 +180,13 @@ def rules(config: CausalLMConfig, moe: MoEConfig, names: Collection[str]) -> lis
     return table
 
 
-def our_name(layer: str) -> str:
+def rename_layer(layer: str) -> str:
     """The name here of a layer of mlx-lm."""
     layer = layer.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
     return layer.removesuffix(".gate") + ".router" if layer.endswith(".mlp.gate") else layer
 
 
-def with_packed_routers(config: CausalLMConfig, names: Collection[str]) -> CausalLMConfig:
+def add_packed_routers(config: CausalLMConfig, names: Collection[str]) -> CausalLMConfig:
     """The configuration, with the routers among the packed layers if they have scales."""
     packing = config.quantization
     if packing is None or config.moe is None:
@@ -196,5 +196,5 @@ def with_packed_routers(config: CausalLMConfig, names: Collection[str]) -> Causa
         prefix = f"model.layers.{index}."
         for theirs in ("mlp.gate", "block_sparse_moe.gate", "mlp.shared_expert_gate"):
             if f"{prefix}{theirs}.scales" in names:
-                layers.setdefault(our_name(prefix + theirs), (packing.bits, packing.group_size))
+                layers.setdefault(rename_layer(prefix + theirs), (packing.bits, packing.group_size))
     return dataclasses.replace(config, quantization=Quantization(packing.bits, packing.group_size, layers))
