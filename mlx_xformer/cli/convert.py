@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     argument("source", type=Path, metavar="SOURCE", help="a checkpoint file, bag (.yaml), GGUF file or folder")
     argument("out", type=Path, metavar="OUT", help="the folder to write")
     argument("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
-    argument("--family", metavar="F", help="the family of the source, where it is not recognised")
+    argument("--family", metavar="F", help="refuse a source of another family")
     quantize = "bits of a language model's matrices, not of routers; 0: floats"
     argument("--quantize", type=int, choices=[0, 4, 8], help=quantize)
     argument("--group-size", type=int, choices=[32, 64, 128], default=64, help="numbers that share a scale")

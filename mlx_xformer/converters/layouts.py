@@ -1,4 +1,4 @@
-"""Layouts: how a tensor is turned on its way from source to target, each with its inverse."""
+"""Layouts: how the axes and rows of a tensor change on the way from source to target, each with its inverse."""
 
 from __future__ import annotations
 

@@ -1,178 +1,252 @@
-"""Encoders, encoder-decoders and other networks: a folder of Hugging Face or a file of tensors into a checkpoint
-folder, and back. What is particular to one kind is in a module of its own, see Kind."""
+"""The conversion pipeline: recognise a source, read its configuration, plan with its rules, and write tensor by tensor.
+
+The same steps serve every family, in both directions; at most one layer's tensors are held at a time. What is
+particular to a family is in its Converter.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from .._version import __version__
-from ..models.families import make_config, parameter_shapes
-from ..storage.checkpoint import EXTRAS, Checkpoint, new_folder, save_checkpoint
-from ..storage.files import write_extras, write_safetensors
-from .families import bert, causal_lm, t5, transformer, whisper
-from .families.guides import ferrotorch, llm_prep, scratch, scratch_model
-from .formats import ctranslate2, hugging_face
-from .formats.source import SUFFIXES, read_source, scan, sha256_of
-from .formats.torch_pickle import short
+from ..models.families import make_config, parameter_count, parameter_shapes
+from ..storage.checkpoint import EXTRAS, Checkpoint, new_folder, read_checkpoint, save_checkpoint
+from ..storage.files import hash_file, write_extras, write_safetensors
+from ..storage.messages import describe_misfits, find_misfits, shorten
+from .converter import Converter, Original
+from .families import CONVERTERS
+from .formats import hugging_face
+from .precision import Precision, Repacking, unpack_tensors
 from .report import Report, make_rows, totals
-from .rules import Rule, apply_rules, inverse_shapes, invert
+from .rules import Move, apply_rules, inverse_shapes, invert, plan
+from .stored import StoredTensor, make_blanks, open_safetensors
+from .streaming import Progress, as_blanks, count_written, name_errors, stream_moves
 
-Tensors = Mapping[str, mx.array]
-
-
-class Kind(Protocol):
-    """What a module of a kind of network holds. family: of the checkpoint. model_types: in a config.json of Hugging
-    Face's, none for kinds that come as a file of tensors."""
-
-    FAMILY: str
-    MODEL_TYPES: tuple[str, ...]
-
-    def detect(self, tensors: Tensors) -> str | None:
-        """Why tensors of these names and shapes are of the kind, in words; None if they are not."""
-
-    def config(self, values: Mapping[str, Any], tensors: Tensors) -> Any:
-        """The configuration that a config.json, or the settings given, and the shapes mean. ValueError names what is
-        not understood or lacks."""
-
-    def rules(self, config: Any, names: Tensors) -> list[Rule]:
-        """The table from the original's names."""
-
-    def original(self, config: Any) -> dict[str, Any]:
-        """The config.json or the settings that mean the configuration."""
+_WEIGHTS = "model.safetensors"
+_NO_MODEL = (ArithmeticError, TypeError, AttributeError, LookupError)  # of values that nothing has checked
 
 
-KINDS: tuple[Any, ...] = (  # of modules, or objects, that are a Kind
-    bert,
-    t5,
-    whisper,
-    scratch,
-    scratch_model,
-    ferrotorch,
-    llm_prep,
-    *transformer.KINDS,
-)
-
-
-def kind_of_folder(source: Path) -> Any:
-    """The kind of a folder of Hugging Face; None for any other path, or a language model. ValueError for a model_type
-    that nothing here has."""
-    if not hugging_face.is_folder(source):
-        return None
-    model_type = json.loads((source / "config.json").read_text("utf-8"))["model_type"]
-    known = {name: kind for kind in KINDS for name in kind.MODEL_TYPES}
-    if isinstance(model_type, str) and model_type in known:
-        return known[model_type]
-    if model_type not in causal_lm.MODEL_TYPES:
-        names = ", ".join([*causal_lm.MODEL_TYPES, *known])
-        raise ValueError(f"{source / 'config.json'}: model_type must be one of {names}, got {short(str(model_type))}")
-    return None
-
-
-def kind_of_file(source: Path) -> Any:
-    """The kind of a file of tensors, or of a folder with CTranslate2's, by their names and shapes; None if there is
-    none. ValueError for several, or none of CTranslate2's."""
-    source = ctranslate2.find_file(source) or source
-    if not source.is_file() or source.suffix not in SUFFIXES:
-        return None
-    read = read_source(source)
-    tensors = read.tensors
-    found = {kind: reason for kind in KINDS if (reason := kind.detect(tensors))}
-    if len(found) > 1:
-        told = "; ".join(f"{kind.FAMILY}: {reason}" for kind, reason in found.items())
-        raise ValueError(f"{source}: the tensors must be of one kind, got {told}")
-    if not found and (spec := read.metadata.get("ctranslate2")):
-        raise ValueError(f"{source}: a model of CTranslate2's must be a whole Whisper, got a {spec}")
-    return next(iter(found), None)
-
-
-def to_mlx(
-    source: Path, out: Path, kind: Any, *, settings: Mapping[str, Any], dry_run: bool, origin: Mapping[str, str]
+def convert_to_mlx(
+    original: Original,
+    out: Path,
+    converter: Converter,
+    precision: Precision,
+    *,
+    source: Path,
+    dry_run: bool,
+    origin: Mapping[str, str],
+    progress: Progress | None,
 ) -> Report:
-    """Converts a folder or a file of this kind into the checkpoint folder `out`."""
-    values, tensors, files, extras = _read(source, settings)
+    """Writes an original as the checkpoint folder `out`. Arguments and errors are those of conversion.convert."""
     try:
-        config = kind.config(values, tensors)
-        rules = kind.rules(config, tensors)
-        weights = apply_rules(rules, tensors, parameter_shapes(kind.FAMILY, config.to_dict()))
+        conversion = _Conversion(converter, original, precision)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    except (ArithmeticError, TypeError, AttributeError, LookupError) as error:
-        reason = f"{type(error).__name__}, {short(str(error))}"
-        raise ValueError(f"{source}: makes no model ({reason})") from None
-    provenance = {
-        "name": source.resolve().stem if source.is_file() else source.resolve().name,
-        "sources": [{"file": file.name, "sha256": sha256_of(file)} for file in files],
-        "original": dict(values),
-        "kind": kind.__name__.rpartition(".")[2],
-        "family": kind.FAMILY,
+        raise ValueError(f"{original.path}: {error}") from None
+    except _NO_MODEL as error:
+        raise ValueError(f"{original.path}: makes no model ({type(error).__name__}, {shorten(error)})") from None
+    warnings = list(original.warnings)
+    config = conversion.target.to_dict()
+    if not dry_run:
+        arrays = conversion.stream(original.tensors, warnings)
+        save_checkpoint(
+            out,
+            conversion.written,
+            family=converter.family,
+            config=config,
+            provenance=_make_provenance(converter, conversion.config, original, origin),
+            arrays=name_errors(original.path, count_written(arrays, len(conversion.written), progress)),
+            extras=original.extras,
+        )
+    return Report(
+        source=source,
+        out=out,
+        family=converter.family,
+        rows=make_rows(conversion.rules, make_blanks(original.tensors), conversion.made, written=conversion.written),
+        files=("config.json", _WEIGHTS, *original.extras),
+        written=not dry_run,
+        parameters=parameter_count(converter.family, config),
+        bytes=totals(conversion.written)[1],
+        warnings=tuple(warnings),
+        reason=original.reason,
+    )
+
+
+class _Conversion:
+    """The plan of a conversion, from names, shapes and dtypes alone. ValueError lists what does not fit.
+
+    Attributes:
+        config: The configuration of the original.
+        target: That of the checkpoint, which may be packed otherwise.
+        rules: The table from the original's names.
+        made: What the rules make of the tensors, as lazy arrays that are never computed.
+        written: The tensors of the checkpoint, likewise.
+    """
+
+    def __init__(self, converter: Converter, original: Original, precision: Precision):
+        self.config = converter.config(original.values, original.tensors)
+        self.rules = converter.rules(self.config, original.tensors)
+        self._shapes = parameter_shapes(converter.family, self.config.to_dict())
+        self.made = apply_rules(self.rules, make_blanks(original.tensors), self._shapes)
+        self.target, self._repack = _choose_precision(converter, self.config, precision)
+        self._moves = plan(self.rules, original.tensors)[0]
+        self.written = dict(self.stream(as_blanks(original.tensors)))
+        if problems := find_misfits(self.written, parameter_shapes(converter.family, self.target.to_dict())):
+            raise ValueError(describe_misfits(problems))
+
+    def stream(
+        self, tensors: Mapping[str, StoredTensor], warnings: list[str] | None = None
+    ) -> Iterator[tuple[str, mx.array]]:
+        """The tensors of the checkpoint, see stream_moves."""
+        return stream_moves(self._moves, tensors, self._shapes, self._repack, warnings)
+
+
+def _choose_precision(converter: Converter, config: Any, precision: Precision) -> tuple[Any, Repacking | None]:
+    """The configuration to write, and what leads to it."""
+    if not converter.quantizes:
+        return config, None
+    floats = dataclasses.replace(config, quantization=None)
+    target = precision.choose_config(config, parameter_shapes(converter.family, floats.to_dict()))
+    return target, Repacking(config.quantization, target.quantization, precision.dtype)
+
+
+def _make_provenance(
+    converter: Converter, config: Any, original: Original, origin: Mapping[str, str]
+) -> dict[str, Any]:
+    """Where a checkpoint is from, and what leads back to the same files."""
+    sources = [{"file": file.name, "sha256": hash_file(file)} for file in original.files]
+    if original.signatures:
+        sources = [{"signature": name, **one} for name, one in zip(original.signatures, sources, strict=True)]
+    record = converter.record(config, original)
+    return {
+        "name": original.name,
+        "sources": sources,
+        **({} if record is None else {"original": record}),
+        "kind": converter.name,
+        "family": converter.family,
         "mlx_xformer": __version__,
         "mlx": version("mlx"),
         **origin,
     }
-    if not dry_run:
-        save_checkpoint(out, weights, family=kind.FAMILY, config=config.to_dict(), provenance=provenance, extras=extras)
-    rows = make_rows(rules, tensors, weights)
-    written = ("config.json", "model.safetensors", *extras)
-    why = f"model_type {values['model_type']}" if "model_type" in values else kind.detect(tensors)
-    notes = tuple(scan(dict(tensors)))
-    return Report(source, out, kind.FAMILY, rows, written, not dry_run, *totals(weights), notes, why)
 
 
-def _read(
-    source: Path, settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, mx.array], tuple[Path, ...], dict[str, bytes]]:
-    """Configuration, tensors, files and what goes along."""
-    if source.is_file():
-        return dict(settings), read_source(source).tensors, (source,), {}
-    if file := ctranslate2.find_file(source):
-        return dict(settings), read_source(file).tensors, (file,), ctranslate2.extras(source)
-    found = hugging_face.read(source)
-    if settings:
-        raise ValueError(f"{source}: settings are for files of tensors, got {', '.join(settings)} beside a config.json")
-    return found.values, {name: x.read() for name, x in found.tensors.items()}, found.files, found.extras
+def convert_to_original(source: Path, out: Path, *, family: str | None, dry_run: bool) -> Report:
+    """Writes a checkpoint in the layout that it came from; packed matrices become floats.
 
-
-def to_original(source: Path, out: Path, checkpoint: Checkpoint, *, dry_run: bool) -> Report:
-    """A checkpoint in the layout that it came from, bit for bit."""
-    name = checkpoint.provenance.get("kind")
-    kind = next((kind for kind in KINDS if checkpoint.family == kind.FAMILY and _name(kind) == name), None)
-    if kind is None:
-        kind = next(kind for kind in KINDS if checkpoint.family == kind.FAMILY)
+    Arguments and errors are those of conversion.convert.
+    """
+    checkpoint = read_checkpoint(source)
+    check_family(source, family, checkpoint.family)
+    converter = _find_converter(checkpoint)
     try:
-        config = make_config(checkpoint.family, checkpoint.config)
-        rules = kind.rules(config, checkpoint.weights)
-        shapes = inverse_shapes(rules, parameter_shapes(checkpoint.family, checkpoint.config))
-        tensors = apply_rules(invert(rules), checkpoint.weights, shapes)
-        values = _told(kind, config, checkpoint, tensors) or kind.original(config)
+        stored, _ = open_safetensors(source / _WEIGHTS)
+        config: Any = make_config(checkpoint.family, checkpoint.config)
+        tensors = stored
+        if converter.quantizes:
+            tensors = unpack_tensors(stored, config.quantization)
+            config = dataclasses.replace(config, quantization=None, dtype=None)
+        back = _Reversal(converter, config, checkpoint, tensors)
+        if converter.lay_out is None:
+            files = hugging_face.lay_out_folder(back.values, back.metadata)
+        else:
+            files = converter.lay_out(back.values, checkpoint, source)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    extras = {extra: (source / extra).read_bytes() for extra in EXTRAS if (source / extra).is_file()}
+    extras = {name: (source / name).read_bytes() for name in EXTRAS if (source / name).is_file()}
     if not dry_run:
         with new_folder(out, replace=False) as fresh:
-            write_safetensors(fresh / "model.safetensors", tensors, {"format": "pt"})
-            (fresh / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+            for name, content in files.items():
+                if isinstance(content, str):
+                    (fresh / name).write_text(content, "utf-8")
+                else:
+                    back.write(fresh / name, *content)
             write_extras(fresh, extras)
-    rows = make_rows(invert(rules), checkpoint.weights, tensors)
-    files = ("config.json", "model.safetensors", *extras)
-    return Report(source, out, checkpoint.family, rows, files, not dry_run, *totals(tensors))
+    return Report(
+        source,
+        out,
+        checkpoint.family,
+        make_rows(back.rules, make_blanks(tensors), back.made, read=make_blanks(stored)),
+        (*files, *extras),
+        not dry_run,
+        *totals(back.made),
+    )
 
 
-def _told(kind: Any, config: Any, checkpoint: Checkpoint, tensors: Tensors) -> dict[str, Any] | None:
-    """The config.json that a checkpoint was made from, as long as it means the configuration."""
-    values = checkpoint.provenance.get("original")
-    if not isinstance(values, dict) or values.get("model_type") not in kind.MODEL_TYPES:
-        return None
-    try:
-        return values if kind.config(values, tensors) == config else None
-    except (ValueError, ArithmeticError, TypeError, AttributeError, KeyError):
-        return None
+def _find_converter(checkpoint: Checkpoint) -> Converter:
+    """The converter of the layout that a checkpoint came from; without provenance, the first of its family."""
+    candidates = [converter for converter in CONVERTERS if converter.family == checkpoint.family]
+    name = checkpoint.provenance.get("kind")
+    return next((converter for converter in candidates if converter.name == name), candidates[0])
 
 
-def _name(kind: Any) -> str:
-    return str(kind.__name__).rpartition(".")[2]
+class _Reversal:
+    """The plan of a conversion back into the layout of an original.
+
+    Attributes:
+        rules: The table from the names here to the original's.
+        made: The original's tensors, as lazy arrays that are never computed.
+        values: What describes the original.
+        metadata: Of its tensors.
+    """
+
+    def __init__(self, converter: Converter, config: Any, checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]):
+        self.tensors = tensors
+        self.metadata: dict[str, str] = {}
+        self._shapes = parameter_shapes(checkpoint.family, config.to_dict())
+        record = checkpoint.provenance.get("original")
+        if isinstance(record, dict):
+            self._plan(converter, config, record)
+            if (values := self._recorded_values(converter, config, record)) is not None:
+                self.values = values
+                metadata = record.get("metadata")
+                if isinstance(metadata, dict):
+                    self.metadata = {key: x for key, x in metadata.items() if isinstance(x, str)}
+                return
+        self.values = converter.original(config)
+        self._plan(converter, config, None)
+
+    def _plan(self, converter: Converter, config: Any, record: Mapping[str, Any] | None) -> None:
+        forward = converter.rules(config, converter.names(config, record))
+        self.rules = invert(forward)
+        self._expected = inverse_shapes(forward, self._shapes)
+        self.made = apply_rules(self.rules, make_blanks(self.tensors), self._expected)
+        self._moves = plan(self.rules, self.tensors)[0]
+
+    def _recorded_values(self, converter: Converter, config: Any, record: dict[str, Any]) -> dict[str, Any] | None:
+        """The config.json that the checkpoint was made from, as long as it means the same configuration."""
+        values = record["config"] if isinstance(record.get("config"), dict) else record
+        values = {key: x for key, x in values.items() if key not in ("quantization", "quantization_config")}
+        if values.get("model_type") not in converter.model_types:
+            return None
+        originals = {
+            name: StoredTensor(self.made[name].dtype, self.made[name].shape, _reader(move, index, self.tensors))
+            for move in self._moves
+            for index, name in enumerate(move.targets)
+        }
+        try:
+            return values if converter.config(values, originals) == config else None
+        except (ValueError, *_NO_MODEL):
+            return None
+
+    def write(self, path: Path, prefix: str, metadata: Mapping[str, str]) -> None:
+        """Writes the tensors under a prefix, without it."""
+        moves = [move for move in self._moves if move.targets[0].startswith(prefix)]
+        made = {name.removeprefix(prefix): self.made[name] for move in moves for name in move.targets}
+        arrays = stream_moves(moves, self.tensors, self._expected)
+        write_safetensors(path, made, metadata, ((name.removeprefix(prefix), x) for name, x in arrays))
+
+
+def _reader(move: Move, index: int, tensors: Mapping[str, StoredTensor]) -> Callable[[], mx.array]:
+    """A function that reads one target of a move."""
+    return lambda: move([tensors[source].read() for source in move.sources])[index]
+
+
+def check_family(source: Path, wanted: str | None, found: str) -> None:
+    """ValueError unless the family is the one that the user insists on."""
+    if wanted is not None and found not in (wanted, f"{wanted}_bag"):
+        raise ValueError(f"{source}: family must be {wanted}, got {found}")

@@ -1,4 +1,4 @@
-"""What a conversion did to every tensor."""
+"""The report of a conversion: what became of every tensor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .formats.source import dtype_name
 from .rules import Rule, plan
+from .stored import dtype_name
 
 _PACKED = ("weight", "scales", "biases")
 
@@ -19,7 +19,9 @@ _PACKED = ("weight", "scales", "biases")
 @dataclass(frozen=True)
 class Row:
     """One rule at work: names, shapes and dtypes (in the words of safetensors) of what was read and what was written.
-    Scales and biases of packed matrices go with their weight."""
+
+    The scales and biases of a packed matrix stand in the row of its weight.
+    """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -31,7 +33,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, or would do. `str(report)` sums it up, `table()` lists every tensor."""
+    """What a conversion did or, in a dry run, would do. `str(report)` sums it up, `table()` lists every tensor.
+
+    Attributes:
+        source: What was converted.
+        out: The folder that was written.
+        family: The name of the family.
+        rows: One for each rule at work.
+        files: The names of the files in `out`.
+        written: False for a dry run.
+        parameters: How many numbers the model has; those in packed matrices count one by one.
+        bytes: The size of the tensors in `out`.
+        warnings: A line for each thing that looks wrong, such as values that are not finite.
+        reason: Why the source was taken for one of the family.
+    """
 
     source: Path
     out: Path
@@ -42,7 +57,7 @@ class Report:
     parameters: int
     bytes: int
     warnings: tuple[str, ...] = ()
-    reason: str = ""  # why the source is taken for what it is, where names and shapes had to tell
+    reason: str = ""
 
     def __str__(self) -> str:
         read = [dtype for row in self.rows for dtype in row.source_dtypes]
@@ -62,7 +77,7 @@ class Report:
 
 
 def _line(row: Row) -> str:
-    """Names and shapes; the dtype once if all have it."""
+    """Names, shapes and dtypes; the dtype once if it is the same everywhere."""
     if len({*row.source_dtypes, *row.target_dtypes}) == 1:
         read, made = _listed(row.sources, row.source_shapes), _listed(row.targets, row.target_shapes)
         return f"{read} {row.source_dtypes[0]} -> {made or 'dropped on purpose'}"
@@ -71,7 +86,7 @@ def _line(row: Row) -> str:
 
 
 def _counted(dtypes: Sequence[str]) -> str:
-    """How many there are, and of each."""
+    """Their number, and the number of each."""
     each = ", ".join(f"{count} {dtype}" for dtype, count in Counter(dtypes).most_common())
     return f"{len(dtypes)} ({each})" if dtypes else "0"
 
@@ -89,8 +104,15 @@ def make_rows(
     read: Mapping[str, mx.array] | None = None,
     written: Mapping[str, mx.array] | None = None,
 ) -> tuple[Row, ...]:
-    """The rows of a conversion that went well, by source name. `read`, `written`: the tensors of the files, where
-    matrices are unpacked before the rules or packed after them."""
+    """The rows of a conversion, by source name.
+
+    Args:
+        rules: The table.
+        before: The tensors that the rules take.
+        after: The tensors that they make.
+        read: The tensors of the files that were read, where matrices were unpacked before the rules.
+        written: The tensors of the files that were written, where matrices were packed after the rules.
+    """
     read, written = before if read is None else read, after if written is None else written
     rows = []
     for move in sorted(plan(rules, before)[0], key=lambda move: move.sources):
@@ -99,7 +121,7 @@ def make_rows(
         if inside == outside:
             sources, targets = move.sources, move.targets
         elif move.sources[0].endswith((".scales", ".biases")):
-            continue  # told with their weight
+            continue  # they stand in the row of their weight
         (a, c), (b, d) = _shapes(read, sources), _shapes(written, targets)
         rows.append(Row(sources, targets, a, b, c, d))
     return tuple(rows)
@@ -108,12 +130,12 @@ def make_rows(
 def _shapes(
     tensors: Mapping[str, mx.array], names: Sequence[str]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
-    """And dtypes."""
+    """The shapes of the tensors named, and their dtypes."""
     return tuple(tensors[name].shape for name in names), tuple(dtype_name(tensors[name].dtype) for name in names)
 
 
 def _whole(names: Container[str], given: Sequence[str]) -> tuple[str, ...]:
-    """The names given, each with those of the rest of its matrix."""
+    """The names given, each with the other parts of its packed matrix."""
     every: list[str] = []
     for name in given:
         layer, _, leaf = name.rpartition(".")
@@ -123,5 +145,5 @@ def _whole(names: Container[str], given: Sequence[str]) -> tuple[str, ...]:
 
 
 def totals(tensors: Mapping[str, mx.array]) -> tuple[int, int]:
-    """Parameters and bytes."""
+    """The number of elements and of bytes."""
     return sum(math.prod(x.shape) for x in tensors.values()), sum(x.nbytes for x in tensors.values())

@@ -1,8 +1,8 @@
 """Rules: what becomes of each tensor of a checkpoint, in both directions.
 
 A rule names tensors by templates, "layers.{i}.linear.weight": `{i}` stands for a whole number, `{side:a|b}` for one of
-the words listed, which have no dots, and both sides of a rule hold the same placeholders. Every tensor meets exactly
-one rule. The inverse of a table is derived from it.
+the words listed, which have no dots, and both sides of a rule hold the same placeholders. Every tensor must match
+exactly one rule of a table. The table of the way back is derived from that of the way here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..storage.files import misfit
+from ..storage.messages import describe_misfits
 from .layouts import Layout
 
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
@@ -24,10 +24,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One source tensor becomes one target, in the `layout` given.
+    """One source tensor becomes one target tensor.
 
-    With several targets its rows are split into as many equal parts, after the layout; several sources (the inverse
-    case) are joined by rows before it. Target None: the tensor is dropped on purpose.
+    Attributes:
+        source: The template of the source's name. Several sources are joined by rows, before the layout.
+        target: The template of the target's name. With several targets the rows are split into as many equal parts,
+            after the layout. None: the tensor is dropped on purpose.
+        layout: The operations that lead from the one to the other.
     """
 
     source: str | tuple[str, ...]
@@ -59,7 +62,7 @@ class Rule:
 
 
 def _with_words(template: str, words: Mapping[str, str]) -> str:
-    """The template with its alternatives spelt out, wherever they stood in the rule."""
+    """The template with the words of each placeholder, wherever in the rule they are listed."""
     return _PLACEHOLDER.sub(lambda m: words.get(m[1], m[0]), template)
 
 
@@ -83,17 +86,17 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def invert(rules: Iterable[Rule]) -> list[Rule]:
-    """The table that leads back. What a rule dropped stays dropped: nothing is left of it."""
+    """The table of the way back. What a rule drops has no way back."""
     return [rule.inverse() for rule in rules if rule.targets]
 
 
 def inverse_shapes(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The source shapes that a table turns into target `shapes`."""
+    """The shapes of the sources that a table turns into targets of these shapes."""
     back = invert(rules)
     blanks = {name: mx.zeros(shape) for name, shape in shapes.items()}  # lazy, never computed
     moves, problems = plan(back, blanks)
     if problems:
-        raise ValueError(misfit(problems))
+        raise ValueError(describe_misfits(problems))
     return {
         name: x.shape
         for move in moves
@@ -111,14 +114,14 @@ def prefixed(rules: Iterable[Rule], prefix: str) -> list[Rule]:
 
 @dataclass(frozen=True)
 class Move:
-    """A rule at work on named tensors."""
+    """A rule at work on tensors of these names."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     layout: tuple[Layout, ...]
 
     def __call__(self, tensors: Sequence[mx.array]) -> list[mx.array]:
-        """The targets. ValueError says why the shapes or dtypes do not allow it."""
+        """The targets, given the sources. ValueError if their shapes or dtypes do not allow it."""
         if not self.targets:
             return []
         if len({(x.shape, x.dtype) for x in tensors}) != 1:
@@ -134,8 +137,17 @@ class Move:
             raise ValueError(f"must have rows in {len(self.targets)} equal parts")
         return list(mx.split(x, len(self.targets), axis=0))
 
+    def describe(self, tensors: Sequence[mx.array]) -> str:
+        """The sources and their shapes, for messages."""
+        return _listed([f"{name} {x.shape}" for name, x in zip(self.sources, tensors, strict=True)])
+
+    def describe_failure(self, error: ValueError, tensors: Sequence[mx.array], expected: Mapping[str, Shape]) -> str:
+        """Which sources did not become which targets, and why."""
+        wanted = ", ".join(f"{name} {expected.get(name, '(not expected)')}" for name in self.targets)
+        return f"{self.describe(tensors)} {error} for {wanted}"
+
     def _odd(self, tensors: Sequence[mx.array]) -> str:
-        """The sources that are not as most are."""
+        """The sources whose shape or dtype differs from that of most."""
         kinds = [(x.shape, x.dtype) for x in tensors]
         most = Counter(kinds).most_common(1)[0][0]
         odd = [(name, *kind) for name, kind in zip(self.sources, kinds, strict=True) if kind != most]
@@ -143,13 +155,15 @@ class Move:
 
 
 def _listed(words: Sequence[str]) -> str:
-    """Some at most, of many."""
+    """The words, of many only a few."""
     return ", ".join(words if len(words) <= 4 else [*words[:2], f"... ({len(words)} in all)", words[-1]])
 
 
 class _Index:
-    """The source templates of a table, found by the words of a name that are no placeholders: a mixture of experts has
-    thousands of names and hundreds of templates."""
+    """Finds the source templates that a name matches by the words that are no placeholders.
+
+    A mixture of experts has thousands of names and hundreds of templates: trying each would take minutes.
+    """
 
     def __init__(self, rules: Sequence[Rule]):
         self._tables: dict[tuple[int, tuple[int, ...]], dict[tuple[str, ...], list[tuple[int, int, str]]]] = {}
@@ -161,7 +175,7 @@ class _Index:
                 table.setdefault(tuple(words[n] for n in fixed), []).append((r, part, template))
 
     def __call__(self, name: str) -> list[tuple[int, int, tuple[tuple[str, str], ...]]]:
-        """(rule, which of its sources, values of the placeholders) of all that a name meets."""
+        """(rule, which of its sources, values of the placeholders) of each template that a name matches."""
         words = name.split(".")
         near = [
             hit
@@ -177,14 +191,18 @@ class _Index:
 
 
 def plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[tuple[str, str]]]:
-    """The moves for the names given, in their order, and (kind, line) for every name that does not meet exactly one
-    rule and for every part that a join lacks."""
+    """Applies the rules to names alone.
+
+    Returns:
+        The moves, in the order of the names; and (kind, line) for every name that does not match exactly one rule and
+        for every missing part of a join.
+    """
     moves, problems, _ = _plan(rules, names)
     return moves, problems
 
 
 def _plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list[tuple[str, str]], set[str]]:
-    """plan(), and the targets of joins that lack a part."""
+    """As plan, and the targets of joins with missing parts."""
     problems: list[tuple[str, str]] = []
     index = _Index(rules)
     joins: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, str]] = {}
@@ -214,21 +232,31 @@ def _plan(rules: Sequence[Rule], names: Iterable[str]) -> tuple[list[Move], list
 def apply_rules(
     rules: Sequence[Rule], tensors: Mapping[str, mx.array], expected: Mapping[str, Shape]
 ) -> dict[str, mx.array]:
-    """The tensors under their target names and in their target layout, exactly those that are `expected`.
+    """Applies a table to tensors. Of lazy arrays nothing is computed.
 
-    One ValueError lists everything that does not fit: leftover, ambiguous, duplicate, unexpected, missing, misshapen.
+    Args:
+        rules: The table.
+        tensors: The sources by name.
+        expected: The shapes of exactly the targets that are to be made.
+
+    Returns:
+        The targets by name.
+
+    Raises:
+        ValueError: Something does not fit. The message lists all that is leftover, ambiguous, duplicate, unexpected,
+            missing or misshapen.
     """
     moves, problems, spoilt = _plan(rules, tensors)
     result: dict[str, mx.array] = {}
     for move in moves:
-        given = _listed([f"{name} {tensors[name].shape}" for name in move.sources])
+        sources = [tensors[name] for name in move.sources]
         try:
-            made = move([tensors[name] for name in move.sources])
+            made = move(sources)
         except ValueError as error:
-            wanted = ", ".join(f"{name} {expected.get(name, '(not expected)')}" for name in move.targets)
-            problems.append(("misshapen", f"{given} {error} for {wanted}"))
+            problems.append(("misshapen", move.describe_failure(error, sources, expected)))
             spoilt.update(move.targets)
             continue
+        given = move.describe(sources)
         for name, x in zip(move.targets, made, strict=True):
             if name in result:
                 problems.append(("duplicate", f"{name}, again from {given}"))
@@ -239,5 +267,5 @@ def apply_rules(
             result[name] = x
     problems += [("missing", f"{name} {tuple(expected[name])}") for name in expected.keys() - result.keys() - spoilt]
     if problems:
-        raise ValueError(misfit(problems))
+        raise ValueError(describe_misfits(problems))
     return result

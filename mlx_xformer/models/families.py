@@ -12,12 +12,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..storage.checkpoint import read_checkpoint
-from ..storage.files import misfit
+from ..storage.messages import describe_misfits, find_misfits
 from .bert import Bert, BertConfig
 from .causal_lm.model import CausalLM, CausalLMConfig
 from .guides.ferrotorch import AttentionLayer, AttentionLayerConfig
 from .guides.llm_prep import SequenceCheckpoint
-from .guides.llm_prep import make as make_seq2seq
+from .guides.llm_prep import make as make_llm_prep
 from .guides.scratch import EncoderDecoder, EncoderDecoderConfig, StackConfig, TransformerStack
 from .htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
 from .t5 import T5, T5Config
@@ -34,20 +34,28 @@ FAMILIES: dict[str, tuple[Any, Any]] = {  # name -> (configuration, module)
     "ferrotorch": (AttentionLayerConfig, AttentionLayer),
     "scratch": (StackConfig, TransformerStack),
     "scratch_encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
-    "llm_prep": (SequenceCheckpoint, make_seq2seq),
+    "llm_prep": (SequenceCheckpoint, make_llm_prep),
     "transformer": (TransformerConfig, Transformer),
 }
 
 
 def make_config(family: str, config: Mapping[str, Any]) -> Any:
-    """The family's configuration from plain values. ValueError for an unknown family, or values that do not fit."""
+    """Makes a configuration.
+
+    Args:
+        family: A name of FAMILIES.
+        config: Plain values, as in a checkpoint's config.json.
+
+    Raises:
+        ValueError: The family is unknown, or a value does not fit.
+    """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     return FAMILIES[family][0].from_dict(dict(config))
 
 
 def make_model(family: str, config: Mapping[str, Any]) -> nn.Module:
-    """The family's module with fresh weights. ValueError for a configuration that makes no model."""
+    """Makes a module with fresh weights. Arguments and errors are those of make_config."""
     try:
         own = make_config(family, config)
         return FAMILIES[family][1](own)
@@ -57,7 +65,7 @@ def make_model(family: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def parameter_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the family's module and its shape."""
+    """The name and shape of every parameter. Arguments and errors are those of make_config."""
     return _shapes(make_model(family, config))
 
 
@@ -73,16 +81,24 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """The model of a checkpoint, ready to run, in float32 (a decoder: in its configuration's dtype, or as stored).
-    Names and shapes must fit exactly: one ValueError lists what is missing, unexpected or misshapen.
+    """Loads the model of a checkpoint, ready to run.
 
-    A bag's weights stay lazy, so that members which are never run are never read; evaluate `model.parameters()`
-    before handing a bag to another thread.
+    Its floats are float32; those of a causal_lm have its configuration's dtype or, without one, stay as stored. The
+    weights of a bag stay lazy, so that members which are never run are never read; evaluate `model.parameters()` before
+    handing a bag to another thread.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It cannot be read, or a tensor is missing, unexpected or misshapen; the message lists them all.
     """
     checkpoint = read_checkpoint(folder)
     try:
         model = make_model(checkpoint.family, checkpoint.config)
-        _check_fit(checkpoint.weights, _shapes(model))
+        if problems := find_misfits(checkpoint.weights, _shapes(model)):
+            raise ValueError(describe_misfits(problems))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     wanted = checkpoint.config.get("dtype") if checkpoint.family == "causal_lm" else "float32"
@@ -95,18 +111,6 @@ def load_model(folder: str | Path) -> nn.Module:
     if not isinstance(model, Bag):
         mx.eval(model.parameters())
     return model
-
-
-def _check_fit(weights: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [("missing", f"{name} {shapes[name]}") for name in shapes.keys() - weights.keys()]
-    problems += [("unexpected", f"{name} {weights[name].shape}") for name in weights.keys() - shapes.keys()]
-    problems += [
-        ("misshapen", f"{name} must be {shapes[name]}, got {weights[name].shape}")
-        for name in weights.keys() & shapes.keys()
-        if weights[name].shape != shapes[name]
-    ]
-    if problems:
-        raise ValueError(misfit(problems))
 
 
 def module_of(family: str) -> str:

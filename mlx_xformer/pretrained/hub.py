@@ -11,79 +11,68 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .._version import __version__
-from ..converters import language
 from ..converters.conversion import convert
 from ..converters.formats import hugging_face
-from ..converters.formats.demucs import find_originals
-from ..converters.formats.source import plain_name, read_bag
+from ..converters.formats.demucs import read_bag
+from ..converters.formats.source import check_plain_name
+from ..converters.recognition import list_files
 from ..storage.checkpoint import EXTRAS, SENTENCES, is_checkpoint
+from ..storage.files import hash_file
 
-NAMESPACE = "adefossez"
-
-
+NAMESPACE = "adefossez"  # on the hub, whose models of demucs need no namespace here
 NAME = re.compile(r"([A-Za-z0-9]\w*)|([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", re.ASCII)
-
-
 _T = TypeVar("_T")
-_SMALL = 1 << 26  # bytes up to which a file of a language model is known by its content
+_SMALL = 1 << 28  # bytes up to which a file is known by its content
 
 
 def cache_folder() -> Path:
-    """Where conversions and downloads are kept."""
+    """Where conversions and downloads are kept: MLX_XFORMER_CACHE, or ~/.cache/mlx-xformer."""
     return Path(os.environ.get("MLX_XFORMER_CACHE") or Path.home() / ".cache" / "mlx-xformer")
 
 
-def repository(namespace: str, name: str) -> str:
+def name_repository(namespace: str, name: str) -> str:
     """The hub repository of a model of demucs: `htdemucs_ft` is in HTDemucs-ft."""
     first, dash, rest = name.partition("_")
     return f"{namespace}/HTDemucs{'-' if dash else ''}{rest}" if first == "htdemucs" else f"{namespace}/Demucs-{name}"
 
 
 def convert_original(path: Path) -> Path:
-    """The conversion of an original, kept under the digest of its files; a language model's large ones are known by
-    their place, size and time."""
+    """The conversion of an original, kept under a digest of its files."""
     digest = hashlib.sha256(__version__.encode())
-    speaks = language.is_language(path)
-    for file in language.all_files(path) if speaks else find_originals(path).all_files():
-        facts = file.stat()
-        if speaks and facts.st_size > _SMALL:
-            known = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-        else:
-            known = _hash(file, hashlib.sha256)
-        digest.update(f"\n{file.name} {known}".encode())
+    for file in list_files(path):
+        digest.update(f"\n{file.name} {_identify(file)}".encode())
     folder = cache_folder() / "converted" / digest.hexdigest()[:16]
     if not is_checkpoint(folder):
         convert(path, folder)
     return folder
 
 
-def _hash(path: Path, algorithm: Callable[[], Any], head: bytes = b"") -> str:
-    digest = algorithm()
-    digest.update(head)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _identify(file: Path) -> str:
+    """The digest of a file's content; of a large file, which takes long to read, its path, size and time of change."""
+    facts = file.stat()
+    if facts.st_size > _SMALL:
+        return f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    return hash_file(file)
 
 
 def download_model(namespace: str, name: str) -> Path:
-    """The conversion of a model of demucs: the one kept from before, or else downloaded, checked and converted."""
-    repo = repository(namespace, name)
+    """The conversion of a model of demucs, which is downloaded and checked unless it is in the cache already."""
+    repo = name_repository(namespace, name)
     if kept := find_kept(repo, name):
         return kept
     bag_file = f"{name}.yaml"
     revision, staging = _latest(repo, bag_file)
     bag = _fetch(repo, bag_file, revision, staging)
     for signature in dict.fromkeys(read_bag(bag).signatures):
-        _fetch(repo, f"{plain_name(signature)}.safetensors", revision, staging)
+        _fetch(repo, f"{check_plain_name(signature)}.safetensors", revision, staging)
     folder = _hub_folder(repo, name) / revision
     convert(bag, folder, origin={"repository": repo, "revision": revision})
     shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
-def download_language_model(repo: str) -> Path | None:
-    """The same of a language model's repository; None where there is no config.json."""
+def download_folder(repo: str) -> Path | None:
+    """The same for a repository of Hugging Face's layout; None where there is no config.json."""
     name = "model"
     if kept := find_kept(repo, name):
         return kept
@@ -96,7 +85,7 @@ def download_language_model(repo: str) -> Path | None:
         if extra not in SENTENCES[1:] or (staging / SENTENCES[0]).is_file():
             _fetch_if_there(repo, extra, revision, staging)
     index = _fetch_if_there(repo, hugging_face.INDEX, revision, staging)
-    for file in [hugging_face.ONE] if index is None else hugging_face.shards(index):
+    for file in [hugging_face.WEIGHTS] if index is None else hugging_face.list_shards(index):
         _fetch(repo, file, revision, staging)
     folder = _hub_folder(repo, name) / revision
     convert(staging, folder, origin={"repository": repo, "revision": revision})
@@ -105,8 +94,8 @@ def download_language_model(repo: str) -> Path | None:
 
 
 def _latest(repo: str, file: str) -> tuple[str, Path]:
-    """The commit that a repository is at, and where its files are downloaded to."""
-    revision = _asked(repo, file, lambda: _metadata(repo, file, None)).commit_hash
+    """The latest commit of a repository, and the folder that its files are downloaded to."""
+    revision = _ask(repo, file, lambda: _metadata(repo, file, None)).commit_hash
     if not revision or not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"hub repository {repo} must name the commit of {file}, got {revision!r}")
     return revision, cache_folder() / "downloads" / f"{repo.replace('/', '--')}-{revision}"
@@ -133,12 +122,12 @@ def _fetch(repo: str, file: str, revision: str, staging: Path) -> Path:
     """A file of a repository at a commit, checked against the digest that the hub reports for it."""
     from huggingface_hub import hf_hub_download
 
-    expected = _asked(repo, file, lambda: _metadata(repo, file, revision)).etag or ""
-    path = Path(_asked(repo, file, lambda: hf_hub_download(repo, file, revision=revision, local_dir=staging)))
+    expected = _ask(repo, file, lambda: _metadata(repo, file, revision)).etag or ""
+    path = Path(_ask(repo, file, lambda: hf_hub_download(repo, file, revision=revision, local_dir=staging)))
     if re.fullmatch("[0-9a-f]{64}", expected):
-        kind, actual = "SHA-256", _hash(path, hashlib.sha256)
+        kind, actual = "SHA-256", hash_file(path)
     elif re.fullmatch("[0-9a-f]{40}", expected):  # a small file outside LFS has git's own digest
-        kind, actual = "git SHA-1", _hash(path, hashlib.sha1, b"blob %d\0" % path.stat().st_size)
+        kind, actual = "git SHA-1", hash_file(path, "sha1", b"blob %d\0" % path.stat().st_size)
     else:
         raise ValueError(f"the hub reports no digest for {file} of {repo}, got {expected!r}: not used")
     if actual != expected:
@@ -155,8 +144,8 @@ def _metadata(repo: str, file: str, revision: str | None) -> Any:
     return get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
 
 
-def _asked(repo: str, file: str, question: Callable[[], _T]) -> _T:
-    """Asks the hub; what goes wrong becomes one line. Its client raises errors of whichever HTTP library it uses."""
+def _ask(repo: str, file: str, question: Callable[[], _T]) -> _T:
+    """The hub's answer. Any failure becomes one line: its client raises errors of whichever HTTP library it uses."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with config.json and model.safetensors and, of a language model, the files of its tokenizer.
+"""Checkpoints: a folder with config.json and model.safetensors and, for models of text, the files of the tokenizer.
 
 config.json holds `format`, `family`, `config` (the model's) and `provenance`. Weights keep their stored dtype on disk.
 """
@@ -22,18 +22,12 @@ from safetensors import SafetensorError, safe_open
 from .files import write_extras, write_safetensors
 
 FORMAT = 1
-
-
 SENTENCES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")  # of sentence-transformers
-
-
 EXTRAS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("generation_config.json", "chat_template.jinja"),
     *SENTENCES,
 )
-
-
 FORMER_FAMILIES = {  # names in files that were written before, and today's
     "decoder": "causal_lm",
     "attention_layer": "ferrotorch",
@@ -42,14 +36,19 @@ FORMER_FAMILIES = {  # names in files that were written before, and today's
     "seq2seq": "llm_prep",
 }
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-
-
 _FILES = {_CONFIG, _WEIGHTS, *(name.partition("/")[0] for name in EXTRAS)}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds. `weights` are lazy: a tensor is read when it is first computed with."""
+    """What a folder holds.
+
+    Attributes:
+        family: The name of the model's family.
+        config: The model's configuration as plain values.
+        weights: The tensors, each read when it is first computed with.
+        provenance: Where the model is from.
+    """
 
     family: str
     config: dict[str, Any]
@@ -58,7 +57,7 @@ class Checkpoint:
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether `folder` holds a config.json of ours."""
+    """Whether `folder` holds the config.json of a checkpoint."""
     try:
         content = json.loads((Path(folder) / _CONFIG).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -122,8 +121,22 @@ def save_checkpoint(
     arrays: Iterable[tuple[str, mx.array]] | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all. An older checkpoint is replaced; any other folder is refused. `arrays`:
-    see write_safetensors. `extras`: files of EXTRAS by their names."""
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        folder: A new or empty folder, or an older checkpoint, which is replaced.
+        weights: The tensors, or lazy arrays of their shapes and dtypes.
+        family: A name of models.families.FAMILIES.
+        config: The model's configuration as plain values.
+        provenance: Where the model is from, as plain values.
+        arrays: The values one by one, see write_safetensors.
+        extras: Contents of files of EXTRAS by their names.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+        ValueError: A tensor is of float64, which MLX cannot store, or an extra is none of EXTRAS.
+        OSError: The folder cannot be written.
+    """
     wide = sorted(name for name, x in weights.items() if x.dtype == mx.float64)
     if wide:
         raise ValueError(f"weights must not be float64, which MLX cannot store, got {wide[0]}")

@@ -1,10 +1,10 @@
-"""Files of tensors in the safetensors format, and the messages about tensors that do not fit."""
+"""Files: tensors in the safetensors format, and the files that stand beside them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,21 +26,17 @@ DTYPES = {  # in the words of safetensors
 }
 
 
-_LISTED = 20
-
-
-def misfit(problems: Sequence[tuple[str, str]]) -> str:
-    """The message for (kind, line) pairs: how many there are of each kind, then the lines, twenty at most."""
-    counts = Counter(kind for kind, _ in problems)
-    lines = [f"  {kind}: {line}" for kind, line in sorted(problems)]
-    if len(lines) > _LISTED:
-        lines[_LISTED:] = [f"  ... and {len(lines) - _LISTED} more"]
-    summary = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
-    return "\n".join([f"the tensors do not fit the model: {summary}", *lines])
+def hash_file(path: Path, algorithm: str = "sha256", head: bytes = b"") -> str:
+    """The digest of a file's content after a head, in hexadecimal."""
+    digest = hashlib.new(algorithm, head)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_extras(folder: Path, extras: Mapping[str, bytes]) -> None:
-    """Files of EXTRAS, some of which have a folder of their own."""
+    """Writes files by their names, which may have a folder in them."""
     for name, content in extras.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -52,10 +48,18 @@ def write_safetensors(
     metadata: Mapping[str, str],
     arrays: Iterable[tuple[str, mx.array]] | None = None,
 ) -> None:
-    """Writes a file, a tensor after the other, and checks that it is whole. OSError if it is not.
+    """Writes a .safetensors file, one tensor after the other, and checks that it is whole.
 
-    `arrays` brings the tensors one by one, in the order of `tensors`, whose shapes and dtypes are then all that counts:
-    no more than one of them need be held.
+    Args:
+        path: The file.
+        tensors: The tensors, or lazy arrays of their shapes and dtypes.
+        metadata: Of the file.
+        arrays: The values, (name, array) in the order of `tensors`, so that only one of them need be in memory at a
+            time; those of `tensors` if None.
+
+    Raises:
+        ValueError: An array has another shape, dtype or place than `tensors` says.
+        OSError: The file could not be written whole.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -68,10 +72,8 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, x in tensors.items() if arrays is None else arrays:
-            like = tensors[name]
-            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != 8 + len(text) + header[name][
-                "data_offsets"
-            ][0]:
+            like, begin = tensors[name], 8 + len(text) + header[name]["data_offsets"][0]
+            if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != begin:
                 raise ValueError(f"{name} must be {like.shape} {like.dtype} and in its turn, got {x.shape} {x.dtype}")
             file.write(_bytes_of(x))
     try:

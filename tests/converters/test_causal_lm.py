@@ -28,7 +28,7 @@ from support.text import tensor_counts as written
 from mlx_xformer import cli
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.families import causal_lm as names
-from mlx_xformer.converters.formats import gguf
+from mlx_xformer.converters.families import causal_lm_gguf as gguf
 from mlx_xformer.converters.layouts import Pairs
 from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from mlx_xformer.models.causal_lm.model import CausalLM, Quantization
@@ -527,7 +527,7 @@ def test_pairs_of_rows():
     with pytest.raises(ValueError, match="must have an even number of rows for each of 4 heads"):
         Pairs(4)(x)
     own = config("llama")
-    table = gguf.rules(own, "llama")
+    table = gguf.rules(own)
     shapes = parameter_shapes("causal_lm", own.to_dict())
     back = apply_rules(invert(table), {n: mx.zeros(s) for n, s in shapes.items()}, inverse_shapes(table, shapes))
     assert "blk.1.attn_q.weight" in back
@@ -684,7 +684,7 @@ def test_values_of_any_kind(tmp_path, name):
         ({"quantize": 3}, "quantize must be 4, 8, or 0 for floats, got 3"),
         ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
-        ({"quantize": 4, "to": "pytorch"}, "of no use where a checkpoint leads back"),
+        ({"quantize": 4, "to": "pytorch"}, 'must not be given with to="pytorch"'),
     ],
 )
 def test_wishes_that_are_refused(tmp_path, given, reason):

@@ -22,7 +22,8 @@ from support.oracle import (
     write_torch_zip,
 )
 
-from mlx_xformer.converters.formats.source import member, plain_name, read_bag, read_source, scan
+from mlx_xformer.converters.formats.demucs import find_member, read_bag
+from mlx_xformer.converters.formats.source import check_plain_name, read_source, scan
 
 HALVES = np.array([0, -0.0, 6e-8, -3e-5, 65504, np.inf, -np.inf, np.nan, 1.5, -2.25, 0.1, 7], np.float16)
 
@@ -132,7 +133,7 @@ def test_broken_safetensors(tmp_path, header, data, length):
 def test_safetensors_of_other_dtypes_and_wrong_booleans(tmp_path):
     path = tmp_path / "a.safetensors"
     refused(raw_safetensors(path, {"a": entry(0, 2, "F8_E4M3")}, b"\0\0"), "a must have one of", "F8_E4M3")
-    refused(raw_safetensors(path, {"a": entry(0, 2, "BOOL")}, b"\1\2"), "booleans must be 0 or 1, got 2")
+    refused(raw_safetensors(path, {"a": entry(0, 2, "BOOL")}, b"\1\2"), "a must hold booleans, 0 or 1, got 2")
     path.write_bytes(b"")
     refused(path, "safetensors file")
 
@@ -554,22 +555,22 @@ def test_members_lie_in_the_folder_itself(tmp_path):
     outside.touch()
     (folder / "a.safetensors").symlink_to(outside)
     with pytest.raises(ValueError, match="must lie in the folder itself"):
-        member(folder, "a")
+        find_member(folder, "a")
     (folder / "b.th").symlink_to("../outside.safetensors")
     with pytest.raises(ValueError, match="must lie in the folder itself"):
-        member(folder, "b")
+        find_member(folder, "b")
     (folder / "c-01234567.th").touch()
     (folder / "inside.safetensors").symlink_to("c-01234567.th")
-    assert member(folder, "c").name == "c-01234567.th" and member(folder, "inside").exists()
+    assert find_member(folder, "c").name == "c-01234567.th" and find_member(folder, "inside").exists()
     (folder / "c-x-01234567.th").touch()
-    assert member(folder, "c").name == "c-01234567.th"
+    assert find_member(folder, "c").name == "c-01234567.th"
     (folder / "c.th").touch()
     with pytest.raises(ValueError, match=r"one file must be member c, got c-01234567\.th, c\.th"):
-        member(folder, "c")
+        find_member(folder, "c")
     with pytest.raises(FileNotFoundError, match=r"no d\.safetensors or d-\*\.th"):
-        member(folder, "d")
+        find_member(folder, "d")
     for name in ("../outside", "..", "", "a/b"):
         with pytest.raises(ValueError, match="plain name"):
-            member(folder, name)
+            find_member(folder, name)
         with pytest.raises(ValueError, match="plain name"):
-            plain_name(name)
+            check_plain_name(name)

@@ -293,10 +293,11 @@ def test_a_state_dict_alone_does_not_tell_the_configuration(tmp_path):
 
 
 def test_detection():
-    assert htdemucs.detect(["models.0.encoder.0.x", "models.0.decoder.0.x", "models.1.tencoder.0.x"])[0] == "demucs"
-    assert htdemucs.detect(["time_encoder.0.x", "freq_encoder.0.x", "cross_transformer.x"])[0] == "metalaudio"
-    assert htdemucs.detect(["encoder.0.x", "decoder.0.x", "model.x"])[0] == "unknown"
-    assert htdemucs.detect([])[0] == "unknown"
+    names = ["models.0.encoder.0.x", "models.0.decoder.0.x", "models.1.tencoder.0.x"]
+    assert htdemucs.find_naming(names)[0] == "demucs"
+    assert htdemucs.find_naming(["time_encoder.0.x", "freq_encoder.0.x", "cross_transformer.x"])[0] == "metalaudio"
+    assert htdemucs.find_naming(["encoder.0.x", "decoder.0.x", "model.x"])[0] == "unknown"
+    assert htdemucs.find_naming([])[0] == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.oracle import Oracle
 
-from mlx_xformer.converters.families.attention import LAYOUTS, attention_state, load_attention
+from mlx_xformer.converters.attention import LAYOUTS, attention_state, load_attention
 from mlx_xformer.nn.attention.layer import Attention
 from mlx_xformer.nn.attention.torch_layout import MultiheadAttention
 from mlx_xformer.nn.masks import causal_mask

@@ -99,12 +99,14 @@ def test_a_name_outdoes_a_folder_of_stems(tmp_path, monkeypatch):
 
 
 def test_repositories():
-    assert [pretrained_hub.repository("adefossez", name) for name in ("htdemucs", "htdemucs_ft", "htdemucs_6s")] == [
+    assert [
+        pretrained_hub.name_repository("adefossez", name) for name in ("htdemucs", "htdemucs_ft", "htdemucs_6s")
+    ] == [
         "adefossez/HTDemucs",
         "adefossez/HTDemucs-ft",
         "adefossez/HTDemucs-6s",
     ]
-    assert pretrained_hub.repository("me", "other_one") == "me/Demucs-other_one"
+    assert pretrained_hub.name_repository("me", "other_one") == "me/Demucs-other_one"
 
 
 # The hub
@@ -190,7 +192,7 @@ def hub(originals):
 
 CHILD = """
 import json, sys
-from mlx_xformer import pretrained
+from mlx_xformer.pretrained import loading as pretrained
 try:
     folder = pretrained.resolve(sys.argv[1])
     kind = type(pretrained.load(sys.argv[1])).__name__

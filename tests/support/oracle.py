@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_xformer.backend import activations
-from mlx_xformer.converters.families.attention import load_attention
+from mlx_xformer.converters.attention import load_attention
 from mlx_xformer.nn import layers
 from mlx_xformer.nn.attention import attention, attention_weights
 from mlx_xformer.nn.attention.torch_layout import MultiheadAttention

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import mlx.core as mx
-
 from ...models.bert import BertConfig
+from ..converter import Converter
+from ..formats import config_keys
 from ..rules import Rule
-from . import config_keys
-
-FAMILY = "bert"
-MODEL_TYPES: tuple[str, ...] = ("bert",)
-Tensors = Mapping[str, mx.array]
+from ..stored import Tensors
 
 _PREFIX = "bert."
 _LEAF = "{leaf:weight|bias}"
@@ -39,6 +35,7 @@ _SAME: dict[str, tuple[str, Any]] = {
 }
 _KNOWN = {*_SAME, "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"}
 _ONLY: dict[str, tuple[Any, ...]] = {
+    **config_keys.ONLY,
     "position_embedding_type": ("absolute", None),
     **dict.fromkeys(("is_decoder", "add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"), (False,)),
 }
@@ -53,7 +50,7 @@ _HEADS = (
 )
 
 
-def _prefix(names: Iterable[str]) -> str:
+def _prefix(names: Collection[str]) -> str:
     return _PREFIX if _PREFIX + _WORDS in names else ""
 
 
@@ -71,30 +68,30 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> BertConfig:
     pooler = f"{start}pooler.dense.weight" in tensors
     if "model_type" not in values:
         return BertConfig(
-            **_by_shape(tensors, start), **config_keys.settings(values, _SETTINGS, ["num_heads"]), pooler=pooler
+            **_by_shape(tensors, start), **config_keys.check_settings(values, _SETTINGS, ["num_heads"]), pooler=pooler
         )
-    config_keys.check(values, _KNOWN, _ONLY)
+    config_keys.check_keys(values, _KNOWN, _ONLY)
     given = {ours: values.get(theirs, default) for theirs, (ours, default) in _SAME.items()}
     return BertConfig(
-        **given, activation=config_keys.activation("hidden_act", values.get("hidden_act", "gelu")), pooler=pooler
+        **given, activation=config_keys.read_activation("hidden_act", values.get("hidden_act", "gelu")), pooler=pooler
     )
 
 
 def _by_shape(tensors: Tensors, start: str) -> dict[str, Any]:
-    """Sizes by what has them."""
+    """The sizes, from the shapes of tensors."""
     layers = {int(m[1]) for name in tensors if (m := re.match(re.escape(start) + r"encoder\.layer\.(\d+)\.", name))}
     table = start + "embeddings.{}_embeddings.weight"
     return {
-        "vocab_size": config_keys.size(tensors, start + _WORDS, 0),
-        "embed_dim": config_keys.size(tensors, start + _WORDS, 1),
+        "vocab_size": config_keys.read_size(tensors, start + _WORDS, 0),
+        "embed_dim": config_keys.read_size(tensors, start + _WORDS, 1),
         "num_layers": max(layers, default=-1) + 1,
-        "hidden_dim": config_keys.size(tensors, start + "encoder.layer.0.intermediate.dense.weight", 0),
-        "max_positions": config_keys.size(tensors, table.format("position"), 0),
-        "num_token_types": config_keys.size(tensors, table.format("token_type"), 0),
+        "hidden_dim": config_keys.read_size(tensors, start + "encoder.layer.0.intermediate.dense.weight", 0),
+        "max_positions": config_keys.read_size(tensors, table.format("position"), 0),
+        "num_token_types": config_keys.read_size(tensors, table.format("token_type"), 0),
     }
 
 
-def rules(config: BertConfig, names: Tensors) -> list[Rule]:
+def rules(config: BertConfig, names: Collection[str] = ()) -> list[Rule]:
     """The table from Hugging Face's names."""
     start = _prefix(names)
     layer, ours = start + "encoder.layer.{i}.", "encoder.layers.{i}."
@@ -120,7 +117,7 @@ def rules(config: BertConfig, names: Tensors) -> list[Rule]:
 
 
 def _norm(names: Iterable[str], theirs: str, ours: str) -> list[Rule]:
-    """A norm, under the names that its tensors have."""
+    """The rules of a norm, whose tensors have other names in old files."""
     old = any(name.endswith("LayerNorm.gamma") and not name.startswith("cls.") for name in names)
     leaves = (("gamma", "weight"), ("beta", "bias")) if old else (("weight", "weight"), ("bias", "bias"))
     return [Rule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in leaves]
@@ -134,5 +131,8 @@ def original(config: BertConfig) -> dict[str, Any]:
         "model_type": "bert",
         "architectures": ["BertModel"],
         **same,
-        "hidden_act": config_keys.word(config.activation),
+        "hidden_act": config_keys.name_activation(config.activation),
     }
+
+
+CONVERTERS = (Converter("bert", "bert", config, rules, original, detect=detect, model_types=("bert",)),)

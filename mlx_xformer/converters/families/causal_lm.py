@@ -1,132 +1,51 @@
-"""Decoders: rules from Hugging Face's names, and the configuration from a config.json of theirs and back.
+"""Language models: rules from Hugging Face's names, and the configuration from its config.json and back.
 
 Sources: transformers 5.23 (models/llama, mistral, qwen2, qwen3, gemma2, gemma3: names, defaults), whose older keys are
-read too; mlx-lm's `quantization`. What mixtures have beside that is in mixture.py. A key that is neither understood nor
-known to make no difference is an error.
+read too; mlx-lm's `quantization`. Mixtures of experts are in causal_lm_moe. A key that is neither understood nor known
+to make no difference is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...models.causal_lm.model import CausalLMConfig, Quantization
-from ..formats.torch_pickle import short
+from ...storage.messages import shorten
+from ..converter import Converter, Original
+from ..formats import config_keys
+from ..formats.rotary_keys import FULL, SLIDING, read_positions, write_scaling
 from ..rules import Rule
+from ..stored import Tensors
 from . import causal_lm_moe
-from .rope import scaling_read, scaling_written
+from .causal_lm_keys import (
+    ABSENT,
+    ACTIVATIONS,
+    HARMLESS,
+    MODEL_TYPES,
+    MOST_LAYERS,
+    ONE_WINDOW,
+    ONLY,
+    REQUIRED,
+    SAME,
+    SOFTCAPS,
+    TYPES,
+    UNDERSTOOD,
+)
 
 _LAYER = "model.layers.{i}."
 _PACKED = "{leaf:weight|bias|scales|biases}"
 TABLE_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 TABLE, HEAD = "model.embed_tokens.{leaf:weight|scales|biases}", "lm_head.{leaf:weight|scales|biases}"
 
-# Hugging Face's key -> ours, where the value means the same.
-_SAME = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "hidden_dim",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-    "mlp_bias": "mlp_bias",
-    "attn_logit_softcapping": "attention_softcap",
-    "final_logit_softcapping": "logit_softcap",
-}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-_UNDERSTOOD = {
-    *_SAME,
-    *("model_type", "hidden_act", "hidden_activation", "attention_bias", "query_pre_attn_scalar"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "max_position_embeddings"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"),
-    *("_sliding_window_pattern", "quantization", "quantization_config"),
-}
-# What makes no difference to the answers of a loaded model.
-HARMLESS = {
-    *("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "attention_dropout"),
-    *("pretraining_tp", "cache_implementation", "transformers.js_config", "is_llama_config", "unsloth_fixed"),
-    *("unsloth_version", "hidden_dropout", "attn_implementation", "_attn_implementation_autoset", "return_dict"),
-    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "task"),
-    *(
-        "torchscript",
-        "finetuning_task",
-        "keys_to_ignore_at_inference",
-        "max_length",
-        "min_length",
-        "_from_model_config",
-    ),
-}
-# Keys of which we understand one value.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "rope_interleaved": (False,),
-    "partial_rotary_factor": (1, None),
-    "use_bidirectional_attention": (False, None),
-    "use_qk_norm": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-}
-_SOFTCAPS = {"attn_logit_softcapping": ("gemma2",), "final_logit_softcapping": ("gemma2", "gemma3_text")}
-_GEMMA = {"norm_plus_one": True, "sandwich_norms": True}
-_TYPES: dict[str, dict[str, Any]] = {  # model_type -> what it means by itself
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"attention_bias": ("q", "k", "v")},
-    "qwen3": {"qk_norm": True},
-    "gemma2": _GEMMA,
-    "gemma3_text": {**_GEMMA, "qk_norm": True},
-    **{kind: {} for kind in causal_lm_moe.KEYS},
-}
-MODEL_TYPES = tuple(_TYPES)
-_ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe", "olmoe")  # or none, in all layers
-# What keys mean that are absent, in transformers 5.23, where that is neither null nor false: it does not write them.
-_ANY = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096}
-_QWEN = {**_ANY, "hidden_act": "silu", "num_key_value_heads": 32, "max_position_embeddings": 32768}
-_GEMMAS = {
-    **_ANY,
-    **{"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4, "head_dim": 256},
-    **{"query_pre_attn_scalar": 256, "tie_word_embeddings": True},
-}
-ABSENT: dict[str, dict[str, Any]] = {
-    "llama": {**_ANY, "hidden_act": "silu", "max_position_embeddings": 2048, "sliding_window": None},
-    "mistral": {**_ANY, "hidden_act": "silu", "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "qwen2": {**_QWEN, "max_window_layers": 28},
-    "qwen3": {**_QWEN, "max_window_layers": 28, "head_dim": 128},
-    "gemma2": {
-        **_GEMMAS,
-        **{"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    },
-    "gemma3_text": {
-        **_GEMMAS,
-        **{"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
-        "sliding_window_pattern": 6,
-    },
-    "mixtral": {
-        **{**_ANY, "hidden_act": "silu", "num_key_value_heads": 8, "max_position_embeddings": 131072},
-        **{"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, **causal_lm_moe.ABSENT["mixtral"]},
-    },
-    "qwen2_moe": {**_QWEN, "num_key_value_heads": 16, "max_window_layers": 28, **causal_lm_moe.ABSENT["qwen2_moe"]},
-    "qwen3_moe": {**_QWEN, "num_key_value_heads": 4, **causal_lm_moe.ABSENT["qwen3_moe"]},
-    "olmoe": {
-        **{**_ANY, "hidden_act": "silu", "max_position_embeddings": 4096},
-        **{"rms_norm_eps": 1e-5, "sliding_window": None, **causal_lm_moe.ABSENT["olmoe"]},
-    },
-}
-_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_MOST_LAYERS = 1000
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
+def rules(config: CausalLMConfig, names: Collection[str] = (TABLE_NAME,)) -> list[Rule]:
+    """The table from Hugging Face's names, with packed matrices under mlx-lm's.
 
-def rules(config: CausalLMConfig, names: Container[str] = (TABLE_NAME,)) -> list[Rule]:
-    """The table from Hugging Face's names, with packed matrices under mlx-lm's. A tied head is dropped where the table
-    of embeddings is among the `names`, and is that table where not."""
+    A tied head is dropped where the table of embeddings is among the `names`, and is that table where not.
+    """
     tied = [Rule(TABLE, TABLE), Rule(HEAD, None)] if TABLE_NAME in names else [Rule(HEAD, TABLE)]
     attention, norms = _LAYER + "self_attn.", "{norm:input|post_attention|pre_feedforward|post_feedforward}_layernorm."
     return [
@@ -145,42 +64,40 @@ def _same(template: str) -> Rule:
     return Rule(template, template)
 
 
-def config(values: Mapping[str, Any]) -> CausalLMConfig:
-    """The configuration that a config.json of Hugging Face means. ValueError names what is not understood."""
+def config(values: Mapping[str, Any], tensors: Tensors | None = None) -> CausalLMConfig:
+    """The configuration that a config.json of Hugging Face means, and the tensors of packed routers.
+
+    ValueError names what is not understood.
+    """
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in _TYPES:
-        raise ValueError(f"model_type must be one of {', '.join(_TYPES)}, got {short(str(kind))}")
-    values = {**ABSENT[kind], **causal_lm_moe.one_name(values, kind)}
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise ValueError(f"model_type must be one of {', '.join(TYPES)}, got {shorten(kind)}")
+    values = {**ABSENT[kind], **causal_lm_moe.merge_names(values, kind)}
     _check_keys(values, kind)
-    given = {ours: values[theirs] for theirs, ours in _SAME.items() if values.get(theirs) is not None}
-    given = {**_TYPES[kind], **given, **_rotary(values, kind), **_windows(values, kind)}
+    given = {ours: values[theirs] for theirs, ours in SAME.items() if values.get(theirs) is not None}
+    given = {**TYPES[kind], **given, **read_positions(values, kind), **_windows(values, kind)}
     key = "hidden_activation" if kind.startswith("gemma") else "hidden_act"
-    if values[key] not in _ACTIVATIONS:
-        raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {short(str(values[key]))}")
-    given["activation"] = _ACTIVATIONS[values[key]]
+    if values[key] not in ACTIVATIONS:
+        raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {shorten(values[key])}")
+    given["activation"] = ACTIVATIONS[values[key]]
     if values.get("attention_bias"):
         given["attention_bias"] = ("q", "k", "v", "out")
     if kind in causal_lm_moe.KEYS:
-        given |= causal_lm_moe.fields(values, kind, given["activation"])
+        given |= causal_lm_moe.read_fields(values, kind, given["activation"])
     if kind.startswith("gemma"):
         given["embed_scale"] = math.sqrt(values["hidden_size"])
         given["attention_scale"] = values["query_pre_attn_scalar"] ** -0.5
     packing = values.get("quantization") or values.get("quantization_config")
-    return CausalLMConfig(**given, quantization=None if packing is None else _quantization(packing))
+    found = CausalLMConfig(**given, quantization=None if packing is None else _quantization(packing))
+    return causal_lm_moe.add_packed_routers(found, tensors or ())
 
 
 def _check_keys(values: Mapping[str, Any], kind: str) -> None:
-    known = _UNDERSTOOD | HARMLESS | _ONLY.keys() | causal_lm_moe.KEYS.get(kind, set())
-    unknown = sorted(key for key in values if key not in known)
-    if unknown:
-        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
-    for key, right in _ONLY.items():
-        if key in values and values[key] not in right:
-            raise ValueError(f"{key} must be {json.dumps(right[0])}, got {short(str(values[key]))}")
-    for key, kinds in _SOFTCAPS.items():
+    config_keys.check_keys(values, UNDERSTOOD | causal_lm_moe.KEYS.get(kind, set()), ONLY, HARMLESS)
+    for key, kinds in SOFTCAPS.items():
         if values.get(key) is not None and kind not in kinds:
-            raise ValueError(f"{key} must be null in a {kind}, got {short(str(values[key]))}")
-    required = [*_REQUIRED, *(["head_dim"] if "head_dim" in ABSENT[kind] else [])]
+            raise ValueError(f"{key} must be null in a {kind}, got {shorten(values[key])}")
+    required = [*REQUIRED, *(["head_dim"] if "head_dim" in ABSENT[kind] else [])]
     required += ["num_key_value_heads", "query_pre_attn_scalar"] if kind.startswith("gemma") else []
     required += ["num_key_value_heads"] if kind in ("qwen2_moe", "qwen3_moe") else []
     missing = [key for key in required if values.get(key) is None]
@@ -188,86 +105,58 @@ def _check_keys(values: Mapping[str, Any], kind: str) -> None:
         raise ValueError(f"config.json must have {', '.join(missing)}")
     for key in ("hidden_size", "query_pre_attn_scalar"):
         if key in values and not (isinstance(values[key], (int, float)) and 0 < values[key] < 1e9):
-            raise ValueError(f"{key} must be a number above 0, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be a number above 0, got {shorten(values[key])}")
     count = values["num_hidden_layers"]  # lists of so many are made before a CausalLMConfig can refuse it
-    if type(count) is not int or not 1 <= count <= _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers must be a whole number from 1 to {_MOST_LAYERS}, got {short(str(count))}")
+    if type(count) is not int or not 1 <= count <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be a whole number from 1 to {MOST_LAYERS}, got {shorten(count)}")
     if kind in causal_lm_moe.KEYS:
-        causal_lm_moe.check(values, kind)
-
-
-def _rotary(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """rope_theta, rope_scaling and local_rope_theta, from the keys of any age."""
-    given, scaled = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    name, local = "rope_scaling" if scaled else "rope_parameters", None
-    if not isinstance(given, Mapping):
-        raise ValueError("rope_parameters must be an object")
-    if kind == "gemma3_text":
-        local = values["rope_local_base_freq"]
-        if given and _FULL not in given and _SLIDING not in given:
-            raise ValueError(f"rope_parameters must have {_FULL} and {_SLIDING} in a {kind}")
-    if _FULL in given or _SLIDING in given:  # one object for each kind of layer
-        if unknown := sorted(given.keys() - {_FULL, _SLIDING}):
-            raise ValueError(f"rope_parameters has keys that are not handled: {short(', '.join(unknown))}")
-        sliding, given = given.get(_SLIDING) or {}, given.get(_FULL) or {}
-        if scaling_read(sliding, None, f"rope_parameters of {_SLIDING}") is not None:
-            raise ValueError(f"rope_type of {_SLIDING} must be default, got {short(str(dict(sliding)))}")
-        local = sliding.get("rope_theta", local)
-    if kind == "gemma3_text" and local is None:
-        raise ValueError(f"rope_local_base_freq must be a number in a {kind}, got null")
-    given = {**given, **scaled}
-    scaling = scaling_read(given, values["max_position_embeddings"], name)
-    return {
-        "rope_theta": given.get("rope_theta", values["rope_theta"]),
-        "rope_scaling": scaling,
-        "local_rope_theta": local,
-    }
+        causal_lm_moe.check_values(values, kind)
 
 
 def _windows(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """window and layer_types."""
     window, count, types = values["sliding_window"], values["num_hidden_layers"], values.get("layer_types")
     if kind in ("llama", "olmoe") and window is not None:
-        raise ValueError(f"sliding_window must be null in a {kind}, got {short(str(window))}")
+        raise ValueError(f"sliding_window must be null in a {kind}, got {shorten(window)}")
     if kind.startswith("qwen") and not values.get("use_sliding_window"):
         window = None
-    if kind in _ONE_WINDOW and types not in (None, [_FULL if window is None else _SLIDING] * count):
-        named = _FULL if window is None else _SLIDING
-        raise ValueError(f"layer_types must be {named} throughout in a {kind}, got {short(str(types))}")
+    if kind in ONE_WINDOW and types not in (None, [FULL if window is None else SLIDING] * count):
+        named = FULL if window is None else SLIDING
+        raise ValueError(f"layer_types must be {named} throughout in a {kind}, got {shorten(types)}")
     if window is None:
-        if kind == "qwen2_moe" and (values.get("use_sliding_window") or types not in (None, [_FULL] * count)):
+        if kind == "qwen2_moe" and (values.get("use_sliding_window") or types not in (None, [FULL] * count)):
             raise ValueError(f"sliding_window must be a number, and used, in a {kind} with layers that slide")
-        if kind.startswith("gemma") and types != [_FULL] * count:
+        if kind.startswith("gemma") and types != [FULL] * count:
             raise ValueError(f"sliding_window must be a number in a {kind} with layers that slide, got null")
         return {}
     if types is None and kind == "qwen2_moe":
         first = values["max_window_layers"]
-        types = [_FULL if index % 2 or index >= first else _SLIDING for index in range(count)]
+        types = [FULL if index % 2 or index >= first else SLIDING for index in range(count)]
     if types is None and kind in ("qwen2", "qwen3"):
         first = values["max_window_layers"]
-        types = [_SLIDING if index >= first else _FULL for index in range(count)]
+        types = [SLIDING if index >= first else FULL for index in range(count)]
     elif types is None and kind.startswith("gemma"):
         every = 2 if kind == "gemma2" else values["sliding_window_pattern"]
-        types = [_SLIDING if (index + 1) % every else _FULL for index in range(count)]
-    names = {_SLIDING: "local", _FULL: "global"}
+        types = [SLIDING if (index + 1) % every else FULL for index in range(count)]
+    names = {SLIDING: "local", FULL: "global"}
     if types is not None and not (isinstance(types, list) and all(name in names for name in types)):
-        raise ValueError(f"layer_types must be {' or '.join(names)} for each layer, got {short(str(types))}")
+        raise ValueError(f"layer_types must be {' or '.join(names)} for each layer, got {shorten(types)}")
     return {"window": window, "layer_types": None if types is None else tuple(names[name] for name in types)}
 
 
 def _quantization(given: Any) -> Quantization:
-    """mlx-lm's: bits and group_size, and the same or false under the names of single layers."""
+    """mlx-lm's `quantization`: bits and group_size, and for single layers the same, or false for floats."""
     if (
         not isinstance(given, Mapping)
         or not {"bits", "group_size"} <= given.keys()
         or given.get("mode", "affine") != "affine"
     ):
-        raise ValueError(f"quantization must be of bits and group_size in affine mode, got {short(str(given))}")
+        raise ValueError(f"quantization must be of bits and group_size in affine mode, got {shorten(given)}")
     layers: dict[str, tuple[int, int] | None] = {}
     for name, own in given.items():
         if name in ("bits", "group_size", "mode"):
             continue
-        ours = causal_lm_moe.our_name(name.replace(".o_proj", ".out_proj"))
+        ours = causal_lm_moe.rename_layer(name.replace(".o_proj", ".out_proj"))
         if own is False:
             layers[ours] = None
         elif (
@@ -277,22 +166,22 @@ def _quantization(given: Any) -> Quantization:
         ):
             layers[ours] = (own.get("bits", given["bits"]), own.get("group_size", given["group_size"]))
         else:
-            raise ValueError(f"quantization has a key that is not handled: {short(name)}")
+            raise ValueError(f"quantization has a key that is not handled: {shorten(name)}")
     return Quantization(given["bits"], given["group_size"], layers)
 
 
 def original(own: CausalLMConfig) -> dict[str, Any]:
-    """A config.json of Hugging Face that means the same, floats throughout. ValueError if none of theirs does."""
+    """A config.json of Hugging Face that means the configuration, all in floats. ValueError if there is none."""
     kind = _kind(own)
-    theirs = {theirs: getattr(own, ours) for theirs, ours in _SAME.items()}
-    words = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    theirs = {theirs: getattr(own, ours) for theirs, ours in SAME.items()}
+    words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     values: dict[str, Any] = {"model_type": kind, **theirs, "hidden_act": words[own.activation]}
     values["attention_bias"] = set(own.attention_bias) == {"q", "k", "v", "out"}
-    values |= {"rope_theta": own.rope_theta, "rope_scaling": scaling_written(own.rope_scaling)}
+    values |= {"rope_theta": own.rope_theta, "rope_scaling": write_scaling(own.rope_scaling)}
     if own.window is not None:
         values |= {"sliding_window": own.window, "use_sliding_window": True}
         if own.layer_types is not None:
-            values["layer_types"] = [_SLIDING if name == "local" else _FULL for name in own.layer_types]
+            values["layer_types"] = [SLIDING if name == "local" else FULL for name in own.layer_types]
     if own.moe is not None:
         values |= causal_lm_moe.original(own, own.moe)
     if kind.startswith("gemma"):
@@ -300,9 +189,9 @@ def original(own: CausalLMConfig) -> dict[str, Any]:
         values["rope_local_base_freq"] = own.local_rope_theta
         values["hidden_activation"] = values.pop("hidden_act")
         values.setdefault("sliding_window", None)
-        values.setdefault("layer_types", [_FULL] * own.num_layers)
+        values.setdefault("layer_types", [FULL] * own.num_layers)
     values = {key: value for key, value in values.items() if value is not None or key in ABSENT[kind]}
-    plain = causal_lm_moe.plain(dataclasses.replace(own, dtype=None, quantization=None))
+    plain = causal_lm_moe.simplify(dataclasses.replace(own, dtype=None, quantization=None))
     try:
         again = config(values)
     except ValueError as error:
@@ -313,14 +202,14 @@ def original(own: CausalLMConfig) -> dict[str, Any]:
 
 
 def _alike(a: CausalLMConfig, b: CausalLMConfig) -> bool:
-    """Whether two configurations are one, but for the rounding of a square root."""
+    """Whether two configurations are equal but for the rounding of a square root."""
     scales = (a.attention_scale or 0.0), (b.attention_scale or 0.0)
     return math.isclose(*scales) and dataclasses.replace(a, attention_scale=b.attention_scale) == b
 
 
 def _kind(config: CausalLMConfig) -> str:
     if config.moe is not None:
-        return causal_lm_moe.kind_of(config)
+        return causal_lm_moe.find_model_type(config)
     if config.sandwich_norms:
         return "gemma3_text" if config.qk_norm else "gemma2"
     if config.qk_norm:
@@ -328,3 +217,37 @@ def _kind(config: CausalLMConfig) -> str:
     if set(config.attention_bias) == {"q", "k", "v"}:
         return "qwen2"
     return "llama" if config.window is None else "mistral"
+
+
+def record(config: CausalLMConfig, original: Original) -> dict[str, Any]:
+    """What leads back to the same files: config.json, the metadata of the tensors, and the names of some of them.
+
+    The table of embeddings may be under the head's name, and experts may be fused.
+    """
+    found: dict[str, Any] = {"config": original.values, "metadata": original.metadata}
+    if config.moe is not None:
+        found["fused"] = causal_lm_moe.fused_name(config) in original.tensors
+    found["table"] = TABLE_NAME if TABLE_NAME in original.tensors else HEAD_NAME
+    return found
+
+
+def names(config: CausalLMConfig, record: Mapping[str, Any] | None) -> list[str]:
+    """The names of a record: of the table of embeddings, and of fused experts."""
+    record = record or {}
+    head = config.tie_embeddings and record.get("table") == HEAD_NAME
+    fused = config.moe is not None and record.get("fused") is True
+    return [HEAD_NAME if head else TABLE_NAME, *([causal_lm_moe.fused_name(config)] if fused else [])]
+
+
+CONVERTER = Converter(
+    "causal_lm",
+    "causal_lm",
+    config,
+    rules,
+    original,
+    model_types=MODEL_TYPES,
+    quantizes=True,
+    record=record,
+    names=names,
+)
+CONVERTERS = (CONVERTER,)

@@ -1,19 +1,19 @@
-"""Mixtures of experts in the words of others: keys of config.json and names of tensors.
+"""Mixtures of experts: keys of Hugging Face's config.json and names of tensors.
 
 Sources: transformers 5.23 (models/mixtral, qwen2_moe, qwen3_moe, olmoe; conversion_mapping.py, whose names of single
-experts its save_pretrained writes unless told otherwise); mlx-lm's `switch_mlp`, where experts are stacked and packed.
+experts its save_pretrained writes by default); mlx-lm's `switch_mlp`, where experts are stacked and packed.
 router_aux_loss_coef is the alpha of each layer here; there it is that of one loss over the tokens of all layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...models.causal_lm.model import CausalLMConfig, Quantization
 from ...nn.moe.layer import MoEConfig
-from ..formats.torch_pickle import short
+from ...storage.messages import shorten
 from ..layouts import Halves, Stack
 from ..rules import Rule
 
@@ -47,51 +47,49 @@ _ATTENTION: dict[str, dict[str, Any]] = {"qwen3_moe": {"qk_norm": True}, "olmoe"
 _ONE_NAME = ("qwen2_moe",)  # the others say num_local_experts too
 
 
-def one_name(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The keys, num_local_experts as num_experts."""
+def merge_names(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The keys, with num_experts for num_local_experts."""
     values = dict(values)
     if kind not in KEYS or kind in _ONE_NAME or "num_local_experts" not in values:
         return values
     local = values.pop("num_local_experts")
     if values.setdefault("num_experts", local) != local:
-        raise ValueError(
-            f"num_experts must be num_local_experts, {short(str(local))}, got {values['num_experts']!r:.80}"
-        )
+        raise ValueError(f"num_experts must be num_local_experts, {shorten(local)}, got {values['num_experts']!r:.80}")
     return values
 
 
-def check(values: Mapping[str, Any], kind: str) -> None:
+def check_values(values: Mapping[str, Any], kind: str) -> None:
     """ValueError names a key of a mixture whose value is not understood."""
     counts = KEYS[kind] & {"num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
     for key in sorted(counts | (KEYS[kind] & {"decoder_sparse_step", "num_experts"})):
         least = 0 if key == "num_experts" and kind in ("qwen2_moe", "qwen3_moe") else 1
         if type(values[key]) is not int or values[key] < least:
-            raise ValueError(f"{key} must be a whole number from {least}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be a whole number from {least}, got {shorten(values[key])}")
     for key in sorted(KEYS[kind] & {"norm_topk_prob", "qkv_bias"}):
         if type(values[key]) is not bool:
-            raise ValueError(f"{key} must be true or false, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be true or false, got {shorten(values[key])}")
     if values.get("clip_qkv") is not None:
-        raise ValueError(f"clip_qkv must be null, got {short(str(values['clip_qkv']))}")
+        raise ValueError(f"clip_qkv must be null, got {shorten(values['clip_qkv'])}")
     alpha = values["router_aux_loss_coef"]
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"):
-        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {short(str(alpha))}")
+        raise ValueError(f"router_aux_loss_coef must be a number from 0, got {shorten(alpha)}")
     layers = values.get("mlp_only_layers")
     if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
-        raise ValueError(f"mlp_only_layers must be numbers of layers, got {short(str(layers))}")
+        raise ValueError(f"mlp_only_layers must be numbers of layers, got {shorten(layers)}")
     unread = ["mlp_bias", *(["attention_bias"] if kind in ("mixtral", "qwen2_moe") else [])]
     for key in unread:
         if values.get(key):
-            raise ValueError(f"{key} must be false in a {kind}, got {short(str(values[key]))}")
+            raise ValueError(f"{key} must be false in a {kind}, got {shorten(values[key])}")
     if kind != "mixtral" and "head_dim" in values and values["head_dim"] is None:
         raise ValueError(f"head_dim must be a number or absent in a {kind}, got null")
     if kind == "olmoe" and "head_dim" in values:
         heads, width = values["num_attention_heads"], values["head_dim"]
         if not type(heads) is type(width) is int or heads * width != values["hidden_size"]:
-            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {short(str(width))}")
+            raise ValueError(f"head_dim must be hidden_size / num_attention_heads in an olmoe, got {shorten(width)}")
 
 
-def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
-    """moe and dense_layers, and what the kind means for attention."""
+def read_fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, Any]:
+    """The fields moe and dense_layers, and those of attention that the model_type means."""
     own = dict(_ATTENTION.get(kind, {}))
     if values.get("qkv_bias"):
         own["attention_bias"] = ("q", "k", "v")
@@ -114,7 +112,7 @@ def fields(values: Mapping[str, Any], kind: str, activation: str) -> dict[str, A
     return {**own, "moe": moe, "dense_layers": dense}
 
 
-def kind_of(config: CausalLMConfig) -> str:
+def find_model_type(config: CausalLMConfig) -> str:
     """The model_type of a mixture."""
     if config.moe is not None and config.moe.shared_dim:
         return "qwen2_moe"
@@ -122,8 +120,8 @@ def kind_of(config: CausalLMConfig) -> str:
 
 
 def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
-    """The keys of a mixture that mean the configuration, as far as they can say it."""
-    kind = kind_of(config)
+    """The keys of a mixture that mean the configuration, as far as there are such keys."""
+    kind = find_model_type(config)
     values: dict[str, Any] = {
         "num_local_experts" if kind == "mixtral" else "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
@@ -138,18 +136,18 @@ def original(config: CausalLMConfig, moe: MoEConfig) -> dict[str, Any]:
     return values if kind.startswith("qwen") else {**values, "intermediate_size": moe.hidden_dim}
 
 
-def plain(config: CausalLMConfig) -> CausalLMConfig:
-    """The configuration, with what makes no difference to it as others would have it."""
+def simplify(config: CausalLMConfig) -> CausalLMConfig:
+    """The configuration, with the values that transformers has where they make no difference."""
     if config.moe is None:
         return config
     moe = dataclasses.replace(config.moe, renormalize=config.moe.renormalizes)
-    unused = not config.dense_layers and not kind_of(config).startswith("qwen")
+    unused = not config.dense_layers and not find_model_type(config).startswith("qwen")
     hidden_dim = moe.hidden_dim if unused else config.hidden_dim
     return dataclasses.replace(config, moe=moe, hidden_dim=hidden_dim)
 
 
 def fused_name(config: CausalLMConfig) -> str:
-    """The tensor whose presence tells that transformers has saved experts as it computes with them."""
+    """The name of a tensor that is there only if transformers has saved the experts fused, as it computes with them."""
     return f"model.layers.{_first(config)}.mlp.experts.gate_up_proj"
 
 
@@ -157,9 +155,9 @@ def _first(config: CausalLMConfig) -> int:
     return next(index for index in range(config.num_layers) if config.has_mixture(index))
 
 
-def rules(config: CausalLMConfig, moe: MoEConfig, names: Container[str]) -> list[Rule]:
-    """The table of experts and routers: fused or packed where the `names` tell so, else expert by expert."""
-    fused, mixtral = fused_name(config) in names, kind_of(config) == "mixtral"
+def rules(config: CausalLMConfig, moe: MoEConfig, names: Collection[str]) -> list[Rule]:
+    """The table of experts and routers: fused or stacked if the `names` are, else expert by expert."""
+    fused, mixtral = fused_name(config) in names, find_model_type(config) == "mixtral"
     block = _LAYER + ("block_sparse_moe." if mixtral and not fused else "mlp.")
     table = [
         Rule(f"{block}gate.{_PACKED}", f"{_LAYER}mlp.router.{_PACKED}"),
@@ -182,14 +180,14 @@ def rules(config: CausalLMConfig, moe: MoEConfig, names: Container[str]) -> list
     return table
 
 
-def our_name(layer: str) -> str:
-    """What a layer of mlx-lm is called here."""
+def rename_layer(layer: str) -> str:
+    """The name here of a layer of mlx-lm."""
     layer = layer.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
     return layer.removesuffix(".gate") + ".router" if layer.endswith(".mlp.gate") else layer
 
 
-def with_packed_routers(config: CausalLMConfig, names: Container[str]) -> CausalLMConfig:
-    """The configuration of packed tensors, whose routers may be packed too: their scales tell."""
+def add_packed_routers(config: CausalLMConfig, names: Collection[str]) -> CausalLMConfig:
+    """The configuration, with the routers among the packed layers if they have scales."""
     packing = config.quantization
     if packing is None or config.moe is None:
         return config
@@ -198,5 +196,5 @@ def with_packed_routers(config: CausalLMConfig, names: Container[str]) -> Causal
         prefix = f"model.layers.{index}."
         for theirs in ("mlp.gate", "block_sparse_moe.gate", "mlp.shared_expert_gate"):
             if f"{prefix}{theirs}.scales" in names:
-                layers.setdefault(our_name(prefix + theirs), (packing.bits, packing.group_size))
+                layers.setdefault(rename_layer(prefix + theirs), (packing.bits, packing.group_size))
     return dataclasses.replace(config, quantization=Quantization(packing.bits, packing.group_size, layers))

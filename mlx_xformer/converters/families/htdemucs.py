@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
 from ...models.htdemucs import BagConfig, HTDemucsConfig
 from ...models.htdemucs.config import levels
-from ..formats.torch_pickle import short
+from ...storage.messages import shorten
+from ..converter import Converter, Original
+from ..formats.demucs import lay_out_checkpoint
 from ..layouts import Permute, Squeeze
 from ..rules import Rule, prefixed
+from ..stored import Tensors
 
 KLASS = "demucs.htdemucs.HTDemucs"
 _OTHER_KLASSES = {"demucs.hdemucs.HDemucs": "Hybrid Demucs (hdemucs_mmi)", "demucs.demucs.Demucs": "Demucs (mdx)"}
@@ -37,7 +40,7 @@ _LAYER = "crosstransformer.{stack:layers|layers_t}.{i}."
 _ATTENTION = _LAYER + "{kind:self_attn|cross_attn}."
 
 
-def rules(config: HTDemucsConfig | BagConfig) -> list[Rule]:
+def rules(config: HTDemucsConfig | BagConfig, names: Collection[str] = ()) -> list[Rule]:
     """The table for a model, or for a bag, whose tensors carry the prefix `models.N.` on both sides."""
     if isinstance(config, BagConfig):
         return [rule for n, c in enumerate(config.members) for rule in prefixed(rules(c), f"models.{n}.")]
@@ -112,11 +115,19 @@ def _transformer() -> list[Rule]:
     ]
 
 
-def config(metadata: Mapping[str, str]) -> HTDemucsConfig:
-    """The configuration from demucs' metadata: `klass`, and `args` and `kwargs` as JSON text."""
+def config(metadata: Mapping[str, str], tensors: Tensors | None = None) -> HTDemucsConfig:
+    """The configuration from demucs' metadata: `klass`, and `args` and `kwargs` as JSON text.
+
+    Args:
+        metadata: Of the model's file.
+        tensors: Those of the file, whose naming the message names if there is no metadata.
+    """
     missing = [key for key in ("klass", "args", "kwargs") if key not in metadata]
     if missing:
-        raise ValueError(f"no {', '.join(missing)} in the metadata: the tensors alone do not tell the configuration")
+        naming = "" if metadata or tensors is None else " (the naming is {}: {})".format(*find_naming(tensors))
+        raise ValueError(
+            f"no {', '.join(missing)} in the metadata: the tensors alone do not tell the configuration{naming}"
+        )
     if "structure" in metadata:
         raise ValueError("weights quantised with DiffQ are not supported (the metadata names a structure)")
     klass = metadata["klass"]
@@ -125,7 +136,7 @@ def config(metadata: Mapping[str, str]) -> HTDemucsConfig:
         raise ValueError(
             f"klass must be {KLASS}, got {klass}: the older {what} is not supported"
             if what
-            else f"klass must be {KLASS}, got {short(klass)}"
+            else f"klass must be {KLASS}, got {shorten(klass)}"
         )
     args, kwargs = (_decoded(key, metadata[key]) for key in ("args", "kwargs"))
     if not isinstance(args, list) or not isinstance(kwargs, dict):
@@ -136,14 +147,14 @@ def config(metadata: Mapping[str, str]) -> HTDemucsConfig:
     try:
         return HTDemucsConfig.from_dict({**dict(zip(names, args, strict=False)), **kwargs})
     except (ArithmeticError, TypeError) as error:
-        raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {short(str(error))}") from None
+        raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {shorten(error)}") from None
 
 
 def _decoded(key: str, text: str) -> Any:
     try:
         return json.loads(text, object_hook=_fraction)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{key} must be JSON as demucs writes it ({short(error)})") from None
+        raise ValueError(f"{key} must be JSON as demucs writes it ({shorten(error)})") from None
 
 
 def _fraction(value: dict[str, Any]) -> Any:
@@ -167,8 +178,16 @@ def _encoded(value: Any) -> Any:
     return value
 
 
-def combined(members: Sequence[HTDemucsConfig], weights: Any, segment: Any) -> tuple[str, HTDemucsConfig | BagConfig]:
-    """Family and configuration of a bag as its .yaml gives it; a bag of one that adds nothing is its one model."""
+def bag_config(values: Mapping[str, Any], tensors: Tensors) -> BagConfig:
+    """The configuration of a bag as formats.demucs reads it: the metadata of its members, weights and segment."""
+    members = []
+    for n, member in enumerate(values["members"]):
+        own = {name: x for name, x in tensors.items() if name.startswith(f"models.{n}.")}
+        try:
+            members.append(config({key: x for key, x in member.items() if key != "file"}, own))
+        except ValueError as error:
+            raise ValueError(f"{member['file']}: {error}") from None
+    weights, segment = values["weights"], values["segment"]
 
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and math.isfinite(value)
@@ -178,10 +197,14 @@ def combined(members: Sequence[HTDemucsConfig], weights: Any, segment: Any) -> t
         raise ValueError("weights must be a list of lists of numbers, a row per model")
     if segment is not None and not (is_number(segment) and segment > 0):
         raise ValueError("segment must be a number of seconds")
-    if len(members) == 1 and weights is None and segment is None:
-        return "htdemucs", members[0]
     rows = None if weights is None else tuple(tuple(map(float, row)) for row in weights)
-    return "htdemucs_bag", BagConfig(tuple(members), rows, segment)
+    return BagConfig(tuple(members), rows, segment)
+
+
+def describe_bag(config: BagConfig) -> dict[str, Any]:
+    """The inverse of `bag_config`, without the names of files."""
+    members = [metadata(member) for member in config.members]
+    return {"members": members, "weights": config.weights, "segment": config.segment}
 
 
 _MARKS = {
@@ -197,9 +220,11 @@ _MARKS = {
 }
 
 
-def detect(names: Iterable[str]) -> tuple[str, str]:
-    """Whose naming a set of tensors follows, "demucs", "metalaudio" or "unknown", and the reason. The prefix
-    `models.N.` of a bag's state dict is looked past."""
+def find_naming(names: Iterable[str]) -> tuple[str, str]:
+    """Whose naming a set of tensors follows, "demucs", "metalaudio" or "unknown", and the reason.
+
+    The prefix `models.N.` of a bag's state dict is looked past.
+    """
     heads = set()
     for name in names:
         parts = name.split(".")
@@ -207,5 +232,16 @@ def detect(names: Iterable[str]) -> tuple[str, str]:
     scores = {kind: [mark for mark in marks if mark in heads] for kind, marks in _MARKS.items()}
     kind, found = max(scores.items(), key=lambda item: len(item[1]))
     if len(found) < 3:
-        return "unknown", f"names begin with {short(', '.join(sorted(heads)))}"
+        return "unknown", f"names begin with {shorten(', '.join(sorted(heads)))}"
     return kind, f"names begin with {', '.join(found)}"
+
+
+def _record_nothing(config: HTDemucsConfig | BagConfig, original: Original) -> None:
+    """The configuration leads back to the metadata."""
+
+
+MODEL = Converter("htdemucs", "htdemucs", config, rules, metadata, record=_record_nothing, lay_out=lay_out_checkpoint)
+BAG = Converter(
+    "htdemucs_bag", "htdemucs_bag", bag_config, rules, describe_bag, record=_record_nothing, lay_out=lay_out_checkpoint
+)
+CONVERTERS = (MODEL, BAG)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 
 from ...models.t5 import T5Config
-from ..formats.torch_pickle import short
+from ...storage.messages import shorten
+from ..converter import Converter
+from ..formats import config_keys
 from ..rules import Rule
-from . import config_keys
-
-FAMILY = "t5"
-MODEL_TYPES: tuple[str, ...] = ("t5",)
-Tensors = Mapping[str, mx.array]
+from ..stored import Tensors, read_array
 
 _TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
@@ -46,6 +44,7 @@ _KNOWN = {
     *("decoder_start_token_id", "pad_token_id", "initializer_factor", "output_past"),
 }
 _ONLY: dict[str, tuple[Any, ...]] = {
+    **config_keys.ONLY,
     "is_encoder_decoder": (True,),
     **dict.fromkeys(("is_decoder", "add_cross_attention", "tie_encoder_decoder"), (False,)),
 }
@@ -58,17 +57,19 @@ def detect(tensors: Tensors) -> str | None:
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> T5Config:
-    """The configuration that a config.json, or the settings given, and the shapes mean. The head is tied where there is
-    none, or where it is the table."""
+    """The configuration that a config.json, or the settings given, and the tensors mean.
+
+    The head is tied where there is none, or where it equals the table of embeddings.
+    """
     table = _table(tensors)
     tied = _HEAD not in tensors or (table in tensors and _one(tensors, _HEAD, table))
     for name in _TABLES:
         if name in tensors and not _one(tensors, name, table):
             raise ValueError(f"{name} must be {table}, got other numbers")
     if "model_type" not in values:
-        given = config_keys.settings(values, _SETTINGS, ["activation"])
+        given = config_keys.check_settings(values, _SETTINGS, ["activation"])
         return T5Config(**{"scale_logits": tied, **_by_shape(tensors), **given}, tie_embeddings=tied)
-    config_keys.check(values, _KNOWN, _ONLY)
+    config_keys.check_keys(values, _KNOWN, _ONLY)
     given = {ours: values.get(theirs, default) for theirs, (ours, default) in _SAME.items()}
     scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings") is not False)
     start = values.get("decoder_start_token_id", values.get("pad_token_id", 0))
@@ -77,9 +78,9 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> T5Config:
 
 
 def _one(tensors: Tensors, name: str, other: str) -> bool:
-    """Whether two tensors are the same numbers."""
+    """Whether two tensors hold the same numbers."""
     a, b = tensors[name], tensors[other]
-    return name == other or (a.shape == b.shape and mx.array_equal(a, b).item() is True)
+    return name == other or (a.shape == b.shape and mx.array_equal(read_array(a), read_array(b)).item() is True)
 
 
 def _network(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,30 +88,30 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
     proj = values.get("feed_forward_proj", "relu")
     gate, dash, word = proj.partition("-") if isinstance(proj, str) else ("", "-", "")
     if dash and gate != "gated":
-        raise ValueError(f"feed_forward_proj must be an activation, or gated- and one, got {short(str(proj))}")
+        raise ValueError(f"feed_forward_proj must be an activation, or gated- and one, got {shorten(proj)}")
     word = gate if not dash else "gelu_new" if word == "gelu" else word
     for key, meant in (("is_gated_act", bool(dash)), ("dense_act_fn", word)):
         if values.get(key, meant) != meant:
-            raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {short(str(values[key]))}")
-    return {"activation": config_keys.activation("feed_forward_proj", word), "gated": bool(dash)}
+            raise ValueError(f"{key} must be {meant} with feed_forward_proj {proj}, got {shorten(values[key])}")
+    return {"activation": config_keys.read_activation("feed_forward_proj", word), "gated": bool(dash)}
 
 
 def _by_shape(tensors: Tensors) -> dict[str, Any]:
-    """Sizes by what has them."""
+    """The sizes, from the shapes of tensors."""
     relative = _RELATIVE.format(side="encoder")
-    heads = config_keys.size(tensors, relative, 1)
+    heads = config_keys.read_size(tensors, relative, 1)
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in tensors
     inside = f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"
     return {
-        "vocab_size": config_keys.size(tensors, _table(tensors), 0),
-        "embed_dim": config_keys.size(tensors, _table(tensors), 1),
+        "vocab_size": config_keys.read_size(tensors, _table(tensors), 0),
+        "embed_dim": config_keys.read_size(tensors, _table(tensors), 1),
         "num_layers": _layers(tensors, "encoder"),
         "num_decoder_layers": _layers(tensors, "decoder"),
         "num_heads": heads,
-        "head_dim": config_keys.size(tensors, _QUERY, 0) // max(heads, 1),
-        "hidden_dim": config_keys.size(tensors, inside, 0),
+        "head_dim": config_keys.read_size(tensors, _QUERY, 0) // max(heads, 1),
+        "hidden_dim": config_keys.read_size(tensors, inside, 0),
         "gated": gated,
-        "num_buckets": config_keys.size(tensors, relative, 0),
+        "num_buckets": config_keys.read_size(tensors, relative, 0),
     }
 
 
@@ -118,19 +119,19 @@ def _layers(names: Iterable[str], side: str) -> int:
     return 1 + max((int(m[1]) for name in names if (m := re.match(rf"{side}\.block\.(\d+)\.", name))), default=-1)
 
 
-def _table(names: Iterable[str]) -> str:
+def _table(names: Collection[str]) -> str:
     """The name under which the table of embeddings is there: it may stand there three times."""
     return next((name for name in _TABLES if name in names), _TABLES[0])
 
 
-def rules(config: T5Config, names: Tensors) -> list[Rule]:
+def rules(config: T5Config, names: Collection[str] = ()) -> list[Rule]:
     """The table from Hugging Face's names. What is the table of embeddings again is dropped."""
     table = _table(names)
     table_rules = [Rule(name, _TABLES[0] if name == table else None) for name in _TABLES]
     return [
         *table_rules,
         Rule(_HEAD, None if config.tie_embeddings else _HEAD),
-        Rule("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None),  # of no use to anybody
+        Rule("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None),  # never used
         *_side("encoder", config.gated, cross=False),
         *_side("decoder", config.gated, cross=True),
     ]
@@ -158,7 +159,7 @@ _PLAIN = {"wi": "linear1", "wo": "linear2"}
 def original(config: T5Config) -> dict[str, Any]:
     """A config.json that means the configuration."""
     own = dataclasses.asdict(config)
-    word = config_keys.word(config.activation)
+    word = config_keys.name_activation(config.activation)
     proj = ("gated-gelu" if word == "gelu_new" else f"gated-{word}") if config.gated else word
     return {
         "model_type": "t5",
@@ -170,3 +171,6 @@ def original(config: T5Config) -> dict[str, Any]:
         "decoder_start_token_id": config.start_token,
         "is_encoder_decoder": True,
     }
+
+
+CONVERTERS = (Converter("t5", "t5", config, rules, original, detect=detect, model_types=("t5",)),)

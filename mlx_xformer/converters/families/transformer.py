@@ -1,28 +1,27 @@
 """torch.nn.Transformer, TransformerEncoder, TransformerDecoder and single layers of them, into and out of Transformer.
 
-Source: torch.nn.modules.transformer (PyTorch 2.13), whose state dicts do not tell how many heads there are, where the
-norms stand or what the activation is: these are settings. Biases must all be there.
+Source: torch.nn.modules.transformer (PyTorch 2.13). Its state dicts have neither the number of heads nor the place of
+the norms nor the activation: these are settings. All biases must be there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from ...models.transformer import TransformerConfig
+from ..converter import Converter
+from ..formats import config_keys
 from ..rules import Rule
-from . import config_keys
+from ..stored import Tensors
 
-Tensors = Mapping[str, mx.array]
 _LEAF = "{leaf:weight|bias}"
 _SETTINGS = ("num_heads", "norm_first", "activation", "norm_eps", "dropout")
 
 
 def layer_rules(theirs: str, ours: str, *, cross: bool) -> list[Rule]:
-    """A layer whose names begin with `theirs` becomes a blocks.Layer whose names begin with `ours`."""
+    """A layer whose names begin with `theirs` becomes one of models.transformer whose names begin with `ours`."""
     names = {"self_attn": "self_attn"} | ({"multihead_attn": "cross_attn"} if cross else {})
     table = []
     for name, own in names.items():
@@ -42,23 +41,23 @@ def stack_rules(theirs: str, ours: str, *, cross: bool) -> list[Rule]:
 
 
 @dataclass(frozen=True, eq=False)
-class TorchKind:
-    """A Kind (see networks): one of PyTorch's modules. sides: the stacks that it has, and how its names begin."""
+class TorchModule:
+    """One of PyTorch's modules.
+
+    Attributes:
+        name: Of the converter.
+        klass: The module's class.
+        sides: The stacks that it has, and how the names of their tensors begin.
+        single: Whether each stack is one layer.
+    """
 
     name: str
     klass: str
     sides: dict[str, str]
     single: bool = False
-    FAMILY: str = "transformer"
-    MODEL_TYPES: tuple[str, ...] = ()
-
-    @property
-    def __name__(self) -> str:
-        """What provenance names the kind by."""
-        return self.name
 
     def detect(self, tensors: Tensors) -> str | None:
-        """By the packed projections of the first layers."""
+        """Why the tensors are this module's, by the packed projections of its first layers; None if they are not."""
         own = {side: f"{prefix}{'' if self.single else 'layers.0.'}" for side, prefix in self.sides.items()}
         marks = {f"{start}self_attn.in_proj_weight" for start in own.values()}
         marks |= {f"{own['decoder']}multihead_attn.in_proj_weight"} if "decoder" in own else set()
@@ -70,7 +69,7 @@ class TorchKind:
         return f"the tensors have the names of {self.klass}, such as {sorted(marks)[0]}"
 
     def _foreign(self, name: str) -> bool:
-        """Whether a name is no module's of this kind: another stack's, or an encoder's with cross-attention."""
+        """Whether a name belongs to another module, such as cross-attention to no encoder."""
         if self.single and name.startswith("layers."):
             return True
         if "decoder" not in self.sides and ".multihead_attn." in f".{name}":
@@ -78,9 +77,8 @@ class TorchKind:
         return len(self.sides) == 1 and name.startswith(("encoder.", "decoder."))
 
     def config(self, values: Mapping[str, Any], tensors: Tensors) -> TransformerConfig:
-        """Sizes by the shapes, and what they do not tell by the settings."""
-        if unknown := sorted(values.keys() - set(_SETTINGS)):
-            raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
+        """The configuration: sizes from the shapes, the rest from the settings."""
+        config_keys.check_settings(values, _SETTINGS, [])
         if "num_heads" not in values:
             raise ValueError("num_heads must be set, as the shapes do not tell it (--set num_heads=8)")
         starts = {side: prefix if self.single else f"{prefix}layers." for side, prefix in self.sides.items()}
@@ -91,15 +89,15 @@ class TorchKind:
             raise ValueError("encoder.norm and decoder.norm must be there both or not at all, got one")
         return TransformerConfig(
             vocab_size=None,
-            embed_dim=config_keys.size(tensors, f"{first}self_attn.in_proj_weight", 1),
-            hidden_dim=config_keys.size(tensors, f"{first}linear1.weight", 0),
+            embed_dim=config_keys.read_size(tensors, f"{first}self_attn.in_proj_weight", 1),
+            hidden_dim=config_keys.read_size(tensors, f"{first}linear1.weight", 0),
             num_encoder_layers=counts.get("encoder", 0),
             num_decoder_layers=counts.get("decoder", 0),
             final_norm=norms == {True} and not self.single,
             **{"dropout": 0.1, **values},
         )
 
-    def rules(self, config: TransformerConfig, names: Tensors) -> list[Rule]:
+    def rules(self, config: TransformerConfig, names: Collection[str] = ()) -> list[Rule]:
         """The table from PyTorch's names."""
         table = []
         for side, prefix in self.sides.items():
@@ -111,7 +109,7 @@ class TorchKind:
         return table
 
     def original(self, config: TransformerConfig) -> dict[str, Any]:
-        """The settings."""
+        """The settings that mean the configuration."""
         return {name: getattr(config, name) for name in _SETTINGS}
 
 
@@ -121,10 +119,12 @@ def _count(tensors: Tensors, start: str) -> int:
     return len(found)
 
 
-KINDS = (
-    TorchKind("torch_transformer", "torch.nn.Transformer", {"encoder": "encoder.", "decoder": "decoder."}),
-    TorchKind("torch_encoder", "torch.nn.TransformerEncoder", {"encoder": ""}),
-    TorchKind("torch_decoder", "torch.nn.TransformerDecoder", {"decoder": ""}),
-    TorchKind("torch_encoder_layer", "torch.nn.TransformerEncoderLayer", {"encoder": ""}, single=True),
-    TorchKind("torch_decoder_layer", "torch.nn.TransformerDecoderLayer", {"decoder": ""}, single=True),
+MODULES = (
+    TorchModule("torch_transformer", "torch.nn.Transformer", {"encoder": "encoder.", "decoder": "decoder."}),
+    TorchModule("torch_encoder", "torch.nn.TransformerEncoder", {"encoder": ""}),
+    TorchModule("torch_decoder", "torch.nn.TransformerDecoder", {"decoder": ""}),
+    TorchModule("torch_encoder_layer", "torch.nn.TransformerEncoderLayer", {"encoder": ""}, single=True),
+    TorchModule("torch_decoder_layer", "torch.nn.TransformerDecoderLayer", {"decoder": ""}, single=True),
 )
+
+CONVERTERS = tuple(Converter(m.name, "transformer", m.config, m.rules, m.original, detect=m.detect) for m in MODULES)

@@ -7,21 +7,21 @@ of one input are one, with zeros where keys have no bias.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 
 from ...models.whisper import WhisperConfig
-from ..formats.torch_pickle import short
+from ...storage.messages import shorten
+from ..converter import Converter
+from ..formats import config_keys
 from ..layouts import Permute, ZeroPart
 from ..rules import Rule
+from ..stored import Tensors, read_array
 
-FAMILY = "whisper"
-MODEL_TYPES = ("whisper",)
-Tensors = Mapping[str, mx.array]
-
-# Where the shapes are that tell sizes: table, first convolution, positions of both sides, inside a layer's network.
+# The tensors whose shapes give the sizes: table, first convolution, positions of both sides, inside a layer's network.
 _SIZES = {
     "hugging face": (
         "model.decoder.embed_tokens.weight",
@@ -60,8 +60,8 @@ ABSENT: dict[str, Any] = {
     **{"max_source_positions": 1500, "max_target_positions": 448, "activation_function": "gelu"},
     **{"scale_embedding": False, "tie_word_embeddings": True, "is_encoder_decoder": True},
 }
-_ONLY = {key: ABSENT[key] for key in ("activation_function", "scale_embedding", "tie_word_embeddings")}
-_ONLY |= {"is_encoder_decoder": True, "use_weighted_layer_sum": False}
+_ONLY = {key: (ABSENT[key],) for key in ("activation_function", "scale_embedding", "tie_word_embeddings")}
+_ONLY |= {"is_encoder_decoder": (True,), "use_weighted_layer_sum": (False,)}
 # What makes no difference to the answers of a loaded model.
 _HARMLESS = {
     *("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "max_length"),
@@ -83,25 +83,28 @@ _SCALARS = {
 
 
 def _layout(names: Iterable[str]) -> str | None:
-    """Whose names they are."""
+    """Which of the two layouts the names are of."""
     given = set(names)
     return next((layout for layout, keys in _SIZES.items() if set(keys[:4]) <= given), None)
 
 
 def detect(tensors: Tensors) -> str | None:
-    """Why tensors of these names and shapes are a Whisper, in words; None if they are not."""
+    """Why the tensors are a Whisper; None if they are not."""
     layout = _layout(tensors)
     return None if layout is None else f"names of {_WORDS[layout]} Whisper: {_SIZES[layout][1]}, {_SIZES[layout][2]}"
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
-    """What a config.json, or the shapes of a file mean. Of Hugging Face's file, num_heads must be set: no shape tells
-    it. ValueError names what is not understood or lacks."""
+    """The configuration that a config.json, or the shapes of a file mean.
+
+    For a file of Hugging Face num_heads must be set, which no shape gives. ValueError names what is missing or not
+    understood.
+    """
     layout = _layout(tensors)
     head = None if layout is None else tensors.get(_HEADS[layout])
     if layout is not None and head is not None:
         table = tensors[_SIZES[layout][0]]
-        if head.shape != table.shape or not mx.array_equal(head, table).item():
+        if head.shape != table.shape or not mx.array_equal(read_array(head), read_array(table)).item():
             raise ValueError(f"{_HEADS[layout]} must be {_SIZES[layout][0]}, the table of embeddings, got another")
     if "model_type" in values:
         return _of_hugging_face(values)
@@ -120,22 +123,17 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
 
 
 def _of_hugging_face(values: Mapping[str, Any]) -> WhisperConfig:
-    known = _SAME.keys() | ABSENT.keys() | _ONLY.keys() | _HARMLESS
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"config.json has keys that are not handled: {short(', '.join(unknown))}")
+    config_keys.check_keys(values, _SAME.keys() | ABSENT.keys(), _ONLY, _HARMLESS)
     values = {**ABSENT, **values}
-    for key, right in _ONLY.items():
-        if values.get(key, right) != right:
-            raise ValueError(f"{key} must be {right!r}, got {short(str(values[key]))}")
     for part in ("attention_heads", "ffn_dim"):
         sides = [values[f"{side}_{part}"] for side in ("encoder", "decoder")]
         if sides[0] != sides[1]:
-            raise ValueError(f"decoder_{part} must be the encoder's, {short(sides[0])}, got {short(sides[1])}")
+            raise ValueError(f"decoder_{part} must be the encoder's, {shorten(sides[0])}, got {shorten(sides[1])}")
     return WhisperConfig(**{ours: values[theirs] for theirs, ours in _SAME.items()})
 
 
 def _sizes(tensors: Tensors, layout: str) -> dict[str, int]:
-    """What the shapes tell. ValueError for axes that are not there."""
+    """The sizes that the shapes give. ValueError for missing axes."""
     table, conv, source, target, inner = _SIZES[layout]
     for name, rank in ((table, 2), (conv, 3), (source, 2), (target, 2)):
         if tensors[name].ndim != rank:
@@ -159,21 +157,23 @@ def _sizes(tensors: Tensors, layout: str) -> dict[str, int]:
 
 
 def _scalars(tensors: Tensors) -> int:
-    """The heads; ValueError for scalars that are not as we understand them."""
+    """The number of heads, from the scalars. ValueError for scalars with other values than this Whisper has."""
     sides = [f"{side}/num_heads" for side in ("encoder", "decoder")]
+    values: dict[str, Any] = {}
     for name in (*_SCALARS, *sides):
-        if name not in tensors or tensors[name].size != 1:
+        if name not in tensors or math.prod(tensors[name].shape) != 1:
             raise ValueError(f"{name} must be one number")
+        values[name] = read_array(tensors[name]).item()
     for name, right in _SCALARS.items():
-        if tensors[name].item() != right:
-            raise ValueError(f"{name} must be {right}, got {tensors[name].item()}")
-    heads: list[Any] = [tensors[side].item() for side in sides]
+        if values[name] != right:
+            raise ValueError(f"{name} must be {right}, got {values[name]}")
+    heads = [values[side] for side in sides]
     if heads[0] != heads[1]:
         raise ValueError(f"decoder/num_heads must be the encoder's, {heads[0]}, got {heads[1]}")
     return int(heads[0])
 
 
-def rules(config: WhisperConfig, names: Iterable[str] = ()) -> list[Rule]:
+def rules(config: WhisperConfig, names: Collection[str] = ()) -> list[Rule]:
     """The table from the names of CTranslate2, if they are, or else of Hugging Face."""
     return _ctranslate2() if _layout(names) == "ctranslate2" else _hugging_face()
 
@@ -236,7 +236,11 @@ def _ctranslate2() -> list[Rule]:
 def original(config: WhisperConfig) -> dict[str, Any]:
     """The config.json of Hugging Face that means the configuration."""
     values = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()}
-    values |= {"decoder_attention_heads": config.num_heads, "decoder_ffn_dim": config.hidden_dim, **_ONLY}
+    values |= {"decoder_attention_heads": config.num_heads, "decoder_ffn_dim": config.hidden_dim}
+    values |= {key: right for key, (right,) in _ONLY.items()}
     values["pad_token_id"] = None  # which it is depends on the tokenizer, and it means nothing to the weights
     del values["use_weighted_layer_sum"]
     return {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **values}
+
+
+CONVERTERS = (Converter("whisper", "whisper", config, rules, original, detect=detect, model_types=("whisper",)),)

@@ -11,12 +11,10 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from ...storage.checkpoint import EXTRAS
 from ...storage.files import DTYPES
-from .torch_file import RawTensor
-from .torch_pickle import short
+from ...storage.messages import shorten
+from ..stored import StoredTensor, stored_at
 
 FILE = "model.bin"
 _VERSION = 6
@@ -25,62 +23,65 @@ _MAX_RANK, _MAX_SIZE = 8, 2**31 - 1
 _SUPPRESSED = {"suppress_ids": "suppress_tokens", "suppress_ids_begin": "begin_suppress_tokens"}
 
 
-def is_ctranslate2(file: BinaryIO) -> bool:
-    """Whether a file begins as CTranslate2's, with a small number and a name that ends in "Spec"; it is left where it
-    was."""
-    at = file.tell()
-    head = file.read(6)
-    version, length = struct.unpack("<IH", head) if len(head) == 6 else (0, 0)
-    name = file.read(min(length, 256)) if 0 < version < 256 else b""
-    file.seek(at)
+def is_ctranslate2(path: Path) -> bool:
+    """Whether a file begins as CTranslate2's: with a small number and a name that ends in "Spec"."""
+    with path.open("rb") as file:
+        head = file.read(6)
+        version, length = struct.unpack("<IH", head) if len(head) == 6 else (0, 0)
+        name = file.read(min(length, 256)) if 0 < version < 256 else b""
     return name.endswith(b"Spec\0") and name[:-1].isalnum()
 
 
 def find_file(folder: Path) -> Path | None:
     """The model.bin of a folder of CTranslate2; None for any other path."""
     path = folder / FILE
-    if not folder.is_dir() or not path.is_file():
-        return None
+    return path if folder.is_dir() and path.is_file() and is_ctranslate2(path) else None
+
+
+def open_ctranslate2(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, each read when it is asked for, and the model's kind and revision as metadata.
+
+    A tensor that has several names is there under each.
+
+    Raises:
+        ValueError: The file is refused, and why. The message does not name the file.
+    """
     with path.open("rb") as file:
-        return path if is_ctranslate2(file) else None
-
-
-def read_ctranslate2(file: BinaryIO, size: int) -> tuple[dict[str, RawTensor], dict[str, str]]:
-    """The tensors by their names, those that have several under each, and the model's kind and revision as metadata.
-    `size` is the file's, in bytes. ValueError says what is refused."""
-    reader = _Reader(file, size)
-    version = reader.number("I")
-    if version != _VERSION:
-        raise ValueError(f"CTranslate2's binary version must be {_VERSION}, got {version}")
-    metadata = {"ctranslate2": reader.text(), "revision": str(reader.number("I"))}
-    tensors: dict[str, RawTensor] = {}
-    for _ in range(reader.number("I")):
-        name = reader.text()
-        if name in tensors:
-            raise ValueError(f"{short(name)} must be there once, got it again")
-        tensors[name] = reader.tensor(name)
-    for _ in range(reader.number("I")):
-        name, known = reader.text(), reader.text()
-        if name in tensors or known not in tensors:
-            raise ValueError(f"{short(name)} must be a new name of a variable, got {short(known)}")
-        tensors[name] = tensors[known]
-    if reader.left:
-        raise ValueError(f"the file must end after its names, got {reader.left} bytes more")
+        reader = _Reader(path, file)
+        version = reader.number("I")
+        if version != _VERSION:
+            raise ValueError(f"CTranslate2's binary version must be {_VERSION}, got {version}")
+        metadata = {"ctranslate2": reader.text(), "revision": str(reader.number("I"))}
+        tensors: dict[str, StoredTensor] = {}
+        for _ in range(reader.number("I")):
+            name = reader.text()
+            if name in tensors:
+                raise ValueError(f"{shorten(name)} must be there once, got it again")
+            tensors[name] = reader.tensor(name)
+        for _ in range(reader.number("I")):
+            name, known = reader.text(), reader.text()
+            if name in tensors or known not in tensors:
+                raise ValueError(f"{shorten(name)} must be a new name of a variable, got {shorten(known)}")
+            tensors[name] = tensors[known]
+        if reader.left:
+            raise ValueError(f"the file must end after its names, got {reader.left} bytes more")
     return tensors, metadata
 
 
 class _Reader:
     """Reads no more than there is: a file's own numbers are not believed."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self._file, self.left = file, size
+    def __init__(self, path: Path, file: BinaryIO):
+        self._path, self._file, self.left = path, file, path.stat().st_size
 
     def _bytes(self, count: int) -> bytes:
-        data = self._file.read(count) if count <= self.left else b""
-        if len(data) != count:
-            raise ValueError(f"the file is truncated or damaged: {count} bytes must follow, got {self.left}")
+        self._check_left(count)
         self.left -= count
-        return data
+        return self._file.read(count)
+
+    def _check_left(self, count: int) -> None:
+        if count > self.left:
+            raise ValueError(f"the file is truncated or damaged: {count} bytes must follow, got {self.left}")
 
     def number(self, kind: str) -> int:
         return int(struct.unpack(f"<{kind}", self._bytes(struct.calcsize(kind)))[0])
@@ -88,26 +89,33 @@ class _Reader:
     def text(self) -> str:
         data = self._bytes(self.number("H"))
         if not data.endswith(b"\0") or not data[:-1].isascii() or not data[:-1].decode().isprintable():
-            raise ValueError(f"a name must be printable ASCII that ends in a zero byte, got {short(repr(data))}")
+            raise ValueError(f"a name must be printable ASCII that ends in a zero byte, got {shorten(repr(data))}")
         return data[:-1].decode()
 
-    def tensor(self, name: str) -> RawTensor:
+    def tensor(self, name: str) -> StoredTensor:
+        """A tensor, whose bytes are skipped."""
         rank = self.number("B")
         if rank > _MAX_RANK:
-            raise ValueError(f"{short(name)} must have at most {_MAX_RANK} axes, got {rank}")
+            raise ValueError(f"{shorten(name)} must have at most {_MAX_RANK} axes, got {rank}")
         shape = tuple(self.number("I") for _ in range(rank))
         kind, count = self.number("B"), self.number("I")
         if kind >= len(_DTYPES):
-            raise ValueError(f"{short(name)} must have one of the dtypes {', '.join(_DTYPES)}, got number {kind}")
+            raise ValueError(f"{shorten(name)} must have one of the dtypes {', '.join(_DTYPES)}, got number {kind}")
         width = DTYPES[_DTYPES[kind]].size
         if math.prod(shape) * width != count or max(shape, default=0) > _MAX_SIZE:
-            raise ValueError(f"{short(name)} must have as many bytes as {shape} {_DTYPES[kind]} takes, got {count}")
-        return RawTensor(_DTYPES[kind], np.frombuffer(self._bytes(count), f"<u{width}").reshape(shape))
+            raise ValueError(f"{shorten(name)} must have as many bytes as {shape} {_DTYPES[kind]} takes, got {count}")
+        self._check_left(count)
+        stored = stored_at(self._path, name, _DTYPES[kind], shape, self._file.tell(), count)
+        self._file.seek(count, 1)
+        self.left -= count
+        return stored
 
 
-def extras(folder: Path) -> dict[str, bytes]:
-    """The files that go along from a folder of CTranslate2, and what its config.json says of generation, in the words
-    of Hugging Face's generation_config.json."""
+def read_extras(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in a folder of CTranslate2, and a generation_config.json.
+
+    The latter has what config.json says of generation, under Hugging Face's keys.
+    """
     found = {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
     path = folder / "config.json"
     if not path.is_file() or "generation_config.json" in found:
@@ -115,10 +123,10 @@ def extras(folder: Path) -> dict[str, bytes]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({short(str(error))})") from None
+        raise ValueError(f"{path}: not JSON ({shorten(error)})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be an object, got a {type(values).__name__}")
-    told = {theirs: values[ours] for ours, theirs in _SUPPRESSED.items() if ours in values}
-    if told:
-        found["generation_config.json"] = (json.dumps(told, indent=2) + "\n").encode()
+    suppressed = {theirs: values[ours] for ours, theirs in _SUPPRESSED.items() if ours in values}
+    if suppressed:
+        found["generation_config.json"] = (json.dumps(suppressed, indent=2) + "\n").encode()
     return found

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .torch_pickle import short
+from ...storage.messages import shorten
 
 _PREFIX = "tokenizer.ggml."
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -19,7 +19,7 @@ _KNOWN = ("default", "gpt-2", "smollm", *_SPLIT)
 _CONTROL, _USER = 3, 4  # of tokenizer.ggml.token_type
 
 
-def extras_of(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def make_tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """tokenizer.json, tokenizer_config.json and generation_config.json; a warning where the first cannot be made."""
     given = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
     ids = {name: given[f"{name}_token_id"] for name in ("bos", "eos", "pad", "unk") if f"{name}_token_id" in given}
@@ -34,7 +34,7 @@ def extras_of(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str,
     files = {"tokenizer_config.json": _json(special), "generation_config.json": _json(generation)}
     kind, split = given.get("model"), given.get("pre", "default")
     if kind != "gpt2" or split not in _KNOWN or not given.get("merges"):
-        return files, (f"no tokenizer.json: the kind {short(f'{kind}, {split}')} is not known",)
+        return files, (f"no tokenizer.json: the kind {shorten(f'{kind}, {split}')} is not known",)
     text = _tokenizer(given, split, special["bos_token"] if special["add_bos_token"] else None).to_str()
     return {"tokenizer.json": text.encode(), **files}, ()
 

@@ -6,17 +6,23 @@ demucs/states.py (a package is {klass, args, kwargs, state, training_args}).
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 import struct
 import zipfile
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from .torch_pickle import Symbol, View, read_pickle, short
+from ...storage.files import DTYPES
+from ...storage.messages import shorten
+from ..stored import RawTensor, StoredTensor, check_booleans
+from .torch_pickle import Symbol, View, read_pickle
 
 _MAX_PICKLE = 16 << 20
 _MAX_ENTRIES = 200_000
@@ -24,21 +30,20 @@ _MAX_NODES = 10_000  # values in the arguments of a model
 _MAX_SHARING = 4  # bytes of tensors for each byte of the file: tied weights share storage
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_DAMAGES = (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError, RuntimeError)
 _PACKAGE = {"klass", "args", "kwargs", "state"}
 
 
-@dataclass(frozen=True)
-class RawTensor:
-    """A tensor as unsigned integers of its width, and the dtype that they stand for ("F16", "BOOL", ...)."""
+def open_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a state dict or of a demucs package, each read when it is asked for, and metadata.
 
-    dtype: str
-    bits: np.ndarray
+    The metadata of a package are its class and arguments: JSON text in the encoding of demucs/hf.py.
 
-
-def read_torch(file: BinaryIO, size: int) -> tuple[dict[str, RawTensor], dict[str, str]]:
-    """The tensors of a state dict, or of a demucs package, whose class and arguments come as metadata: JSON text in
-    the encoding of demucs/hf.py. `size` is the file's, in bytes. ValueError says what is refused."""
-    head = file.read(len(_LEGACY))
+    Raises:
+        ValueError: The file is refused, and why. The message does not name the file.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(_LEGACY))
     if head == _LEGACY:
         raise ValueError(
             "this is PyTorch's older format, from before 1.6: load it with PyTorch and save it again with torch.save"
@@ -46,15 +51,24 @@ def read_torch(file: BinaryIO, size: int) -> tuple[dict[str, RawTensor], dict[st
     if not head.startswith(b"PK"):
         raise ValueError(f"not a PyTorch file: it must be a zip, it begins with {head[:4]!r}")
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(path) as archive:
+            size = path.stat().st_size
             prefix, entries = _entries(archive, size)
             start = f"{prefix}/data/"
             keys = {name.removeprefix(start): n for name, n in entries.items() if name.startswith(start)}
             value = read_pickle(archive.read(f"{prefix}/data.pkl"), keys)
-            state, metadata = _package(value)
-            return _tensors(state, archive, start, size), metadata
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError, RuntimeError) as error:
-        raise ValueError(f"the zip is truncated or damaged ({short(error)})") from None
+    except _DAMAGES as error:
+        raise ValueError(f"the zip is truncated or damaged ({shorten(error)})") from None
+    state, metadata = _package(value)
+    total = sum(view.storage.width * math.prod(view.shape) for view in state.values())
+    if total > _MAX_SHARING * size:
+        raise ValueError(f"the tensors must share storage at most {_MAX_SHARING} times, got {total} bytes in {size}")
+    storages = _Storages(path, start)
+    tensors = {
+        name: StoredTensor(DTYPES[view.storage.dtype], view.shape, functools.partial(storages.read, name, view))
+        for name, view in state.items()
+    }
+    return tensors, metadata
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
@@ -65,7 +79,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
         raise ValueError(f"the zip must have distinct entries, at most {_MAX_ENTRIES}, got {len(infos)}")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise ValueError(f"zip entry {short(info.filename)} must be stored, neither compressed nor encrypted")
+            raise ValueError(f"zip entry {shorten(info.filename)} must be stored, neither compressed nor encrypted")
     if sum(entries.values()) > size:
         raise ValueError(f"the zip claims {sum(entries.values())} bytes of content in a file of {size}")
     pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -76,7 +90,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
     prefix = pickles[0].removesuffix("/data.pkl")
     order = archive.read(f"{prefix}/byteorder") if f"{prefix}/byteorder" in entries else b"little"
     if order != b"little":
-        raise ValueError(f"byteorder must be little, got {short(order[:16])}")
+        raise ValueError(f"byteorder must be little, got {shorten(order[:16])}")
     return prefix, entries
 
 
@@ -102,7 +116,7 @@ def _package(value: Any) -> tuple[dict[str, View], dict[str, str]]:
         raise ValueError("the state must be a dict from names to tensors")
     others = [name for name, entry in value.items() if not isinstance(entry, View)]
     if others or not value:
-        raise ValueError(f"every value must be a tensor, got {short(', '.join(sorted(others)) or 'nothing at all')}")
+        raise ValueError(f"every value must be a tensor, got {shorten(', '.join(sorted(others)) or 'nothing at all')}")
     return value, metadata
 
 
@@ -122,21 +136,27 @@ def _plain(value: Any, budget: list[int], depth: int) -> Any:
     raise ValueError(f"the arguments of the model hold a {type(value).__name__}, not plain values")
 
 
-def _tensors(state: dict[str, View], archive: zipfile.ZipFile, start: str, size: int) -> dict[str, RawTensor]:
-    """Every view as an array of its own strides."""
-    total = sum(view.storage.width * int(np.prod(view.shape, dtype=object)) for view in state.values())
-    if total > _MAX_SHARING * size:
-        raise ValueError(f"the tensors must share storage at most {_MAX_SHARING} times, got {total} bytes in {size}")
-    read: dict[str, np.ndarray] = {}
-    tensors = {}
-    for name, view in state.items():
+class _Storages:
+    """Reads tensors of an archive. The storage read last is kept, since tensors that share one follow each other."""
+
+    def __init__(self, path: Path, start: str):
+        self._path, self._start = path, start
+        self._archive: zipfile.ZipFile | None = None
+        self._key, self._bytes = "", b""
+
+    def read(self, name: str, view: View) -> mx.array:
+        """A view as an array of its own strides."""
         storage = view.storage
-        if storage.key not in read:
-            read[storage.key] = np.frombuffer(archive.read(start + storage.key), np.uint8)
-        flat = read[storage.key].view(_BITS[storage.width])
-        if storage.dtype == "BOOL" and flat.max(initial=0) > 1:
-            raise ValueError(f"{short(name)} must hold booleans, 0 or 1, got {flat.max()}")
+        if storage.key != self._key:
+            try:
+                if self._archive is None:  # kept open, since a file has hundreds of storages
+                    self._archive = zipfile.ZipFile(self._path)
+                self._bytes = self._archive.read(self._start + storage.key)
+            except (*_DAMAGES, KeyError) as error:
+                raise ValueError(f"the zip is truncated or damaged ({shorten(error)})") from None
+            self._key = storage.key
+        flat = np.frombuffer(self._bytes, _BITS[storage.width])
+        check_booleans(name, storage.dtype, flat)
         strides = [step * storage.width for step in view.strides]
         bits = np.lib.stride_tricks.as_strided(flat[view.offset :], view.shape, strides, writeable=False)
-        tensors[name] = RawTensor(storage.dtype, np.ascontiguousarray(bits).reshape(view.shape))
-    return tensors
+        return RawTensor(storage.dtype, np.ascontiguousarray(bits).reshape(view.shape)).to_array()

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ...storage.messages import shorten
+
 _MAX_NESTING = 64  # open tuples, lists and dicts at one time
 STORAGES = {  # name -> (dtype in the words of safetensors, bytes)
     "torch.DoubleStorage": ("F64", 8),
@@ -64,15 +66,17 @@ class _Ordered(dict):
 
 
 def read_pickle(pickle: bytes, storages: dict[str, int]) -> Any:
-    """The value of a pickle: plain Python values, Fraction, Symbol and View. `storages` holds the bytes there are
-    under each key. ValueError names the opcode, global or call that is refused."""
+    """The value of a pickle: plain Python values, Fraction, Symbol and View.
+
+    `storages` holds the bytes there are under each key. ValueError names the opcode, global or call that is refused.
+    """
     machine = _Machine(storages)
     operations = pickletools.genops(io.BytesIO(pickle))
     while True:
         try:
             opcode, arg, _ = next(operations)
         except Exception as error:  # pickletools raises whatever its decoders raise
-            raise ValueError(f"data.pkl is no whole pickle: {short(str(error))}") from None
+            raise ValueError(f"data.pkl is no whole pickle: {shorten(error)}") from None
         if opcode.name == "STOP":
             return machine.pop()
         if opcode.name in _CONSTANTS:
@@ -83,12 +87,6 @@ def read_pickle(pickle: bytes, storages: dict[str, int]) -> Any:
             _OPERATIONS[opcode.name](machine, arg)
         else:
             raise ValueError(f"data.pkl uses the opcode {opcode.name}, which weights do not need: refused")
-
-
-def short(value: Any) -> str:
-    """At most 100 characters on one line, for messages that quote a file. Takes no deep values: they may be endless."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 class _Machine:
@@ -140,7 +138,7 @@ class _Machine:
             if not isinstance(key, (str, int, float, type(None))):  # the hash of a tuple may take for ever
                 raise ValueError(f"data.pkl has a key that is a {type(key).__name__}, not text or a number")
             if key in target:
-                raise ValueError(f"data.pkl names {short(key)} twice")
+                raise ValueError(f"data.pkl names {shorten(key)} twice")
             target[key] = value
 
     def put(self, index: int | None) -> None:
@@ -153,7 +151,7 @@ class _Machine:
 
     def symbol(self, name: str) -> None:
         if name not in _CALLS and name not in STORAGES and name not in CLASSES:
-            raise ValueError(f"data.pkl names {short(name)}, which weights do not need: refused, nothing was run")
+            raise ValueError(f"data.pkl names {shorten(name)}, which weights do not need: refused, nothing was run")
         self.stack.append(Symbol(name))
 
     def stack_global(self, _: Any) -> None:
@@ -166,7 +164,7 @@ class _Machine:
         args, called = self.pop(), self.pop()
         name = called.name if isinstance(called, Symbol) else type(called).__name__
         if not isinstance(called, Symbol) or name not in _CALLS or not isinstance(args, tuple):
-            raise ValueError(f"data.pkl calls {short(name)}, which weights do not need: refused, nothing was run")
+            raise ValueError(f"data.pkl calls {shorten(name)}, which weights do not need: refused, nothing was run")
         self.stack.append(_CALLS[name](*args))
 
     def build(self, _: Any) -> None:
@@ -182,7 +180,7 @@ class _Machine:
             case _:
                 raise ValueError("data.pkl has a persistent id that is not a storage of a known type: refused")
         if key not in self.storages:
-            raise ValueError(f"data.pkl names storage {short(key)}, which the zip does not hold")
+            raise ValueError(f"data.pkl names storage {shorten(key)}, which the zip does not hold")
         if self.storages[key] != numel * width:
             raise ValueError(f"storage {key} must be {numel} x {width} bytes, got {self.storages[key]}")
         self.stack.append(Storage(key, dtype, width, numel))

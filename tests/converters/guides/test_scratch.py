@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_xformer import cli
+from mlx_xformer.converters.attention import attention_state, load_attention
 from mlx_xformer.converters.conversion import convert
-from mlx_xformer.converters.families.attention import attention_state, load_attention
-from mlx_xformer.converters.families.guides import ferrotorch, scratch, scratch_model
+from mlx_xformer.converters.families.guides import ferrotorch, scratch
 from mlx_xformer.converters.rules import apply_rules, invert
 from mlx_xformer.models.families import load_model, parameter_shapes
 from mlx_xformer.nn.attention.layer import Attention
@@ -166,15 +166,15 @@ def test_attention_layers_as_parts(names):
 @pytest.mark.parametrize(
     ("kind", "state", "settings"),
     [
-        (scratch, stack_state(), HEADS),
-        (scratch_model, model_state(False), HEADS),
-        (ferrotorch, layer_state(), HEADS),
+        (scratch.STACK, stack_state(), HEADS),
+        (scratch.ENCODER_DECODER, model_state(False), HEADS),
+        (ferrotorch.CONVERTERS[0], layer_state(), HEADS),
     ],
 )
 def test_tables_invert(kind, state, settings):
     tensors = {name: mx.array(x) for name, x in state.items()}
     rules = kind.rules(kind.config(settings, tensors), tensors)
-    ours = apply_rules(rules, tensors, parameter_shapes(kind.FAMILY, kind.config(settings, tensors).to_dict()))
+    ours = apply_rules(rules, tensors, parameter_shapes(kind.family, kind.config(settings, tensors).to_dict()))
     again = apply_rules(invert(rules), ours, {name: x.shape for name, x in tensors.items()})
     assert len(again) == len(tensors) and all(mx.array_equal(again[name], x) for name, x in tensors.items())
 
@@ -247,7 +247,7 @@ def test_files_that_are_refused(tmp_path, state, settings, message):
 def test_nothing_is_guessed(tmp_path, state):
     """With names that are none of theirs, or some of theirs missing, a file is of no kind."""
     tensors = {name: mx.array(x) for name, x in state.items()}
-    assert all(kind.detect(tensors) is None for kind in (scratch, scratch_model, ferrotorch))
+    assert all(kind.detect(tensors) is None for kind in (scratch, scratch.ENCODER_DECODER, ferrotorch))
     with pytest.raises((ValueError, OSError)):
         converted(tmp_path, state, HEADS)
 
@@ -273,6 +273,6 @@ def test_commands(tmp_path, capsys):
         cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "b"), "--to", "pytorch", "--set", "num_heads=7"])
         == 1
     )
-    assert "settings are of no use where a checkpoint leads back" in capsys.readouterr().err
+    assert 'settings must not be given with to="pytorch"' in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path / "nothing.pt"), str(tmp_path / "b"), "--set", "num_heads=7"]) == 1
     assert capsys.readouterr().err.endswith("nothing.pt: no such file or folder\n")

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support.oracle import Oracle
 
-from mlx_xformer.converters.families.guides import scratch, scratch_model
+from mlx_xformer.converters.families.guides import scratch
 from mlx_xformer.converters.rules import apply_rules
 from mlx_xformer.models.guides.scratch import EncoderDecoder, TransformerStack
 
@@ -104,7 +104,7 @@ def test_encoder_decoder(oracle, source):
     options |= {"vocab": V, "positions": 31, "padding_idx": 0}
     answer = oracle.module("scratch_model", options, inputs)
     settings = {"num_heads": H, "embed_dropout": 0.0, **STILL}
-    made = loaded(scratch_model, EncoderDecoder, answer.state, settings)
+    made = loaded(scratch.ENCODER_DECODER, EncoderDecoder, answer.state, settings)
     assert made.config.max_len == 31 and made.config.stack.causal and made.config.padding_idx == 0
     given = [mx.array(x) for x in inputs.values()]
     near(answer.outputs[0], made(*given), 2e-6)
@@ -112,5 +112,5 @@ def test_encoder_decoder(oracle, source):
     answer = oracle.module("scratch_loss", options, inputs, cotangents=[np.float32(1)], state=answer.state)
     loss, gradient = nn.value_and_grad(made, made.loss)(*given)
     near(answer.outputs[0], loss, 2e-6)
-    same_gradients(scratch_model, made, answer.gradients, gradient)
+    same_gradients(scratch.ENCODER_DECODER, made, answer.gradients, gradient)
     assert (answer.gradients["embed.weight"][0] == 0).all() and (gradient["embed"]["weight"][0] == 0).all()

@@ -1,27 +1,25 @@
-"""An attention layer alone, under ferrotorch's names ({q,k,v,out}_proj.weight and, all or none, .bias), which are the
-names here. Settings tell num_heads and, where queries are hidden from what comes after them, causal.
+"""An attention layer alone, under ferrotorch's names, which are the names here.
+
+They are {q,k,v,out}_proj.weight and, all or none, .bias. Settings give num_heads and, for a causal layer, causal.
 
 Source: ferrotorch-nn, MultiheadAttention::named_parameters, with grouped queries or without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import mlx.core as mx
-
 from ....models.guides.ferrotorch import AttentionLayerConfig
+from ...converter import Converter
 from ...rules import Rule
+from ...stored import Tensors
 
-FAMILY = "ferrotorch"
-MODEL_TYPES: tuple[str, ...] = ()
-Tensors = Mapping[str, mx.array]
 _WEIGHTS, _BIASES = ({f"{name}_proj.{leaf}" for name in ("q", "k", "v", "out")} for leaf in ("weight", "bias"))
 
 
 def detect(tensors: Tensors) -> str | None:
-    """See networks.Kind."""
+    """Why the tensors are an attention layer; None if they are not."""
     bias = tensors.keys() == _WEIGHTS | _BIASES
     if not bias and tensors.keys() != _WEIGHTS:
         return None
@@ -29,7 +27,7 @@ def detect(tensors: Tensors) -> str | None:
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> AttentionLayerConfig:
-    """See networks.Kind."""
+    """The configuration that the settings and the shapes mean. ValueError names what is missing."""
     heads = values.get("num_heads")
     if type(heads) is not int or heads < 1:
         raise ValueError(f"num_heads must be set to how many heads there are, from 1, got {heads!r:.80}")
@@ -46,12 +44,15 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> AttentionLayerConfig:
     return AttentionLayerConfig.from_dict({**found, **values})
 
 
-def rules(config: Any, names: Tensors) -> list[Rule]:
-    """See networks.Kind."""
+def rules(config: Any, names: Collection[str] = ()) -> list[Rule]:
+    """The table from ferrotorch's names."""
     part, leaf = "{part:q|k|v|out}", "{leaf:weight|bias}"
     return [Rule(f"{part}_proj.{leaf}", f"{part}_proj.{leaf}")]
 
 
 def original(config: AttentionLayerConfig) -> dict[str, Any]:
-    """See networks.Kind."""
+    """The settings that mean the configuration."""
     return {"num_heads": config.num_heads, "causal": config.causal}
+
+
+CONVERTERS = (Converter("ferrotorch", "ferrotorch", config, rules, original, detect=detect),)

@@ -1,24 +1,22 @@
-"""Document 1's models (venkatvi/llm_prep): its names, and which of them its tensors are.
+"""The models of llm_prep: a regression, an autoregressive model and an encoder-decoder.
 
-Its regression and its autoregressive model have the same tensors: which it is must be set. So must be the heads and, of
-a mixture, the capacity and how many experts a token goes through. The tables of positions are computed here.
+Source: venkatvi/llm_prep (names). The regression and the autoregressive model have the same tensors: the setting
+`model` says which it is. Settings also give num_heads and, of a mixture, the capacity and the number of experts a token
+(topk). The tables of positions are dropped, as they are computed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import mlx.core as mx
-
 from ....models.guides.llm_prep import FFNConfig, SequenceCheckpoint, SequenceConfig
+from ...converter import Converter
+from ...formats import config_keys
 from ...layouts import Stack
 from ...rules import Rule
-from .. import config_keys
+from ...stored import Tensors
 
-FAMILY = "llm_prep"
-MODEL_TYPES: tuple[str, ...] = ()
-Tensors = Mapping[str, mx.array]
 _LEAF = "{leaf:weight|bias}"
 _PROJECTION = "{part:q_proj|k_proj|v_proj|out_proj}."
 _LINEAR = {"layer_1": "linear1", "layer_2": "linear2"}
@@ -27,7 +25,7 @@ _SETTINGS = ("model", "num_heads", "max_len", *_MIXTURE)
 
 
 def detect(tensors: Tensors) -> str | None:
-    """By the projections of the input and the names of the attentions."""
+    """Why the tensors are one of the models, by the names of projections; None if they are not."""
     pair = {"encoder_input_proj.weight", "decoder_layers.0.self_attention.q_proj.weight"}
     if pair <= tensors.keys():
         return "the tensors have the names of llm_prep's EncoderDecoder, such as encoder_input_proj.weight"
@@ -37,9 +35,8 @@ def detect(tensors: Tensors) -> str | None:
 
 
 def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
-    """Sizes by the shapes, and what they do not tell by the settings."""
-    if unknown := sorted(values.keys() - set(_SETTINGS)):
-        raise ValueError(f"settings must be among {', '.join(_SETTINGS)}, got {', '.join(unknown)}")
+    """The configuration: sizes from the shapes, the rest from the settings. ValueError names what is missing."""
+    config_keys.check_settings(values, _SETTINGS, [])
     pair = "encoder_input_proj.weight" in tensors
     model = values.get("model", "encoder_decoder" if pair else None)
     if model not in (("encoder_decoder",) if pair else ("regression", "autoregressive")):
@@ -49,11 +46,11 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
         raise ValueError(f"num_heads must be set (--set num_heads=8), got {values.get('num_heads')!r:.80}")
     start = "encoder_layers" if pair else "layers"
     first = "encoder_input_proj.weight" if pair else "input_proj.weight"
-    embed_dim, input_dim = (config_keys.size(tensors, first, axis) for axis in (0, 1))
+    embed_dim, input_dim = (config_keys.read_size(tensors, first, axis) for axis in (0, 1))
     theirs = tensors["decoder_input_proj.weight"].shape if pair else (embed_dim, input_dim)
     if theirs != (embed_dim, input_dim):
         raise ValueError(f"decoder_input_proj.weight must be {(embed_dim, input_dim)}, as the encoder's, got {theirs}")
-    heads, rows = values["num_heads"], config_keys.size(tensors, f"{start}.0.attn.k_proj.weight", 0)
+    heads, rows = values["num_heads"], config_keys.read_size(tensors, f"{start}.0.attn.k_proj.weight", 0)
     groups, left = divmod(rows * heads, embed_dim)
     if left:
         raise ValueError(f"num_heads must divide the rows of the keys, {rows}, into heads, got {heads}")
@@ -63,7 +60,7 @@ def config(values: Mapping[str, Any], tensors: Tensors) -> SequenceCheckpoint:
         model,
         SequenceConfig(
             input_dim=input_dim,
-            output_dim=config_keys.size(tensors, "out_proj.weight", 0),
+            output_dim=config_keys.read_size(tensors, "out_proj.weight", 0),
             embed_dim=embed_dim,
             num_layers=_count(tensors, start),
             num_heads=heads,
@@ -81,29 +78,29 @@ def _count(tensors: Tensors, start: str) -> int:
 
 
 def _ffn(values: Mapping[str, Any], tensors: Tensors, start: str, embed_dim: int) -> FFNConfig:
-    """The networks of the layers, which are all alike."""
+    """The feed-forward network, which is the same in all layers."""
     router = f"{start}.0.ffn.router.weight"
     if router not in tensors:
         if odd := [name for name in _MIXTURE if name in values]:
             raise ValueError(f"{', '.join(odd)} must not be set for a model without mixtures")
-        return FFNConfig(embed_dim, config_keys.size(tensors, f"{start}.0.ffn.layer_1.weight", 0))
-    lacking = [name for name in ("capacity", "topk") if name not in values]
-    if lacking:
-        raise ValueError(f"{', '.join(lacking)} must be set for a model with mixtures (--set capacity=64)")
-    hidden = config_keys.size(tensors, f"{start}.0.ffn.experts.0.layer_1.weight", 0)
+        return FFNConfig(embed_dim, config_keys.read_size(tensors, f"{start}.0.ffn.layer_1.weight", 0))
+    missing = [name for name in ("capacity", "topk") if name not in values]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be set for a model with mixtures (--set capacity=64)")
+    hidden = config_keys.read_size(tensors, f"{start}.0.ffn.experts.0.layer_1.weight", 0)
     given = {name: values[name] for name in _MIXTURE if name in values}
     return FFNConfig(
         embed_dim,
         hidden,
         use_moe=True,
-        num_experts=config_keys.size(tensors, router, 0),
+        num_experts=config_keys.read_size(tensors, router, 0),
         renormalize=True,
         **{"alpha": 0.01, **given},
     )
 
 
 def _max_len(values: Mapping[str, Any], tensors: Tensors, pair: bool) -> int:
-    """As many positions as the tables hold."""
+    """The number of positions: as set, or as the tables have."""
     tables = [tensors[name].shape for name in (("encoder_pe.pe", "decoder_pe.pe") if pair else ("pe.pe",))
               if name in tensors]  # fmt: skip
     lengths = [shape[-2] for shape in tables if len(shape) > 1]
@@ -114,7 +111,7 @@ def _max_len(values: Mapping[str, Any], tensors: Tensors, pair: bool) -> int:
     return length
 
 
-def rules(config: SequenceCheckpoint, names: Tensors) -> list[Rule]:
+def rules(config: SequenceCheckpoint, names: Collection[str] = ()) -> list[Rule]:
     """The table from llm_prep's names."""
     pair = config.model == "encoder_decoder"
     encoder = ("encoder_layers.{i}.", "encoder.layers.{i}.") if pair else ("layers.{i}.", "stack.layers.{i}.")
@@ -149,10 +146,13 @@ def _layer(
 
 
 def original(config: SequenceCheckpoint) -> dict[str, Any]:
-    """The settings."""
+    """The settings that mean the configuration."""
     sizes = config.config
     assert sizes.ffn is not None  # for the type checker: it has been set
     values: dict[str, Any] = {"model": config.model, "num_heads": sizes.num_heads, "max_len": sizes.max_len}
     if sizes.ffn.use_moe:
         values |= {name: getattr(sizes.ffn, name) for name in _MIXTURE}
     return values
+
+
+CONVERTERS = (Converter("llm_prep", "llm_prep", config, rules, original, detect=detect),)

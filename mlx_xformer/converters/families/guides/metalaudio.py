@@ -16,9 +16,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ....models.guides.metalaudio import CrossTransformerConfig, CrossTransformerEncoder
-from ....storage.files import misfit
+from ....storage.messages import describe_misfits, find_misfits, shorten
 from ...formats.source import read_source
-from ...formats.torch_pickle import short
 from ...rules import Rule, Shape, apply_rules, inverse_shapes, invert
 
 PREFIX = "cross_transformer"
@@ -51,8 +50,10 @@ def _start(prefix: str) -> str:
 def config(
     tensors: Mapping[str, mx.array], *, num_heads: int, prefix: str = PREFIX, activation: str = "gelu_tanh"
 ) -> CrossTransformerConfig:
-    """The configuration that the tensors under `prefix` tell, by the sizes that most of them have. Biases are taken to
-    be there if one is. ValueError if nothing there has the layout's names."""
+    """The configuration of the tensors under `prefix`, by the sizes that most of them have.
+
+    It has biases if one of them is there. ValueError if no tensor there has the layout's names.
+    """
     start = _start(prefix)
     own = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
     layers = {found[1] for name in own if (found := re.match(r"layers\.([0-9]+)\.", name))}
@@ -81,40 +82,45 @@ def _elsewhere(names: Iterable[str]) -> str:
     names = sorted(names)
     found = [name.removesuffix(_FIRST).removesuffix(".") for name in names if re.search(rf"(^|\.){_FIRST}$", name)]
     if found:
-        return "the prefix is " + short(" or ".join(map(repr, found)))
-    return f"the names are {short(', '.join(names[:5]))}" if names else "there is no tensor at all"
+        return "the prefix is " + shorten(" or ".join(map(repr, found)))
+    return f"the names are {shorten(', '.join(names[:5]))}" if names else "there is no tensor at all"
 
 
 def to_mlx(tensors: Mapping[str, mx.array], config: CrossTransformerConfig, prefix: str = PREFIX) -> Tensors:
-    """The tensors under `prefix`, in their dtype and with their bits, under the names of CrossTransformerEncoder; other
-    tensors are another module's. One ValueError lists all that is missing, unexpected, misshapen or no float."""
+    """Renames the tensors of MetalAudio. They keep their dtype and bits.
+
+    Args:
+        tensors: By name; those outside `prefix` belong to other modules.
+        config: That of the encoder.
+        prefix: What stands before the names, without the dot.
+
+    Returns:
+        The tensors under the names of CrossTransformerEncoder.
+
+    Raises:
+        ValueError: The message lists all that are missing, unexpected, misshapen or not of floats.
+    """
     start, table = _start(prefix), rules(prefix)
     own = {name: x for name, x in tensors.items() if name.startswith(start)}
     shapes = _shapes(config)
-    problems = _problems(own, inverse_shapes(table, shapes))
-    if problems:
-        raise ValueError(misfit(problems))
+    _check_fit(own, inverse_shapes(table, shapes))
     return apply_rules(table, own, shapes)
 
 
 def to_metalaudio(weights: Mapping[str, mx.array], config: CrossTransformerConfig, prefix: str = PREFIX) -> Tensors:
     """The inverse of `to_mlx`, as strict."""
-    problems = _problems(weights, _shapes(config))
-    if problems:
-        raise ValueError(misfit(problems))
+    _check_fit(weights, _shapes(config))
     table = rules(prefix)
     return apply_rules(invert(table), weights, inverse_shapes(table, _shapes(config)))
 
 
-def _problems(tensors: Mapping[str, mx.array], expected: Mapping[str, Shape]) -> list[tuple[str, str]]:
-    problems = [("missing", f"{name} {expected[name]}") for name in expected.keys() - tensors.keys()]
-    problems += [("unexpected", f"{name} {tensors[name].shape}") for name in tensors.keys() - expected.keys()]
+def _check_fit(tensors: Mapping[str, mx.array], expected: Mapping[str, Shape]) -> None:
+    problems = find_misfits(tensors, expected)
     for name in tensors.keys() & expected.keys():
-        if tensors[name].shape != expected[name]:
-            problems.append(("misshapen", f"{name} must be {expected[name]}, got {tensors[name].shape}"))
         if not mx.issubdtype(tensors[name].dtype, mx.floating):
             problems.append(("no float", f"{name} is {tensors[name].dtype}"))
-    return problems
+    if problems:
+        raise ValueError(describe_misfits(problems))
 
 
 def _shapes(config: CrossTransformerConfig) -> dict[str, Shape]:
@@ -125,8 +131,10 @@ def _shapes(config: CrossTransformerConfig) -> dict[str, Shape]:
 def load(
     path: str | Path, *, num_heads: int, prefix: str = PREFIX, activation: str = "gelu_tanh"
 ) -> CrossTransformerEncoder:
-    """The encoder of a file (all that `source.read_source` reads), in float32 and ready to run. ValueError or OSError
-    begins with the path."""
+    """The encoder of a file (all that `source.read_source` reads), in float32 and ready to run.
+
+    ValueError or OSError begins with the path.
+    """
     tensors = read_source(path).tensors
     try:
         found = config(tensors, num_heads=num_heads, prefix=prefix, activation=activation)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..rules import Rule, apply_rules, inverse_shapes, invert, prefixed
+from .rules import Rule, apply_rules, inverse_shapes, invert, prefixed
 
 _KINDS = "{kind:weight|bias}"
 
