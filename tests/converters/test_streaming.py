@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support import torch_zip
+from support.oracle import save_torch
 
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.converters.layouts import ZeroPart
@@ -68,7 +68,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     """There from two kinds of file, and back; to hold all tensors takes what they hold, so the measure works."""
     state = encoder()
     save_file(state, tmp_path / "a.safetensors")
-    torch_zip.save(tmp_path / "a.pt", state)
+    save_torch(tmp_path / "a.pt", state)
     whole, largest = sum(x.nbytes for x in state.values()), max(x.nbytes for x in state.values())
     del state
     environment = {**os.environ, "MLX_XFORMER_MALLOC": "0"}  # what is freed is given back
@@ -94,7 +94,7 @@ def test_progress_of_any_family(tmp_path):
 def test_a_dry_run_reads_no_tensor(tmp_path):
     """A file whose zip is damaged behind its head is planned; it is refused, and nothing left, when it is written."""
     state = encoder(2, 6, 5)
-    path = torch_zip.save(tmp_path / "a.pt", state)
+    path = save_torch(tmp_path / "a.pt", state)
     content = state["layers.1.linear2.weight"].tobytes()
     whole = path.read_bytes()
     assert whole.count(content) == 1

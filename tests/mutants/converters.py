@@ -100,13 +100,13 @@ BUGS = [
     Bug(
         "windows below the last layers",
         CAUSAL_LM,
-        "_FULL if index % 2 or index >= first",
-        "_FULL if index % 2 or index < first",
+        "FULL if index % 2 or index >= first",
+        "FULL if index % 2 or index < first",
         tests("tests/converters/test_causal_lm_moe.py::test_keys_of_mixtures[qwen2_moe]"),
     ),
     Bug(
         "a base that is another's",
-        CAUSAL_LM,
+        "converters.families.causal_lm_keys",
         '"rope_theta": 1e6, "sliding_window": None, **causal_lm_moe',
         '"sliding_window": None, **causal_lm_moe',
         ABSENT_KEYS_MIXTRAL,

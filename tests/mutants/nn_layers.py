@@ -130,9 +130,13 @@ BUGS = [
         parity("EncoderDecoder"),
     ),
     Bug(
-        "tokens are not checked", CHECKS, "wrong = [end for end in ends if not 0 <= end < size]", "wrong = []", BY_BERT
+        "tokens are not checked",
+        CHECKS,
+        "wrong = [number for number in numbers if not 0 <= number < size and number != other]",
+        "wrong = []",
+        BY_BERT,
     ),
-    Bug("one token too many", CHECKS, "0 <= end < size", "0 <= end <= size", BY_BERT),
+    Bug("one token too many", CHECKS, "0 <= number < size", "0 <= number <= size", BY_BERT),
     Bug("powers without their root", MEL, "mx.square(mx.imag(spectrum))", "mx.abs(mx.imag(spectrum))", BY_WHISPER),
     Bug("natural logarithms", MEL, "mx.log10(", "mx.log(", BY_WHISPER),
     Bug("the loudest of all recordings", MEL, "axis=(-2, -1), keepdims=True", "keepdims=True", BY_WHISPER),

@@ -4,7 +4,7 @@ whole recordings, and the layers of every family on small models."""
 from mutants.runner import Bug, parity
 
 SAMPLERS, RECORDING, SEGMENTS = "text.samplers", "audio.recording", "separation.segments"
-ATTENTION, LINEAR, LAYERS, EXPERTS = "nn.attention.layer", "nn.linear", "nn.layers", "nn.moe.experts"
+ATTENTION, LINEAR, LAYERS, EXPERTS = "nn.attention.kinds", "nn.linear", "nn.layers", "nn.moe.experts"
 PRODUCTS, SCRATCH, METALAUDIO = "backend.products", "models.guides.scratch.model", "models.guides.metalaudio"
 
 BUGS = [
@@ -74,7 +74,7 @@ BUGS = [
         "0",
         parity("separate"),
     ),
-    Bug("padding counts", SCRATCH, "counts = labels != padding_idx", "counts = labels >= 0", parity("cross_entropy")),
+    Bug("padding counts", SCRATCH, "else labels != padding_idx", "else labels >= 0", parity("cross_entropy")),
     Bug(
         "the waveform without its mean",
         "models.htdemucs.model",
@@ -113,8 +113,8 @@ BUGS = [
     Bug(
         "a layer that sees what follows",
         "models.guides.ferrotorch",
-        '"causal": config.causal}',
-        '"causal": False}',
+        "causal=config.causal)",
+        "causal=False)",
         parity("ferrotorch.model"),
     ),
     Bug(
