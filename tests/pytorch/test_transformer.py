@@ -154,7 +154,7 @@ def test_transformer(oracle, norm_first):
         kwargs,
         inputs,
         Transformer(config),
-        transformer.KINDS[0].rules(config, {}),
+        transformer.MODULES[0].rules(config, {}),
         lambda model, src, tgt: model(src, tgt, source_mask=mx.array(seen)),
     )
 
