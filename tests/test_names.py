@@ -90,14 +90,11 @@ FLOORS = {  # floor -> its modules that are not of one family
     "mlx_xformer/models": {"bound", "families"},
     "mlx_xformer/converters/families": {"causal_lm_gguf", "causal_lm_keys", "causal_lm_moe"},
     "mlx_xformer/reference/models": set(),
-    "mlx_xformer/parity/families": set(),
+    "mlx_xformer/parity/families": {"common"},
     "tests/models": set(),
 }
 ABSENT = {  # a family has none on this floor
-    ("guides/ferrotorch", "mlx_xformer/reference/models"): "it is one layer, whose twin is reference.nn.attention",
-    ("guides/ferrotorch", "mlx_xformer/parity/families"): "parity's case attention_layer proves it",
     ("guides/ferrotorch", "tests/models"): "tests/converters/guides has what is its own",
-    ("guides/metalaudio", "mlx_xformer/parity/families"): "no checkpoint of it is converted into a folder",
 }
 
 
