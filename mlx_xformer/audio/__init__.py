@@ -1,5 +1,7 @@
-"""Recordings: reading, resampling, streaming."""
+"""Recordings: reading, resampling, streaming and writing."""
 
+from .encode import Encoding
+from .files import write
 from .recording import Recording, read, resample
 
-__all__ = ["Recording", "read", "resample"]
+__all__ = ["Encoding", "Recording", "read", "resample", "write"]

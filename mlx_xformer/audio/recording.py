@@ -1,4 +1,4 @@
-"""Recordings: read in blocks from any file, resampled on the way. With encode.py, all that imports audio libraries.
+"""Recordings: read in blocks from any file, resampled on the way.
 
 Audio is float32 NumPy, (channels, samples), full scale at -1 and 1.
 """

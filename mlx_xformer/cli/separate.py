@@ -86,7 +86,7 @@ _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two
 
 def run(options: argparse.Namespace) -> int:
     """Separates what was given; 1 if a recording failed."""
-    from ..audio.encode import check_writable
+    from ..audio.files import check_writable
     from ..separation.segments import Options
     from ..separation.separator import Separator
     from ..separation.stems import Output

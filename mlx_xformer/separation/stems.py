@@ -1,16 +1,15 @@
-"""Stems into files: protected from clipping, quantised, encoded, a stretch at a time, and all put in place at once.
+"""The files of a track's stems: names, gains against clipping, and all files put in place together.
 
-Axes: C channels, n samples of a stretch.
+Axes: C channels, n samples of a block.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -18,7 +17,8 @@ from typing import IO, Literal
 
 import numpy as np
 
-from ..audio.encode import Bits, Encoding, PartFile, remove_parts, uninterrupted
+from ..audio.encode import Bits, Encoding, Format
+from ..audio.files import AudioFile, defer_interrupt, prepare_target
 from ..audio.recording import BLOCK
 
 Clip = Literal["rescale", "joint", "clamp", "none"]
@@ -26,13 +26,21 @@ _FIELDS = ("track", "trackext", "stem", "ext")
 
 
 @dataclass(frozen=True)
-class Output(Encoding):
-    """How stems become files. ValueError names a field that is out of range.
+class Output:
+    """How stems become files.
 
-    format, bits, mp3_bitrate: see Encoding. clip: what keeps samples within full scale: "rescale" divides each stem by
-    1.01 times its peak where that exceeds 1, "joint" all stems by the largest such divisor, so that they still add up,
-    "clamp" cuts at 0.99, "none" leaves them. rate: "model", or "keep" for the recording's own. filename: a pattern of
-    {track}, {trackext}, {stem} and {ext}, below the output folder.
+    Args:
+        format: "wav", "flac" or "mp3".
+        bits: per sample of wav (16, 24, or 32 for floats) and flac (16 or 24).
+        mp3_bitrate: in kbit/s; by default the highest at the sample rate.
+        clip: what keeps samples within full scale. "rescale" divides each stem whose peak times 1.01 exceeds 1 by that
+            product; "joint" divides all stems by the largest such product, so that they still add up to the mix;
+            "clamp" limits samples to -0.99 and 0.99; "none" leaves them.
+        rate: "model" for the model's sample rate, "keep" for the recording's own.
+        filename: a pattern of {track}, {trackext}, {stem} and {ext}, below the output folder.
+
+    Raises:
+        ValueError: if a field is out of range.
     """
 
     clip: Clip = "rescale"
@@ -40,7 +48,7 @@ class Output(Encoding):
     filename: str = "{track}/{stem}.{ext}"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _ = self.encoding  # checks its fields
         if self.clip not in ("rescale", "joint", "clamp", "none"):
             raise ValueError(f"clip must be one of rescale, joint, clamp, none, got {self.clip!r}")
         if self.rate not in ("model", "keep"):
@@ -56,55 +64,63 @@ class Output(Encoding):
         if Path(name).is_absolute() or ".." in Path(name).parts or name.endswith(("/", os.sep)):
             raise ValueError(f"filename must name files below the output folder, got {self.filename!r}")
 
+    @property
+    def encoding(self) -> Encoding:
+        """How samples are stored in the files."""
+        return Encoding(self.format, self.bits, self.mp3_bitrate)
+
     def path(self, folder: Path, recording: Path, stem: str, ext: str | None = None) -> Path:
-        """Where a stem of a recording goes. ValueError if the recording's name leaves no name."""
-        track, _, trackext = recording.name.rpartition(".")
-        track, trackext = (track, trackext) if _ else (trackext, "")
+        """Returns the file of a recording's stem.
+
+        Args:
+            folder: the output folder.
+            recording: the recording's file, whose name gives {track} and {trackext}.
+            stem: the stem's name.
+            ext: the extension, by default the format's.
+
+        Raises:
+            ValueError: if the recording's name gives no track name, as ".wav" does.
+        """
+        track, dot, trackext = recording.name.rpartition(".")
+        track, trackext = (track, trackext) if dot else (trackext, "")
         if track in ("", ".", ".."):
             raise ValueError(f"{recording}: its name leaves none for its stems")
         return folder / self.filename.format(track=track, trackext=trackext, stem=stem, ext=ext or self.format)
 
 
-def write(path: str | Path, audio: np.ndarray, rate: int, *, bits: Bits = 16, clip: Clip = "none") -> None:
-    """Writes (channels, samples) as a WAV file, whole or not at all.
-
-    bits, clip: see Output; integers hold no more than full scale in any case.
-    """
-    audio = np.asarray(audio)
-    if audio.ndim != 2 or not 1 <= audio.shape[0] <= 1024:
-        raise ValueError(f"audio must be (channels, samples) with at most 1024 channels, got {audio.shape}")
-    output = Output(bits=bits, clip=clip)
-    with StemFiles({"": Path(path)}, rate, audio.shape[0], audio.shape[1], output) as files:
-        files.write({"": audio})
-        files.commit()
-
-
 class StemFiles:
-    """Files of equal rate, channels and length, written in step. A context: what is not committed leaves nothing.
+    """Files of equal sample rate, channels and length that are written together. A context manager: on leaving it,
+    everything that was not committed is removed.
 
-    Where a gain needs the whole track, samples wait in unnamed temporary files beside the targets.
-    OSError says what could not be written.
+    Where a gain needs the peak of the whole track, samples wait in unnamed temporary files beside the targets.
+
+    Args:
+        paths: the file of each stem.
+        sample_rate: in Hz.
+        channels: of each stem.
+        samples: per channel of each stem.
+        output: how samples are stored and kept from clipping.
+
+    Raises:
+        ValueError: if the format cannot hold such audio.
+        OSError: if a file cannot be written; so do its methods.
     """
 
-    def __init__(self, paths: Mapping[str, Path], rate: int, channels: int, samples: int, output: Output):
-        output.check(rate, channels)
-        self._paths, self._rate, self._channels, self._samples = dict(paths), rate, channels, samples
+    def __init__(self, paths: Mapping[str, Path], sample_rate: int, channels: int, samples: int, output: Output):
+        output.encoding.check(sample_rate, channels)
+        self._paths, self._sample_rate, self._channels, self._samples = dict(paths), sample_rate, channels, samples
         self._output = output
         self._peaks = dict.fromkeys(paths, np.float32(0))
-        self._waits = output.clip in ("rescale", "joint")
+        self._needs_peak = output.clip in ("rescale", "joint")
         self._stack = ExitStack()
         self._spools: dict[str, IO[bytes]] = {}
-        self._parts: dict[str, PartFile] = {}
+        self._files: dict[str, AudioFile] = {}
 
     def __enter__(self) -> StemFiles:
         try:
-            for path in self._paths.values():
-                if path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
             for stem, path in self._paths.items():
-                self._make_folders(path.parent)
-                remove_parts(path)
-                if self._waits:
+                prepare_target(path, self._stack)
+                if self._needs_peak:
                     self._spools[stem] = self._stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
                 else:
                     self._open(stem)
@@ -117,18 +133,18 @@ class StemFiles:
         self._stack.close()
 
     def write(self, stems: Mapping[str, np.ndarray]) -> None:
-        """The next (C, n) of every stem."""
+        """Appends (C, n) samples to every stem."""
         for stem, audio in stems.items():
             if not np.isfinite(audio).all():
                 raise ValueError(f"{stem} must be finite, got NaN or infinite samples")
-            if self._waits:
+            if self._needs_peak:
                 self._peaks[stem] = max(self._peaks[stem], np.abs(audio).max(initial=0))
                 self._spools[stem].write(np.ascontiguousarray(audio.T, np.float32).data)
             else:
-                self._parts[stem].write(np.clip(audio, -0.99, 0.99) if self._output.clip == "clamp" else audio)
+                self._files[stem].write(np.clip(audio, -0.99, 0.99) if self._output.clip == "clamp" else audio)
 
     def commit(self) -> dict[str, float]:
-        """Finishes all files and puts them in place; returns the gain that each stem got."""
+        """Finishes all files and puts them in place, all or none; returns the gain of each stem."""
         divisors = {stem: max(np.float32(1.01) * peak, np.float32(1)) for stem, peak in self._peaks.items()}
         if self._output.clip == "joint":
             divisors = dict.fromkeys(divisors, max(divisors.values()))
@@ -136,46 +152,34 @@ class StemFiles:
             self._open(stem)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda stem: self._finish(stem, divisors[stem]), self._paths))
-        placed: list[PartFile] = []
-        with uninterrupted():  # all or none
+        placed: list[AudioFile] = []
+        with defer_interrupt():
             try:
-                for part in self._parts.values():
-                    part.place()
-                    placed.append(part)
+                for file in self._files.values():
+                    file.move_into_place()
+                    placed.append(file)
             except OSError:
-                for part in placed:
-                    part.withdraw()
+                for file in placed:
+                    file.remove_from_place()
                 raise
         return {stem: float(1 / divisor) for stem, divisor in divisors.items()}
 
-    def _make_folders(self, folder: Path) -> None:
-        """Makes what is missing of a folder, to go again if it stays empty."""
-        for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
-            self._stack.callback(_remove_empty, missing)
-            missing.mkdir(exist_ok=True)
-
     def _open(self, stem: str) -> None:
-        size = self._samples * self._channels * self._output.bits // 8
-        with uninterrupted():  # or a part is made that nobody knows of
-            part = PartFile(self._paths[stem], self._rate, self._channels, size, self._output)
-            self._stack.callback(part.discard)
-            self._parts[stem] = part
+        encoding = self._output.encoding
+        path = self._paths[stem]
+        self._files[stem] = AudioFile(path, self._sample_rate, self._channels, self._samples, encoding, self._stack)
 
     def _finish(self, stem: str, divisor: np.float32) -> None:
-        part = self._parts[stem]
-        if self._waits:
-            for audio in _stretches(self._spools[stem], self._channels):
-                part.write(audio / divisor)
+        file = self._files[stem]
+        if self._needs_peak:
+            for audio in _read_blocks(self._spools[stem], self._channels):
+                file.write(audio / divisor)
             self._spools[stem].close()
-        part.close()
+        file.close()
 
 
-def _stretches(spool: IO[bytes], channels: int) -> Iterator[np.ndarray]:
+def _read_blocks(spool: IO[bytes], channels: int) -> Iterator[np.ndarray]:
+    """The (C, n) samples of a temporary file, in blocks."""
     spool.seek(0)
     while block := spool.read(4 * BLOCK * channels):
         yield np.frombuffer(block, np.float32).reshape(-1, channels).T
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
