@@ -6,7 +6,7 @@ import sys
 from tqdm import tqdm
 
 from mlx_xformer import Separator
-from mlx_xformer.separation.separator import Progress
+from mlx_xformer.separation import Progress
 
 
 def main(song: str, name: str, folder: str) -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 
 from mlx_xformer import Tokenizer, generate, load
-from mlx_xformer.audio.recording import Recording, rechunked
+from mlx_xformer.audio import Recording, rechunk
 from mlx_xformer.backend.device import mx
 from mlx_xformer.models.whisper import Whisper
 from mlx_xformer.nn.mel import SAMPLE_RATE, SAMPLES, log_mel
@@ -23,7 +23,7 @@ def main(name: str, recording: str, language: str) -> None:
     away, first = (settings.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))  # never, not first
     sampler = suppressing(greedy, away, first=first, prompt=len(prompt))
     ends = tokenizer.encode("<|endoftext|>", special=False)
-    for window in rechunked(Recording.of(recording).converted(1, SAMPLE_RATE), SAMPLES):
+    for window in rechunk(Recording.open(recording).convert_blocks(1, SAMPLE_RATE), SAMPLES):
         listener = model.listen(log_mel(mx.array(window[0]), bins=model.config.mel_bins))
         said = generate(listener, prompt, sampler=sampler, eos=ends, max_tokens=model.config.target_positions // 2)
         print(tokenizer.decode([token.id for token in said]).strip(), flush=True)

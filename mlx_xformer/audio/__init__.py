@@ -2,6 +2,7 @@
 
 from .encode import Encoding
 from .files import write
-from .recording import Recording, read, resample
+from .recording import Recording, read
+from .resampling import rechunk, resample
 
-__all__ = ["Encoding", "Recording", "read", "resample", "write"]
+__all__ = ["Encoding", "Recording", "read", "rechunk", "resample", "write"]

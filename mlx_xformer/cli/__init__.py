@@ -1,4 +1,4 @@
-"""The command line: parses, calls, reports."""
+"""The command line, mlx-xformer: a module for each command."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..backend import device
 from . import convert, generate, info, parity, separate
-from .common import FAILURES, Help, fail, reason_of
+from .common import FAILURES, Help, describe_error, print_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    """Runs a command.
+
+    Args:
+        arguments: the command and its arguments, by default those of the process.
+
+    Returns:
+        The exit code: 0, 1 after a failure or 130 after Ctrl-C. Wrong usage exits with 2.
+    """
     options = _parser().parse_args(arguments)
     if device.backend_error:
-        return fail(device.backend_error)
+        return print_error(device.backend_error)
     try:
         code = options.run(options)
         sys.stdout.flush()
@@ -25,25 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mlx-xformer: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read our output is gone
+    except BrokenPipeError:  # the program that read the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except FAILURES as error:
-        return fail(reason_of(error))
+        return print_error(describe_error(error))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-xformer", description="Transformers and music source separation on MLX.")
     parser.add_argument("--version", action="version", version=f"mlx-xformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, add, run, what in (
-        ("separate", separate.add, separate.run, "separate songs into stems"),
-        ("generate", generate.add, generate.run, "continue a text with a language model"),
-        ("convert", convert.add, convert.run, "convert a checkpoint from or to PyTorch"),
-        ("parity", parity.add, parity.run, "prove every layer here, or a model, against NumPy"),
-        ("info", info.add, info.run, "what runs here, or what a model is"),
+    for name, add_arguments, run, help_text in (
+        ("separate", separate.add_arguments, separate.run, "separate songs into stems"),
+        ("generate", generate.add_arguments, generate.run, "continue a text with a language model"),
+        ("convert", convert.add_arguments, convert.run, "convert a checkpoint from or to PyTorch"),
+        ("parity", parity.add_arguments, parity.run, "compare every layer, or a model, with NumPy on this machine"),
+        ("info", info.add_arguments, info.run, "show the device and libraries, or what a model is"),
     ):
-        command = commands.add_parser(name, help=what, formatter_class=Help)
-        add(command)
+        command = commands.add_parser(name, help=help_text, formatter_class=Help)
+        add_arguments(command)
         command.set_defaults(run=run)
     return parser

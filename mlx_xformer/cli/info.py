@@ -8,7 +8,7 @@ from .._version import __version__
 from ..backend import device
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `mlx-xformer info`."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model's name or checkpoint folder")
 
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     report = device.report()
     print(f"mlx-xformer {__version__}, MLX {report.mlx}")
     print(f"device        {report.device} ({report.name})")
-    kept = f"{report.cache_limit / 2**20:.0f} MiB"
-    print(f"memory        {report.memory / 2**30:.1f} GiB, of freed memory MLX keeps at most {kept}")
+    cache = f"{report.cache_limit / 2**20:.0f} MiB"
+    print(f"memory        {report.memory / 2**30:.1f} GiB; MLX caches at most {cache} of freed memory")
     print(f"BLAS          {report.blas}")
     return 0

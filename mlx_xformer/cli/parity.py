@@ -1,4 +1,4 @@
-"""mlx-xformer parity."""
+"""The command parity."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import os
 from pathlib import Path
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     add = parser.add_argument
-    add("what", nargs="*", metavar="NAME|MODEL", help="operations and layers, or a model's folder; everything if none")
+    add(
+        "what",
+        nargs="*",
+        metavar="NAME|MODEL",
+        help="operations and layers, or a model's folder; by default all operations and layers",
+    )
     add("--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="only this dtype; may be repeated")
-    add("--seeds", type=int, default=2, metavar="N", help="how many draws of the samples")
-    add("--device", choices=["cpu", "gpu"], help="what computes; by default the GPU where there is one")
+    add("--seeds", type=int, default=2, metavar="N", help="how many random samples to draw for each case")
+    add("--device", choices=["cpu", "gpu"], help="the device to compute on; by default the GPU if there is one")
     add("--json", action="store_true", help="print everything as JSON instead of a table")
     add("--list", action="store_true", help="list the names, and exit")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table; 0 if everything was proven."""
+    """Prints the table; returns 1 if anything failed."""
     from tqdm import tqdm
 
     from .. import parity
@@ -27,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(parity.NAMES))
         return 0
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first product, and rounds to 10 bits by default
-    folder = _model(options.what, parity.NAMES)
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read at the first product; TF32 rounds products to 10 bits
+    folder = _find_model(options.what, parity.NAMES)
     with tqdm(unit="case", leave=False, disable=None) as bar:
 
         def progress(name: str, done: int, total: int) -> None:
@@ -48,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
     return int(report.failed)
 
 
-def _model(given: list[str], names: tuple[str, ...]) -> Path | None:
-    """The folder of a converted model, where that is what was given: a name of ours goes before a folder's."""
+def _find_model(given: list[str], names: tuple[str, ...]) -> Path | None:
+    """The folder of the model that was named, if any. An operation or layer precedes a folder of the same name."""
     from ..pretrained.loading import NAMES, resolve
 
     models = [x for x in given if x not in names and (x in NAMES or Path(x).exists() or os.sep in x)]
@@ -58,4 +63,4 @@ def _model(given: list[str], names: tuple[str, ...]) -> Path | None:
     if len(given) > 1:
         raise ValueError(f"a model must be given alone, got {' '.join(given)}")
     known = models[0] in NAMES or Path(models[0]).exists()
-    return resolve(models[0]) if known else Path(models[0])  # which is not there
+    return resolve(models[0]) if known else Path(models[0])  # reading it fails

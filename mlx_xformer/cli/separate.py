@@ -1,4 +1,4 @@
-"""mlx-xformer separate."""
+"""The command separate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..backend import device
-from .common import FAILURES, fail, reason_of
+from .common import FAILURES, describe_error, print_error
 
 if TYPE_CHECKING:
-    from ..separation.separator import Progress, Separated, Separator
+    from ..separation.run import Progress
+    from ..separation.separator import Separated, Separator
     from ..separation.stems import Output
 
 DEMO_MODEL = "htdemucs_mini"
@@ -28,8 +29,8 @@ DEMO_NOTE = (
 )
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     add = parser.add_argument
     add(
         "files",
@@ -40,32 +41,58 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add("-n", "--name", default="htdemucs", metavar="NAME|DIR", help="model name, checkpoint folder or file")
     add("--list-models", action=_ListModels, help="list the models that have a name, and exit")
-    add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="where the stems go")
+    add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="the output folder")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--stems", type=_names, metavar="A,B", help="only these stems; a bag runs only what they need")
-    what.add_argument("--two-stems", metavar="STEM", help="only this stem and the rest, see --other-method")
+    what.add_argument(
+        "--stems",
+        type=_parse_names,
+        metavar="A,B",
+        help="only these stems; a bag (several models, outputs averaged) runs only the models that they need",
+    )
+    what.add_argument("--two-stems", metavar="STEM", help="this stem, and the rest as --other-method makes it")
     add("--other-method", choices=["add", "minus", "none"], default="add", help=_REST)
-    add("--shifts", type=int, default=1, metavar="N", help="passes, each moved by a random part of 0.5 s, averaged")
+    add(
+        "--shifts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many passes, each shifted by a random part of 0.5 s, are averaged",
+    )
     add("--overlap", type=float, default=0.25, metavar="F", help="part of a segment shared with the next")
     add("--segment", type=float, metavar="S", help="seconds per segment; at most, and by default, the model's own")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random shifts")
-    add("--batch-size", type=int, metavar="N", help="segments at once; by default what device and memory suit")
-    add("--device", choices=["cpu", "gpu"], help="what computes; by default the GPU where there is one")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="how many segments run at once; by default as many as suit device and memory",
+    )
+    add("--device", choices=["cpu", "gpu"], help="the device to compute on; by default the GPU if there is one")
     add("--format", choices=["wav", "flac", "mp3"], default="wav", help="format of the stems' files")
     add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample of wav and flac; 32 is float wav")
-    add("--mp3-bitrate", type=int, metavar="KBPS", help="kbit/s of mp3; by default the most there is, 320")
+    add("--mp3-bitrate", type=int, metavar="KBPS", help="kbit/s of mp3; by default the highest, 320")
     add("--clip", choices=["rescale", "joint", "clamp", "none"], default="rescale", help=_CLIP)
-    add("--rate", choices=["model", "keep"], default="model", help="sample rate: the model's, or keep the recording's")
-    add("--filename", default="{track}/{stem}.{ext}", metavar="PATTERN", help="of {track}, {trackext}, {stem}, {ext}")
-    add("--report", action="store_true", help="also write a page to hear and see the stems together")
+    add(
+        "--rate",
+        choices=["model", "keep"],
+        default="model",
+        help="sample rate of the stems: the model's, or the recording's",
+    )
+    add(
+        "--filename",
+        default="{track}/{stem}.{ext}",
+        metavar="PATTERN",
+        help="pattern of {track}, {trackext}, {stem}, {ext}",
+    )
+    add("--report", action="store_true", help="also write an HTML page that plays and shows the stems together")
     add("--json", action="store_true", help="print a line of JSON for each recording")
 
 
-_REST = "what the rest is: the other stems added up, the mix minus the stem, or not written"
-_CLIP = "what keeps stems from clipping: a gain for each, one gain for all (they still add up), cutting, or nothing"
+_REST = "the rest with --two-stems: the sum of the other stems, the mix minus the stem, or no file"
+_CLIP = "against clipping: a gain for each stem, one gain for all (they still add up), limiting samples, or nothing"
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
@@ -85,13 +112,13 @@ _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two
 
 
 def run(options: argparse.Namespace) -> int:
-    """Separates what was given; 1 if a recording failed."""
+    """Separates all recordings; returns 1 if one of them failed."""
     from ..audio.files import check_writable
-    from ..separation.segments import Options
+    from ..separation.options import Options
     from ..separation.separator import Separator
     from ..separation.stems import Output
 
-    # What can be known before the model is loaded, or downloaded, is said before.
+    # Errors that do not depend on the model come before it is loaded or downloaded.
     settings = {name: getattr(options, name) for name in _SETTINGS}
     Options(**settings)
     output = Output(options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
@@ -102,12 +129,12 @@ def run(options: argparse.Namespace) -> int:
     rank, size = (group.rank(), group.size()) if group else (0, 1)
     failed: list[Path] = []
     folder = options.out / _model_folder(options.name)
-    files = _plan(options, folder, output, failed, quiet=rank > 0)
+    files = _list_files(options, folder, output, failed, quiet=rank > 0)
     done = 0
     if files:
         separator = Separator(options.name, **settings)
-        for file in _share(files, rank, size):
-            with _reported(file, options, failed):
+        for file in _select_share(files, rank, size):
+            with _report_errors(file, options, failed):
                 print(_separate_file(separator, file, folder, output, options), flush=True)
                 done += 1
     if done and rank == 0 and options.name == DEMO_MODEL and not options.json:
@@ -115,28 +142,31 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(device.total(len(failed), group)))
 
 
-def _plan(options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool) -> list[Path]:
-    """The recordings to separate. What is given in vain joins `failed`."""
+def _list_files(
+    options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool
+) -> list[Path]:
+    """The recordings to separate. What cannot be separated is reported and added to `failed`."""
     from ..audio import recording
 
     files: list[Path] = []
     for given in options.files:
-        with _reported(given, options, failed, quiet=quiet):
-            files += recording.recordings_in(given) if given.is_dir() else [given]
+        with _report_errors(given, options, failed, quiet=quiet):
+            files += recording.list_recordings(given) if given.is_dir() else [given]
     tracks: dict[str, Path] = {}
     for file in files:
-        with _reported(file, options, failed, quiet=quiet):
+        with _report_errors(file, options, failed, quiet=quiet):
             recording.check_readable(file)
             target = str(output.path(folder, file, "stem"))
-            # Some file systems take names that differ in case or in the form of an accent for the same.
+            # On some file systems names that differ in case or in an accent's encoding are the same.
             first = tracks.setdefault(unicodedata.normalize("NFC", target).casefold(), file)
             if first != file:
                 raise ValueError(f"its stems would overwrite those of {first}")
     return list(tracks.values())
 
 
-def _share(files: list[Path], rank: int, size: int) -> list[Path]:
-    """What one of several processes separates: the largest files go first, each to who has the least to do."""
+def _select_share(files: list[Path], rank: int, size: int) -> list[Path]:
+    """The files that this process, one of several, separates. Each file, largest first, goes to the process with the
+    fewest bytes so far."""
     if size == 1:
         return files
     loads, mine = [0] * size, []
@@ -148,24 +178,26 @@ def _share(files: list[Path], rank: int, size: int) -> list[Path]:
 
 
 @contextmanager
-def _reported(file: Path, options: argparse.Namespace, failed: list[Path], *, quiet: bool = False) -> Iterator[None]:
-    """Turns what goes wrong with one file into a line, so that the other files go on."""
+def _report_errors(
+    file: Path, options: argparse.Namespace, failed: list[Path], *, quiet: bool = False
+) -> Iterator[None]:
+    """Reports an error with one file in a line, so that the other files are still separated."""
     try:
         yield
     except BrokenPipeError:
         raise
     except FAILURES as error:
         failed.append(file)
-        reason = reason_of(error)
+        reason = describe_error(error)
         if quiet:
             return
         if options.json:
             print(json.dumps({"file": str(file), "error": reason}), flush=True)
-        fail(reason if str(file) in reason else f"{file}: {reason}")
+        print_error(reason if str(file) in reason else f"{file}: {reason}")
 
 
 def _model_folder(name: str) -> str:
-    """The folder that a model's stems go to: the name of its folder or file, or on the hub, "/" as "_"."""
+    """The name of the folder for a model's stems: that of its folder or file, or its name with "_" for "/"."""
     path = Path(name)
     if path.is_file():
         return path.stem
@@ -173,7 +205,7 @@ def _model_folder(name: str) -> str:
 
 
 def _separate_file(separator: Separator, file: Path, folder: Path, output: Output, options: argparse.Namespace) -> str:
-    """Separates one recording; returns what there is to say of it."""
+    """Separates one recording; returns the lines to print."""
     from tqdm import tqdm
 
     with tqdm(desc=file.name, unit="segment", leave=False, disable=None) as bar:
@@ -196,7 +228,7 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
     quieter = {stem: gain for stem, gain in made.gains.items() if gain < 1}
     if quieter:
         levels = ", ".join(f"{stem} {20 * math.log10(gain):.1f} dB" for stem, gain in quieter.items())
-        lines.append(f"  turned down so as not to clip: {levels}")
+        lines.append(f"  turned down to avoid clipping: {levels}")
     return "\n".join([*lines, f"  {page}"] if page else lines)
 
 

@@ -1,6 +1,7 @@
 """Music source separation: a song in, its stems out."""
 
-from .separator import Cancelled, Separated, Separator, separate
+from .run import Cancelled, Progress
+from .separator import Separated, Separator, separate
 from .stems import Output
 
-__all__ = ["Cancelled", "Output", "Separated", "Separator", "separate"]
+__all__ = ["Cancelled", "Output", "Progress", "Separated", "Separator", "separate"]

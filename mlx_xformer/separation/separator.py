@@ -1,65 +1,45 @@
-"""Separator and separate(): recordings and files of any length into their stems.
+"""Separator and separate(): recordings and files of any length are separated into their stems.
 
-Source: demucs 4.1.0 (demucs/api.py, demucs/separate.py). Axes: S stems, C channels, n samples of a stretch.
+Source: demucs 4.1.0 (demucs/api.py, demucs/separate.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..audio.recording import Recording, resampled
-from ..models.htdemucs import Bag, HTDemucs
+from ..audio.recording import Recording
+from ..models.htdemucs import Bag, HTDemucs, InferenceMode
 from ..pretrained.loading import load
-from .segments import Options, members, stretches
+from .options import Options, OtherMethod
+from .run import Progress, Run, resample_stems
+from .segments import get_members
 from .stems import Output, StemFiles
 from .track import Track
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far one track is: segments done of all, and seconds passed."""
-
-    done: int
-    total: int
-    elapsed: float
-
-    @property
-    def remaining(self) -> float:
-        """Seconds left, if the rest takes as long as what is done."""
-        return self.elapsed * (self.total - self.done) / self.done
-
-
-_LOUDEST = 1e12  # whatever was meant, float32 could not square and sum it
-Watch = Callable[[Progress], None]
 Audio = TypeVar("Audio", np.ndarray, mx.array)
-
-
-class Cancelled(Exception):
-    """A separation was called off; nothing of it is left."""
+Mode = InferenceMode | Literal["full", "time_only"]
 
 
 @dataclass(frozen=True)
 class Separated:
     """The result of separating a file.
 
-    Attributes:
-        files: The stems' files.
-        seconds: The length of the audio.
-        took: The time that the separation took, in seconds.
-        sample_rate: Of the files, in Hz.
-        channels: Of the files.
-        samples: Of each file.
-        gains: The factor of each stem that keeps it from clipping.
+    Args:
+        files: the file of each stem.
+        seconds: the length of the recording.
+        took: the seconds that the separation took.
+        sample_rate: of the files, in Hz.
+        channels: of the files.
+        samples: of the files, per channel.
+        gains: the factor for each stem that keeps it from clipping.
     """
 
     files: dict[str, Path]
@@ -72,33 +52,92 @@ class Separated:
 
 
 class Separator:
-    """A model, loaded once, and how it is applied; separates as many recordings and files as asked.
+    """A model, loaded once, that separates any number of recordings and files.
 
-    model: what `load` takes, or a model. The options are those of `separate`. stems: what comes out.
+    Args:
+        model: a name such as "htdemucs", a path (see `load`), or a model that is loaded already. A bag, such as
+            "htdemucs_ft", is several models whose outputs are averaged, as demucs calls it.
+        shifts: how many passes over the track, each shifted by a random part of half a second, are averaged; 0 for a
+            single pass without a shift.
+        overlap: the part of a segment that it shares with the next one, at least 0 and below 1.
+        segment: the seconds of a segment, at most (and by default) the model's own.
+        transition_power: the exponent of the cross-fade between segments, at least 1; 1 is a linear cross-fade.
+        seed: of the random shifts.
+        batch_size: how many segments run at once; by default as many as suit the device.
+        stems: the names of the stems to return, by default all; only the models of a bag that these need are run.
+        two_stems: the name of one stem, to be returned together with the rest. Excludes `stems`.
+        other_method: how the rest of `two_stems` is made: "add" adds up the other stems, "minus" subtracts the stem
+            from the mix, "none" leaves the rest out.
+        mode: "full", or "time_only" for the waveform branch alone, see `InferenceMode`.
+
+    Attributes:
+        model: the model.
+        stems: the names of the stems that it returns.
+
+    Raises:
+        ValueError: if an argument is out of range, or if the model is not one that separates.
+        OSError: if the model cannot be read.
     """
 
-    def __init__(self, model: str | Path | HTDemucs | Bag = "htdemucs", **options: Any):
-        self.options = Options(**options)
+    def __init__(
+        self,
+        model: str | Path | HTDemucs | Bag = "htdemucs",
+        *,
+        shifts: int = 1,
+        overlap: float = 0.25,
+        segment: float | None = None,
+        transition_power: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        stems: Sequence[str] | None = None,
+        two_stems: str | None = None,
+        other_method: OtherMethod = "add",
+        mode: Mode = InferenceMode.FULL,
+    ) -> None:
+        names = (stems, two_stems, other_method)
+        self.options = Options(
+            shifts, overlap, segment, transition_power, seed, batch_size, *names, mode=InferenceMode(mode)
+        )
         found = model if isinstance(model, (HTDemucs, Bag)) else load(model)
         if not isinstance(found, (HTDemucs, Bag)):
             kind = type(found).__name__
             hint = " (mlx-xformer generate?)" if kind == "CausalLM" else ""
             raise ValueError(f"{model}: must be a model that separates, got a {kind}{hint}")
         self.model = found
-        for member in members(self.model)[0]:
+        for member in get_members(self.model)[0]:
             self.options.check(member.config)
         self.stems = self.options.names(self.model.config.sources)
 
     def separate(
-        self, audio: Audio, sample_rate: int, *, progress: Watch | None = None, cancel: Event | None = None
+        self,
+        audio: Audio,
+        sample_rate: int,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        cancel: Event | None = None,
     ) -> dict[str, Audio]:
-        """Audio (channels, samples), or mono (samples,), into {stem: (channels, samples)} at the model's rate.
+        """Separates audio into its stems.
 
-        MLX arrays make MLX arrays, NumPy arrays NumPy arrays. Setting `cancel` raises Cancelled soon after.
+        The audio is brought to the model's sample rate and channels, to mean 0 and deviation 1, and the stems back to
+        its level.
+
+        Args:
+            audio: (channels, samples), or mono (samples,), of floats with full scale at -1 and 1.
+            sample_rate: of `audio`, in Hz.
+            progress: called with a `Progress` after each batch of segments.
+            cancel: an event that ends the separation after the current batch when it is set.
+
+        Returns:
+            For each stem, (channels, samples) at the model's sample rate: MLX arrays for an MLX array, NumPy arrays for
+            a NumPy array.
+
+        Raises:
+            ValueError: if the audio has no samples, is not finite or has another shape.
+            Cancelled: if `cancel` was set.
         """
         host = np.asarray(audio.astype(mx.float32)) if isinstance(audio, mx.array) else audio
-        separation = _Separation(self, Recording.of_array(host, sample_rate), progress, cancel)
-        whole = mx.concatenate(list(separation.stretches()), axis=-1)
+        run = Run(self.model, self.options, Recording.from_array(host, sample_rate), progress, cancel)
+        whole = mx.concatenate(list(run.blocks()), axis=-1)
         mx.eval(whole)  # so that another thread may read it
         stems = whole if isinstance(audio, mx.array) else np.array(whole)
         return cast("dict[str, Audio]", dict(zip(self.stems, stems, strict=True)))
@@ -109,27 +148,41 @@ class Separator:
         folder: str | Path,
         output: Output | None = None,
         *,
-        progress: Watch | None = None,
+        progress: Callable[[Progress], None] | None = None,
         cancel: Event | None = None,
     ) -> Separated:
-        """Separates a file into files below `folder`; memory does not grow with its length.
+        """Separates a file into files. The memory needed does not grow with its length.
 
-        All stems are put in place at the end, at once; on failure, or if cancelled, nothing is left behind.
+        Args:
+            file: the recording.
+            folder: where the files go, in folders and under names that `output` chooses.
+            output: the format and names of the files, and what keeps them from clipping.
+            progress: called with a `Progress` after each batch of segments.
+            cancel: an event that ends the separation after the current batch when it is set.
+
+        Returns:
+            What was written. All files are put in place together at the end; after a failure or a cancellation nothing
+            is left behind.
+
+        Raises:
+            ValueError: if the file is not audio, or if the format cannot hold its stems.
+            OSError: if a file cannot be read or written.
+            Cancelled: if `cancel` was set.
         """
         file, output, start = Path(file), output or Output(), time.perf_counter()
-        recording = Recording.of(file)
-        separation = _Separation(self, recording, progress, cancel)
+        recording = Recording.open(file)
+        run = Run(self.model, self.options, recording, progress, cancel)
         paths = {stem: output.path(Path(folder), file, stem) for stem in self.stems}
         config = self.model.config
         rate, channels = config.samplerate, config.audio_channels
         keep = output.rate == "keep" and rate != recording.sample_rate
-        rate, samples = (recording.sample_rate, separation.recorded) if keep else (rate, separation.samples)
+        rate, samples = (recording.sample_rate, run.recorded) if keep else (rate, run.samples)
         with StemFiles(paths, rate, channels, samples, output) as files:
-            blocks = (np.array(stretch) for stretch in separation.stretches())
-            for stretch in _at_rate(blocks, (len(paths), channels), config.samplerate, rate, samples):
-                files.write(dict(zip(paths, stretch, strict=True)))
+            blocks = (np.array(block) for block in run.blocks())
+            for block in resample_stems(blocks, (len(paths), channels), config.samplerate, rate, samples):
+                files.write(dict(zip(paths, block, strict=True)))
             gains = files.commit()
-        seconds = separation.recorded / recording.sample_rate
+        seconds = run.recorded / recording.sample_rate
         return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains)
 
 
@@ -138,105 +191,57 @@ def separate(
     audio: Audio,
     sample_rate: int,
     *,
-    progress: Watch | None = None,
+    shifts: int = 1,
+    overlap: float = 0.25,
+    segment: float | None = None,
+    transition_power: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    stems: Sequence[str] | None = None,
+    two_stems: str | None = None,
+    other_method: OtherMethod = "add",
+    mode: Mode = InferenceMode.FULL,
+    progress: Callable[[Progress], None] | None = None,
     cancel: Event | None = None,
-    **options: Any,
 ) -> dict[str, Audio]:
-    """Separates audio (C, N), or mono (N,), into {stem: (channels, samples)} at the model's sample rate.
+    """Separates audio into its stems with a model that is loaded already.
 
-    shifts (1): passes over the track, each moved by a random part of half a second, averaged; 0 for one unmoved pass.
-    overlap (0.25): part of a segment shared with the next, in [0, 1). segment: seconds, at most the model's own.
-    transition_power (1): sharpness of the cross-fade between segments, 1 for a linear one. seed (0): of the random
-    draws. batch_size: segments run at once, by default what suits the device. stems: the wanted ones; a bag runs only
-    the members that they need. two_stems: one stem and, by other_method, the sum of all others ("add"), the mix minus
-    it ("minus"), or nothing ("none"). mode: see InferenceMode. progress and cancel: see Separator.separate.
-    The track is brought to mean 0 and deviation 1, and back. ValueError names the argument that is out of range, and
-    refuses NaN and infinite samples.
-    """
-    return Separator(model, **options).separate(audio, sample_rate, progress=progress, cancel=cancel)
-
-
-class _Separation:
-    """One recording on its way through a separator: a first pass to measure it, a second that makes the stems.
-
-    recorded: its samples; samples: those at the model's rate.
-    """
-
-    def __init__(self, separator: Separator, recording: Recording, progress: Watch | None, cancel: Event | None):
-        self._separator, self._recording = separator, recording
-        self._progress, self._cancel, self._start = progress, cancel, time.perf_counter()
-        config = separator.model.config
-        self.recorded, self.samples, self._center, self._scale = _survey(
-            recording, config.audio_channels, config.samplerate
-        )
-        if not self.samples:
-            raise ValueError(f"audio must last at least one sample at {config.samplerate} Hz, got less")
-
-    def stretches(self) -> Iterator[mx.array]:
-        """(S, C, n) in turn, at the model's rate, for the separator's stems."""
-        config, options = self._separator.model.config, self._separator.options
-        blocks = self._recording.converted(config.audio_channels, config.samplerate)
-        track = Track(blocks, config.audio_channels, self.samples, self._center, self._scale)
-        done = 0
-        for stretch in stretches(self._separator.model, track, options, self._step):
-            n = stretch.shape[-1]
-            stems = track.restored(stretch)
-            if options.two_stems is not None:
-                chosen = [config.sources[i] for i in options.wanted(config.sources)].index(options.two_stems)
-                parts = [stems[chosen : chosen + 1]]
-                if options.other_method == "add":
-                    others = [stem for i, stem in enumerate(stems) if i != chosen]
-                    parts.append(sum(others[1:], others[0])[None])
-                elif options.other_method == "minus":
-                    parts.append(mx.array(track.raw(done, done + n)) - stems[chosen : chosen + 1])
-                stems = mx.concatenate(parts)
-            done += n
-            yield stems
-
-    def _step(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(Progress(done, total, time.perf_counter() - self._start))
-        if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled(f"cancelled after {done} of {total} segments")
-
-
-def _survey(recording: Recording, channels: int, sample_rate: int) -> tuple[int, int, float, float]:
-    """Reads a recording once, to measure it, in float64 and block by block (Chan, Golub and LeVeque 1979).
+    Args:
+        model: a model, or a bag of several.
+        audio: (channels, samples), or mono (samples,), of floats with full scale at -1 and 1.
+        sample_rate: of `audio`, in Hz.
+        shifts: see `Separator`, as for all arguments up to `mode`.
+        overlap: the part of a segment that it shares with the next one.
+        segment: the seconds of a segment.
+        transition_power: the exponent of the cross-fade between segments.
+        seed: of the random shifts.
+        batch_size: how many segments run at once.
+        stems: the names of the stems to return.
+        two_stems: the name of one stem, to be returned together with the rest.
+        other_method: how the rest of `two_stems` is made.
+        mode: "full" or "time_only".
+        progress: called with a `Progress` after each batch of segments.
+        cancel: an event that ends the separation after the current batch when it is set.
 
     Returns:
-        Its samples as recorded and as converted; the mean of the converted mono mix and its unbiased deviation plus
-        1e-8.
+        For each stem, (channels, samples) at the model's sample rate: MLX arrays for an MLX array, NumPy arrays for a
+        NumPy array.
+
+    Raises:
+        ValueError: if an argument is out of range, or if the audio has no samples or is not finite.
+        Cancelled: if `cancel` was set.
     """
-    recorded = samples = 0
-    mean = squares = 0.0
-
-    def counted() -> Iterator[np.ndarray]:
-        nonlocal recorded
-        for block in recording.blocks():
-            recorded += block.shape[1]
-            yield block
-
-    for block in dataclasses.replace(recording, blocks=counted).converted(channels, sample_rate):
-        if np.abs(block).max() > _LOUDEST:
-            raise ValueError(f"audio must have full scale at 1, got samples of {np.abs(block).max():g}")
-        mono = block.mean(axis=0, dtype=np.float64)
-        n, center = mono.size, mono.mean()
-        gap = center - mean
-        samples += n
-        mean += gap * n / samples
-        squares += np.square(mono - center).sum() + gap**2 * n * (samples - n) / samples
-    return recorded, samples, mean, math.sqrt(squares / max(samples - 1, 1)) + 1e-8
-
-
-def _at_rate(
-    stretches: Iterable[np.ndarray], shape: tuple[int, int], from_rate: int, to_rate: int, samples: int
-) -> Iterator[np.ndarray]:
-    """Stretches (S, C, n) at another rate, `samples` in all: resampling rounds a length up or down."""
-    rows = shape[0] * shape[1]
-    flat = (stretch.reshape(rows, -1) for stretch in stretches)
-    left = samples
-    for block in resampled(flat, rows, from_rate, to_rate):
-        cut = block[:, :left]
-        left -= cut.shape[1]
-        yield cut.reshape(*shape, -1)
-    yield np.zeros((*shape, left), np.float32)
+    separator = Separator(
+        model,
+        shifts=shifts,
+        overlap=overlap,
+        segment=segment,
+        transition_power=transition_power,
+        seed=seed,
+        batch_size=batch_size,
+        stems=stems,
+        two_stems=two_stems,
+        other_method=other_method,
+        mode=mode,
+    )
+    return separator.separate(audio, sample_rate, progress=progress, cancel=cancel)

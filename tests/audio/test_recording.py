@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from mlx_xformer.audio import recording as audio
+from mlx_xformer.audio import resampling
 from mlx_xformer.audio.recording import Recording
 
 
@@ -36,24 +37,24 @@ def encode(path, x, rate, codec, video=False):
 
 def test_channels():
     x = noise(4)
-    assert audio.convert_channels(x, 4) is x
-    assert (audio.convert_channels(x, 2) == x[:2]).all()
-    assert np.allclose(audio.convert_channels(x, 1), x.mean(0, keepdims=True))
-    assert (audio.convert_channels(x[:1], 3) == np.concatenate([x[:1]] * 3)).all()
+    assert resampling.convert_channels(x, 4) is x
+    assert (resampling.convert_channels(x, 2) == x[:2]).all()
+    assert np.allclose(resampling.convert_channels(x, 1), x.mean(0, keepdims=True))
+    assert (resampling.convert_channels(x[:1], 3) == np.concatenate([x[:1]] * 3)).all()
     with pytest.raises(ValueError, match="audio must be mono or have at least 3 channels, got 2"):
-        audio.convert_channels(x[:2], 3)
+        resampling.convert_channels(x[:2], 3)
 
 
 def test_resampling_keeps_a_tone():
     t48, t44 = np.arange(48000) / 48000, np.arange(44100) / 44100
     tone = np.sin(2 * np.pi * 997 * t48)[None].astype(np.float32)
-    out = audio.resample(tone, 48000, 44100)
+    out = resampling.resample(tone, 48000, 44100)
     assert out.shape == (1, 44100)
     assert np.abs(out[0, 2000:-2000] - np.sin(2 * np.pi * 997 * t44)[2000:-2000]).max() < 1e-4
-    assert audio.resample(tone, 48000, 48000) is tone
+    assert resampling.resample(tone, 48000, 48000) is tone
     for rate in (0, -1, 10**9, 44100.5, float("nan"), "44100"):
         with pytest.raises(ValueError, match=r"to_rate must be a whole number of Hz from 1 to 10000000, got "):
-            audio.resample(tone, 48000, rate)
+            resampling.resample(tone, 48000, rate)
 
 
 def test_reading_what_is_not_audio(tmp_path):
@@ -87,7 +88,7 @@ def test_length_that_the_header_does_not_tell(tmp_path):
     raw[21] &= 0xF0
     raw[22:26] = bytes(4)
     (tmp_path / "piped.flac").write_bytes(raw)
-    assert Recording.of(tmp_path / "piped.flac").samples is None
+    assert Recording.open(tmp_path / "piped.flac").samples is None
     assert (audio.read(tmp_path / "piped.flac")[0] == audio.read(tmp_path / "x.flac")[0]).all()
 
 
@@ -112,7 +113,7 @@ def test_containers(tmp_path, name, codec, video, exact):
     assert error < (2**-14 if exact else np.abs(np.diff(x)).max() / 2), (
         error
     )  # a shift by one sample makes it twice that
-    recording = Recording.of(tmp_path / name)
+    recording = Recording.open(tmp_path / name)
     again = np.concatenate(list(recording.blocks()), axis=1)
     assert (again == back).all() and (np.concatenate(list(recording.blocks()), axis=1) == back).all()
 
@@ -133,25 +134,25 @@ def test_containers_without_sound(tmp_path):
 @pytest.mark.parametrize(("rate", "channels"), [(48000, 2), (22050, 1), (44100, 3)])
 def test_converted_blocks_are_the_whole_conversion(tmp_path, rate, channels):
     x = noise(2, samples=3 * audio.BLOCK + 1001)
-    whole = audio.resample(audio.convert_channels(x[: min(channels, 2)], 2), rate, 44100)
-    recording = Recording.of_array(x[: min(channels, 2)], rate)
-    blocks = list(recording.converted(2, 44100))
+    whole = resampling.resample(resampling.convert_channels(x[: min(channels, 2)], 2), rate, 44100)
+    recording = Recording.from_array(x[: min(channels, 2)], rate)
+    blocks = list(recording.convert_blocks(2, 44100))
     assert {b.shape[1] for b in blocks[:-1]} == {audio.BLOCK} and blocks[0].shape[0] == 2
     assert (np.concatenate(blocks, axis=1) == whole).all()
 
 
-def test_rechunked():
+def test_rechunk():
     x = noise(1, 1000)
     for sizes in ([1000], [1] * 1000, [0, 7, 500, 0, 493], [333, 333, 334]):
         parts = np.split(x, np.cumsum(sizes)[:-1], axis=1)
-        out = list(audio.rechunked(parts, 97))
+        out = list(resampling.rechunk(parts, 97))
         assert [p.shape[1] for p in out] == [97] * 10 + [30] and (np.concatenate(out, axis=1) == x).all()
 
 
-def test_recordings_in(tmp_path):
+def test_list_recordings(tmp_path):
     for name in ("b.wav", "a.M4A", "c.txt", ".hidden.wav", "d.opus"):
         (tmp_path / name).write_text("")
     (tmp_path / "e.wav").mkdir()
-    assert [p.name for p in audio.recordings_in(tmp_path)] == ["a.M4A", "b.wav", "d.opus"]
+    assert [p.name for p in audio.list_recordings(tmp_path)] == ["a.M4A", "b.wav", "d.opus"]
     with pytest.raises(ValueError, match=r"e\.wav holds no recordings"):
-        audio.recordings_in(tmp_path / "e.wav")
+        audio.list_recordings(tmp_path / "e.wav")

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from support.harness import draw
 from support.models import options
 
-from mlx_xformer.audio import recording
+from mlx_xformer.audio import recording, resample
 from mlx_xformer.audio.encode import quantize
 from mlx_xformer.cli import main
 from mlx_xformer.models.htdemucs import HTDemucs, HTDemucsConfig
@@ -328,7 +328,7 @@ def test_rate_keep(checkpoint, tmp_path):
             path = tmp_path / "out" / "tiny" / str(rate) / f"{stem}.wav"
             assert stream_of(path)[:2] == (rate, 2)
             written, _ = soundfile.read(path, dtype="float32")
-            whole = recording.resample(x, RATE, rate)[:, :samples]
+            whole = resample(x, RATE, rate)[:, :samples]
             assert len(written) == samples and (whole == written[: whole.shape[1]].T).all()
             assert not written[whole.shape[1] :].any() and samples - whole.shape[1] <= -(-rate // RATE)
 

@@ -17,7 +17,8 @@ from support.oracle import Oracle
 from mlx_xformer.converters.families.htdemucs import rules
 from mlx_xformer.converters.rules import apply_rules
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
-from mlx_xformer.separation.segments import Options, apply_model
+from mlx_xformer.separation.options import Options
+from mlx_xformer.separation.segments import apply_model
 from mlx_xformer.separation.separator import separate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))

@@ -17,7 +17,8 @@ from mlx_xformer.audio import recording
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.models.families import load_model
 from mlx_xformer.pretrained.loading import load
-from mlx_xformer.separation.segments import Options, apply_model
+from mlx_xformer.separation.options import Options
+from mlx_xformer.separation.segments import apply_model
 from mlx_xformer.separation.separator import separate
 
 pytestmark = pytest.mark.real

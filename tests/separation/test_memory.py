@@ -22,7 +22,8 @@ from mlx_xformer.audio.encode import quantize
 from mlx_xformer.audio.recording import Recording, read
 from mlx_xformer.models.htdemucs import HTDemucs
 from mlx_xformer.pretrained.loading import load
-from mlx_xformer.separation.separator import Separator, _Separation
+from mlx_xformer.separation.run import Run
+from mlx_xformer.separation.separator import Separator
 from mlx_xformer.separation.stems import Output
 
 HOUR_RATE = 4001  # Hz: an hour of two stems takes 230 MB as floats, its recording 115
@@ -245,7 +246,7 @@ def test_rates_and_clipping_agree_with_an_unstreamed_run(on_cpu, models, tmp_pat
 
 def stems_of(separator, recording):
     return np.concatenate(
-        [np.array(part) for part in _Separation(separator, recording, None, None).stretches()], axis=-1
+        [np.array(part) for part in Run(separator.model, separator.options, recording, None, None).blocks()], axis=-1
     )
 
 
@@ -254,11 +255,11 @@ def stems_of(separator, recording):
 def test_blocks_of_any_size_give_the_same_bits(models, song, size, rate):
     separator = Separator(models["one"], shifts=1)
     audio, _ = read(song)
-    whole = Recording.of_array(audio, rate)
+    whole = Recording.from_array(audio, rate)
     starts = range(0, audio.shape[1], size)
     other = dataclasses.replace(whole, blocks=lambda: (audio[:, at : at + size] for at in starts))
     assert (stems_of(separator, whole) == stems_of(separator, other)).all()
-    assert (np.concatenate(list(other.converted(2, rate)), axis=1) == audio).all()
+    assert (np.concatenate(list(other.convert_blocks(2, rate)), axis=1) == audio).all()
 
 
 def test_a_recordings_format_does_not_matter(models, tmp_path):
@@ -275,7 +276,7 @@ def test_a_recordings_format_does_not_matter(models, tmp_path):
             frame.sample_rate, frame.pts = RATE, start_
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert Recording.of(songs[2]).samples is None
+    assert Recording.open(songs[2]).samples is None
     separator = Separator(models["one"], shifts=1)
     first, *others = (written(separator.separate_file(song, tmp_path / "out", PLAIN)) for song in songs)
     assert first.shape == (3, 2, 70001) and all((other == first).all() for other in others)

@@ -130,7 +130,7 @@ def test_windows_are_the_track_with_margins(tmp_path):
     seconds, margin = 2 * STRETCH + 0.05, round(MARGIN * 8000)
     mix, stems = tones(seconds, rate=8000)
     paths = save(tmp_path, mix, stems, rate=8000, mix_rate=8000)
-    tracks = Tracks(Recording.of(paths[0]), {name: Recording.of(path) for name, path in paths[1].items()})
+    tracks = Tracks(Recording.open(paths[0]), {name: Recording.open(path) for name, path in paths[1].items()})
     padded = np.pad(mix, ((0, 0), (margin, 2 * margin)))
     windows = list(tracks.windows())
     assert [w.shape[2] for w in windows] == [80000 + 2 * margin] * 2 + [400 + 2 * margin]

@@ -13,7 +13,8 @@ from support.models import options
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 from mlx_xformer.reference import separation as twin
 from mlx_xformer.reference.models.htdemucs.model import htdemucs as twin_model
-from mlx_xformer.separation.segments import padded_segment, transition_weight
+from mlx_xformer.separation.options import transition_weight
+from mlx_xformer.separation.segments import read_segment
 from mlx_xformer.separation.separator import separate
 from mlx_xformer.separation.track import Track
 
@@ -230,8 +231,8 @@ def test_time_only():
 def test_real_audio_beside_a_short_segment():
     """The last, short segment is filled with the audio before it, as far as there is some."""
     track = Track([np.arange(20, dtype=np.float32)[None]], 1, 20)
-    assert np.array(padded_segment(track, 16, 4, 10)).tolist() == [[13, 14, 15, 16, 17, 18, 19, 0, 0, 0]]
-    assert np.array(padded_segment(track, 0, 20, 25)).tolist() == [[0, 0, *range(20), 0, 0, 0]]
+    assert np.array(read_segment(track, 16, 4, 10)).tolist() == [[13, 14, 15, 16, 17, 18, 19, 0, 0, 0]]
+    assert np.array(read_segment(track, 0, 20, 25)).tolist() == [[0, 0, *range(20), 0, 0, 0]]
 
 
 def test_transition_weight():

@@ -1,6 +1,5 @@
 """Stems' files, read back with other readers; clipping, faults."""
 
-
 import av
 import numpy as np
 import pytest

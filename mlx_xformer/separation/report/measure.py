@@ -12,7 +12,8 @@ from itertools import chain, repeat
 
 import numpy as np
 
-from ...audio.recording import BLOCK, Recording, rechunked
+from ...audio.recording import BLOCK, Recording
+from ...audio.resampling import rechunk
 
 STRETCH = 10  # seconds that are read at a time
 MARGIN = 0.1  # seconds of its neighbours that a window holds, so that a codec's edges are never heard
@@ -66,9 +67,9 @@ class Tracks:
     def _stretches(self, recording: Recording) -> Iterator[np.ndarray]:
         """(C, n) in turn; a recording that ends early goes on in silence, one that is longer is cut."""
         silence = np.zeros((self.channels, BLOCK), np.float32)
-        endless = chain(recording.converted(self.channels, self.rate), repeat(silence))
+        endless = chain(recording.convert_blocks(self.channels, self.rate), repeat(silence))
         left = self.samples
-        for block in rechunked(endless, STRETCH * self.rate):
+        for block in rechunk(endless, STRETCH * self.rate):
             yield block[:, :left]
             left -= STRETCH * self.rate
             if left <= 0:

@@ -25,8 +25,8 @@ from typing import IO
 import numpy as np
 import soxr
 
-from ...audio.encode import encode_mp3
-from ...audio.recording import Recording, convert_channels
+from ...audio.recording import Recording
+from ...audio.resampling import convert_channels
 from .measure import BANDS, HIGHEST, LOWEST, MARGIN, STRETCH, Measure, Tracks
 
 _LONG = 15 * 60  # seconds
@@ -71,7 +71,7 @@ def write_report(
     that differ, are empty or not finite; OSError where the page cannot be written.
     """
     path = Path(path)
-    tracks = Tracks(Recording.of(mix), {name: Recording.of(stem) for name, stem in stems.items()})
+    tracks = Tracks(Recording.open(mix), {name: Recording.open(stem) for name, stem in stems.items()})
     measures = [Measure(tracks.rate, tracks.channels, tracks.samples) for _ in tracks.names]
     for audio in tracks.stretches():
         for measure, one in zip(measures, audio, strict=True):
