@@ -2,7 +2,7 @@
 
 from .generation import Token, batch_generate, generate
 from .prompt_cache import load_prompt, reuse, save_prompt
-from .samplers import greedy, make_sampler, suppressing
+from .samplers import greedy, make_sampler, suppress_tokens
 from .sentences import SentenceEncoder
 from .tokenizer import Tokenizer
 
@@ -17,5 +17,5 @@ __all__ = [
     "make_sampler",
     "reuse",
     "save_prompt",
-    "suppressing",
+    "suppress_tokens",
 ]

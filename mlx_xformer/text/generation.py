@@ -1,8 +1,9 @@
 """Text generation, from one prompt or from several of any lengths.
 
-What is generated is a function of model, prompt, sampler and kind of cache: a window or packed caches change the text.
-Chunks of the prompt, what a cache holds of it already and draft models change the time that it takes, and no more than
-how sums are rounded; so do batches, but a sampler that draws gives a row of a batch other tokens than its prompt alone.
+The generated text depends on the model, the prompt, the sampler and the kind of cache (its window and its bits).
+How the prompt is divided into chunks, what a prompt cache already holds of it, and draft models change the time, but
+not the text, except for the rounding of sums. The same holds for batches with a deterministic sampler; a sampler that
+draws random numbers gives a row of a batch other tokens than the same prompt alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 class Token:
     """A generated token.
 
-    text: by how much the text has grown for certain: a character may take several tokens, and what may begin a stop
-    string waits. logprob: where asked for. finish: on the last, "eos", "stop" or "length".
+    Args:
+        id: the token.
+        text: the text to append after this token. It is empty while a character is incomplete, and text that may be
+            the beginning of a stop string is held back.
+        logprob: the natural logarithm of the token's probability, if requested.
+        finish: why the text ends, on the last token: "eos", "stop" or "length"; None on all others.
     """
 
     id: int
@@ -52,29 +57,45 @@ def generate(
     logprobs: bool = False,
     progress: Progress | None = None,
 ) -> Generator[Token, None, None]:
-    """The tokens that follow `prompt`, `max_tokens` at most, or as many as caches of a fixed capacity have room for.
+    """Generates the tokens that follow a prompt.
 
-    tokenizer: for texts, stop strings and, unless given, eos. stop: strings that end the text, which ends before them.
-    caches: from model.make_caches, empty or holding the first tokens of the prompt already. Whenever a token is yielded
-    they hold the first caches[0].length tokens of the prompt and what was yielded. prefill: how many tokens of the
-    prompt at a time. draft: a smaller model of the same vocabulary, which guesses `ahead` tokens that the model then
-    checks at once; the tokens stay the same. Caches with a window need a slack of `ahead` for that, draft_caches of a
-    fixed capacity room for all that comes. progress(done, total): told after each chunk how many tokens have been read
-    of those that the caches lacked; after the first token it is told anew of the draft model's reading. ValueError,
-    before anything is computed, for what cannot be.
+    Args:
+        model: a language model, or an encoder-decoder that is bound to its source (see `conditioned`).
+        prompt: the tokens of the prompt, at least one.
+        max_tokens: the most tokens to generate. Caches with a capacity may limit them further.
+        sampler: a function of the logits (B, V) and the tokens so far (B, n) that returns the next tokens (B,).
+        tokenizer: needed for the text of tokens and for `stop`. It also provides the default of `eos`.
+        eos: tokens that end the text.
+        stop: strings that end the text; they are not part of it.
+        caches: from `model.make_caches`, empty or holding the first tokens of the prompt. Whenever a token is yielded,
+            they hold the first `caches[0].length` tokens of the prompt and of what was yielded. By default new ones.
+        prefill: how many tokens of the prompt are read at a time.
+        draft: a smaller model with the same vocabulary, for speculative decoding: it proposes `ahead` tokens, which the
+            model checks in one step. The generated tokens stay the same.
+        draft_caches: the caches of `draft`. With a window, they and `caches` need a slack of `ahead`.
+        ahead: how many tokens `draft` proposes at a time.
+        logprobs: whether to return the logarithm of each token's probability.
+        progress: called as progress(done, total) after each chunk of the prompt, with the number of tokens that were
+            read and that had to be read. With `draft`, it is called again while the draft model reads the prompt.
+
+    Yields:
+        A `Token` for each generated token.
+
+    Raises:
+        ValueError: before anything is computed, if an argument is out of range or does not fit another one.
     """
     _check_sizes(max_tokens=max_tokens, prefill=prefill, ahead=ahead)
     _check_prompt(model, prompt)
     slack = 0 if draft is None else ahead
-    caches = _checked("caches", model, caches, slack)
-    limit = min(max_tokens, _room(caches, prompt))
+    caches = _check_caches("caches", model, caches, slack)
+    limit = min(max_tokens, _count_room(caches, prompt))
     reader = _Reader(prompt, tokenizer, eos, stop, limit)
     settings = Settings(sampler, limit, prefill, ahead, logprobs, progress)
     if draft is None:
         return _read(one_by_one(model, caches, prompt, settings), reader)
-    draft_caches = _checked("draft_caches", draft, draft_caches, slack)
+    draft_caches = _check_caches("draft_caches", draft, draft_caches, slack)
     _check_draft(model, draft, [*caches, *draft_caches], ahead)
-    _check_draft_room(draft_caches, len(prompt), limit)
+    _check_draft_count_room(draft_caches, len(prompt), limit)
     return _read(with_draft(model, caches, draft, draft_caches, prompt, settings), reader)
 
 
@@ -102,11 +123,31 @@ def batch_generate(
     bits: int | None = None,
     capacity: int | None = None,
 ) -> list[list[int]]:
-    """What follows each of several prompts of any lengths: the tokens that generate yields for it, computed together.
+    """Generates the tokens that follow each of several prompts of any lengths, all rows computed together.
 
-    A row that has ended is dropped. A sampler that draws gives a row of a batch other tokens than a prompt alone.
-    window, keep, bits, capacity: of the caches, see make_caches(). Padding takes room as well: every row gets
-    as many tokens as a capacity leaves the longest prompt, a shorter one fewer than generate would give it.
+    A row that has ended is removed from the batch. A sampler that draws random numbers gives a row other tokens than
+    `generate` gives the prompt alone.
+
+    Args:
+        model: a language model, or an encoder-decoder that is bound to its sources (see `conditioned`).
+        prompts: the tokens of each prompt.
+        max_tokens: the most tokens to generate for a prompt.
+        sampler: a function of the logits (B, V) and the tokens so far (B, n) that returns the next tokens (B,).
+        tokenizer: needed for `stop`. It also provides the default of `eos`.
+        eos: tokens that end a text.
+        stop: strings that end a text.
+        prefill: how many tokens of the prompts are read at a time.
+        window: how many of the last positions the caches hold; by default all.
+        keep: how many of the first positions they hold besides a window.
+        bits: 8 or 4 for quantized caches; by default they hold the model's dtype.
+        capacity: the most positions that a cache can hold. Shorter prompts are padded, which takes positions too: every
+            row gets as many tokens as the capacity leaves to the longest prompt.
+
+    Returns:
+        The generated tokens of each prompt.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
     _check_sizes(max_tokens=max_tokens, prefill=prefill)
     for prompt in prompts:
@@ -116,7 +157,7 @@ def batch_generate(
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     caches = model.make_caches(window=window, keep=keep, bits=bits, capacity=capacity, padding=padding)
-    limit = min(max_tokens, _room(caches, range(longest)))
+    limit = min(max_tokens, _count_room(caches, range(longest)))
     readers = [_Reader(prompt, tokenizer, eos, stop, limit) for prompt in prompts]
     out: list[list[int]] = [[] for _ in prompts]
 
@@ -129,7 +170,7 @@ def batch_generate(
 
 
 class _Reader:
-    """Says after every token what text is certain, and whether it was the last."""
+    """Turns the tokens of one text into text, and decides when it ends."""
 
     def __init__(
         self,
@@ -145,10 +186,11 @@ class _Reader:
             raise ValueError(f"stop must come with a tokenizer, got {stop!r} alone")
         self._stream = None if tokenizer is None else TextStream(tokenizer, prompt)
         self._ends = frozenset(eos if eos is not None else tokenizer.eos if tokenizer is not None else ())
-        self._stop, self._left, self._held = tuple(stop), limit, ""
+        self._stop, self._left = tuple(stop), limit
+        self._held = ""  # text that may be the beginning of a stop string
 
     def read(self, token: int) -> tuple[str, str | None]:
-        """(text, finish) of the next token, see Token."""
+        """Returns (text, finish) of the next token, see Token."""
         self._left -= 1
         finish = "eos" if token in self._ends else None if self._left else "length"
         if self._stream is None:
@@ -161,13 +203,13 @@ class _Reader:
             return text[: min(found)], "stop"
         certain = len(text)
         if not finish:
-            certain -= max((_begun(text, string) for string in self._stop), default=0)
+            certain -= max((_count_begun(text, string) for string in self._stop), default=0)
         self._held = text[certain:]
         return text[:certain], finish
 
 
-def _begun(text: str, string: str) -> int:
-    """How many characters at the end of a text may be the beginning of a string."""
+def _count_begun(text: str, string: str) -> int:
+    """How many characters at the end of a text are the beginning of a string."""
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
 
 
@@ -178,7 +220,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _check_prompt(model: CausalLM, prompt: Sequence[int]) -> None:
-    """ValueError for no tokens, or one outside the vocabulary: MLX reads beyond a table without an error."""
+    """Checks that a prompt is in the vocabulary: MLX does not check indices."""
     if not len(prompt):
         raise ValueError("prompt must hold at least one token, got none")
     size = model.config.vocab_size
@@ -187,22 +229,22 @@ def _check_prompt(model: CausalLM, prompt: Sequence[int]) -> None:
         raise ValueError(f"prompt must hold tokens from 0 to {size - 1}, got {wrong[0]}")
 
 
-def _checked(name: str, model: CausalLM, caches: list[KVCache] | None, slack: int) -> list[KVCache]:
-    """These caches, or new ones, if they can take one prompt."""
+def _check_caches(name: str, model: CausalLM, caches: list[KVCache] | None, slack: int) -> list[KVCache]:
+    """Checks that caches can hold one prompt; returns them, or new ones for None."""
     fresh = model.make_caches(slack=slack)
     if caches is None:
         return fresh
     if len(caches) != len(fresh):
-        raise ValueError(f"{name} must be one a layer, {len(fresh)}, got {len(caches)}")
+        raise ValueError(f"{name} must have one cache for each of {len(fresh)} layers, got {len(caches)}")
     lengths = [cache.length for cache in caches]
     if min(lengths) < max(lengths):
-        raise ValueError(f"{name} must all hold as many tokens, got {min(lengths)} to {max(lengths)}")
+        raise ValueError(f"{name} must all hold the same number of tokens, got {min(lengths)} to {max(lengths)}")
     for cache in caches:
         if any(cache.padding or ()):
-            raise ValueError(f"{name} must be of one row without padding, got padding {list(cache.padding or ())}")
+            raise ValueError(f"{name} must have one row without padding, got padding {list(cache.padding or ())}")
         rows = max([len(cache.padding or (0,)), *(array.shape[0] for array in cache.arrays)])
         if rows > 1:
-            raise ValueError(f"{name} must be of one row, got {rows}")
+            raise ValueError(f"{name} must have one row, got {rows}")
     return caches
 
 
@@ -212,22 +254,24 @@ def _check_draft(model: CausalLM, draft: CausalLM, caches: Sequence[KVCache], ah
         raise ValueError(f"draft must have the vocabulary of the model, {sizes[0]} tokens, got {sizes[1]}")
     slack = min((cache.slack for cache in caches if cache.window is not None), default=ahead)
     if slack < ahead:
-        raise ValueError(f"caches must have a slack of {ahead}, as many tokens as a draft model guesses, got {slack}")
+        raise ValueError(
+            f"caches must have a slack of {ahead}, the number of tokens that a draft model proposes, got {slack}"
+        )
 
 
-def _check_draft_room(caches: Sequence[KVCache], size: int, limit: int) -> None:
-    """Whether the caches of a draft model can take a prompt of `size` tokens and what it guesses of `limit` more."""
+def _check_draft_count_room(caches: Sequence[KVCache], size: int, limit: int) -> None:
+    """Checks that the caches of a draft model can hold a prompt of `size` tokens and what it reads of `limit` more."""
     held = caches[0].length
     if held > size:
         raise ValueError(f"draft_caches must hold no more than the prompt, {size} tokens, got {held}")
-    needed = size + limit - 2 if limit > 2 else 0  # the last two tokens are not guessed from
+    needed = size + limit - 2 if limit > 2 else 0  # the draft model does not read the last two tokens
     capacity = min((cache.capacity for cache in caches if cache.capacity is not None), default=needed)
     if capacity < needed:
         raise ValueError(f"draft_caches must have a capacity of at least {needed}, got {capacity}")
 
 
-def _room(caches: Sequence[KVCache], prompt: Sequence[int]) -> int:
-    """How many tokens can follow a prompt."""
+def _count_room(caches: Sequence[KVCache], prompt: Sequence[int]) -> int:
+    """How many tokens caches with a capacity leave after a prompt."""
     held, size = caches[0].length, len(prompt)
     if held >= size:
         raise ValueError(f"prompt must be longer than what the caches hold, {held} tokens, got {size}")

@@ -1,8 +1,8 @@
-"""Samplers: plain functions of logits (B, V) and history (B, n) to tokens (B,).
+"""Samplers: functions that choose the next tokens (B,) from logits (B, V) and a history (B, n).
 
-history holds the tokens that each row has read and written so far, -1 where it is padded. A sampler keeps no state: its
-random numbers come from the seed and the position n, so that a seed gives one text however it is computed: in chunks,
-from a prompt cache, with a draft model. Any function of this form will do, such as `greedy`.
+The history holds all tokens of a row so far, prompt and generated, and -1 for padding. A sampler has no state: its
+random numbers depend on the seed and the position n only, so that a seed gives the same text whether it is computed in
+chunks, from a prompt cache or with a draft model. Any function of this form is a sampler.
 
 Axes: B batch, V vocabulary, n tokens so far.
 """
@@ -15,11 +15,19 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 Sampler = Callable[[mx.array, mx.array], mx.array]
-_TINY = 2.0**-126
+_TINY = 2.0**-126  # the smallest normal float32
 
 
 def greedy(logits: mx.array, history: mx.array) -> mx.array:
-    """The most likely token; of several, the first."""
+    """Chooses the most likely token; of equally likely ones, the first.
+
+    Args:
+        logits: (B, V).
+        history: (B, n), not used.
+
+    Returns:
+        The tokens, (B,).
+    """
     return mx.argmax(logits, axis=-1)
 
 
@@ -32,11 +40,23 @@ def make_sampler(
     repetition_penalty: float | None = None,
     seed: int = 0,
 ) -> Sampler:
-    """A sampler that takes its steps in the order of Hugging Face's: the penalty, the temperature, top_k, top_p, min_p.
+    """Makes a sampler that draws from the most likely tokens.
 
-    temperature 0 is greedy, and then the three filters and the seed are of no use: ValueError for a filter. top_k: as
-    many tokens, and those equal to the last of them. top_p: the fewest whose probability is top_p or more. min_p:
-    those at least min_p times as probable as the first. repetition_penalty: see penalize. seed: 32 bits.
+    It applies, in the order of Hugging Face, the repetition penalty, the temperature, top_k, top_p and min_p.
+
+    Args:
+        temperature: divides the logits; 0 chooses the most likely token (greedy).
+        top_k: draws from the top_k most likely tokens, and those as likely as the last of them.
+        top_p: draws from the fewest likely tokens whose probabilities add up to top_p or more.
+        min_p: draws from the tokens at least min_p times as likely as the most likely one.
+        repetition_penalty: makes tokens of the history less likely if above 1, see `penalize`.
+        seed: of the random numbers, below 2**32.
+
+    Returns:
+        A function of logits (B, V) and history (B, n) that returns tokens (B,).
+
+    Raises:
+        ValueError: if an argument is out of range, or if top_k, top_p or min_p is given with temperature 0.
     """
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     if not 0 <= temperature < math.inf:
@@ -64,7 +84,7 @@ def make_sampler(
         if temperature == 0:
             return mx.argmax(logits, axis=-1)
         logits = logits.astype(mx.float32)
-        # From 0 down they can overflow to -inf only, and the likeliest stays; _TINY is the least normal float32.
+        # With the maximum at 0, dividing by a small temperature overflows to -inf only.
         logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / max(temperature, _TINY)
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
@@ -77,25 +97,35 @@ def make_sampler(
     return sample
 
 
-def suppressing(sampler: Sampler, tokens: Sequence[int], *, first: Sequence[int] = (), prompt: int = 0) -> Sampler:
-    """`sampler` without these tokens and, for the token that follows a prompt of so many, without those of `first`."""
-    at_all, at_first = (mx.array(sorted(set(some)), mx.int32) for some in (tokens, [*tokens, *first]))
+def suppress_tokens(sampler: Sampler, tokens: Sequence[int], *, first: Sequence[int] = (), prompt: int = 0) -> Sampler:
+    """Makes a sampler that never chooses certain tokens.
+
+    Args:
+        sampler: the sampler that chooses among the others.
+        tokens: never chosen. Tokens outside the vocabulary are ignored.
+        first: not chosen directly after the prompt either.
+        prompt: the number of tokens of the prompt.
+
+    Returns:
+        A function of logits (B, V) and history (B, n) that returns tokens (B,).
+    """
+    always, at_first = (mx.array(sorted(set(some)), mx.int32) for some in (tokens, [*tokens, *first]))
 
     def sample(logits: mx.array, history: mx.array) -> mx.array:
-        away = at_first if history.shape[1] == prompt else at_all
-        if not away.size:
+        hidden = at_first if history.shape[1] == prompt else always
+        if not hidden.size:
             return sampler(logits, history)
         rows, size = logits.shape
-        # Numbers of other vocabularies go to a column of their own: MLX writes beyond the end without a word.
-        index = mx.broadcast_to(mx.where((away < 0) | (away >= size), size, away), (rows, away.size))
-        hidden = mx.put_along_axis(mx.zeros((rows, size + 1), mx.bool_), index, mx.array(True), axis=-1)[:, :size]
-        return sampler(mx.where(hidden, -mx.inf, logits), history)
+        # Tokens outside the vocabulary go to an extra column, as MLX does not check indices.
+        index = mx.broadcast_to(mx.where((hidden < 0) | (hidden >= size), size, hidden), (rows, hidden.size))
+        mask = mx.put_along_axis(mx.zeros((rows, size + 1), mx.bool_), index, mx.array(True), axis=-1)[:, :size]
+        return sampler(mx.where(mask, -mx.inf, logits), history)
 
     return sample
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
-    """-inf for all but the k largest of each row, and those equal to the smallest of them."""
+    """Sets all logits (B, V) to -inf except the k largest of each row and those equal to the smallest of these."""
     if k >= logits.shape[-1]:
         return logits
     least = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
@@ -103,10 +133,8 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
 
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """Keeps the fewest most likely tokens of each row whose probabilities add up to p or more; -inf for the others.
-
-    Tokens as likely as the last of them are kept too (Holtzman et al. 2020, arXiv 1904.09751).
-    """
+    """Sets all logits (B, V) to -inf except the fewest largest of each row whose probabilities add up to p or more, and
+    those equal to the smallest of these (Holtzman et al. 2020, arXiv 1904.09751)."""
     if p == 1:
         return logits
     ordered = -mx.sort(-logits, axis=-1)
@@ -118,18 +146,14 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
 
 
 def keep_min_p(logits: mx.array, p: float) -> mx.array:
-    """Keeps tokens at least p times as likely as the most likely one of their row; -inf for the others.
-
-    Source: Nguyen et al. 2025, arXiv 2407.01082.
-    """
+    """Sets logits (B, V) to -inf where a token is less than p times as likely as the most likely one of its row (Nguyen
+    et al. 2025, arXiv 2407.01082)."""
     return mx.where(logits < mx.max(logits, axis=-1, keepdims=True) + math.log(p), -mx.inf, logits)
 
 
 def penalize(logits: mx.array, history: mx.array, penalty: float) -> mx.array:
-    """Divides the logits of tokens in the history by `penalty` where positive, and multiplies them where negative.
-
-    history: (B, n), -1 for padding. Source: Keskar et al. 2019, arXiv 1909.05858.
-    """
+    """Divides positive logits (B, V) of tokens in the history (B, n) by `penalty`, and multiplies negative ones by it
+    (Keskar et al. 2019, arXiv 1909.05858). The history is -1 for padding."""
     rows, size = logits.shape
     index = mx.where(history < 0, size, history)
     seen = mx.put_along_axis(mx.zeros((rows, size + 1), mx.bool_), index, mx.array(True), axis=-1)[:, :size]

@@ -1,7 +1,7 @@
-"""Vectors of sentences: a BERT and its tokenizer, the mean over the tokens of each sentence, to length 1.
+"""Sentence vectors: the mean of a BERT's hidden states over the tokens of each sentence, normalized to length 1.
 
-Source: Reimers and Gurevych 2019, arXiv 1908.10084; what a folder of sentence-transformers says beside the model is
-followed where it is there. Axes: N sentences, B of them at a time, L tokens, E embed_dim.
+Source: Reimers and Gurevych 2019, arXiv 1908.10084. The settings of a sentence-transformers folder are followed.
+Axes: N sentences, B sentences of a batch, L tokens, E embed_dim.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ _KNOWN = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 
 
 class SentenceEncoder:
-    """Sentences to vectors whose products are cosines. Takes what load() takes: a BERT with its tokenizer.
+    """Converts sentences to vectors whose dot products are cosines.
 
-    longest: tokens of a sentence that count, as many as the model has positions or the folder says. ValueError or
-    OSError, in one line, for another model, or for one whose vectors are made in another way.
+    Args:
+        path_or_name: a BERT with its tokenizer: a folder or a name on the hub, see `load`.
+
+    Attributes:
+        model: the BERT.
+        tokenizer: its tokenizer.
+        max_length: the most tokens of a sentence; longer ones are truncated.
+
+    Raises:
+        ValueError: if the model is not a BERT, or if its vectors are not means over tokens.
+        OSError: if it cannot be read.
     """
 
     def __init__(self, path_or_name: str | Path):
@@ -38,17 +47,29 @@ class SentenceEncoder:
             raise ValueError(f"{path_or_name}: vectors of sentences need a BERT, got a {type(model).__name__}")
         self.model, self.tokenizer = model, Tokenizer(folder)
         self._normalizes = _has_norm(folder)
-        self.longest = min(model.config.max_positions, _longest(folder) or model.config.max_positions)
+        self.max_length = min(model.config.max_positions, _read_max_length(folder) or model.config.max_positions)
 
     def encode(
         self, sentences: Sequence[str], *, batch: int = 32, progress: Callable[[int, int], None] | None = None
     ) -> mx.array:
-        """(N, E) float32. batch: sentences at a time, of like lengths. progress(done, N) is told after each."""
+        """Converts sentences to vectors.
+
+        Args:
+            sentences: N texts.
+            batch: how many sentences, of similar lengths, run at once.
+            progress: called as progress(done, N) after each batch.
+
+        Returns:
+            (N, E) float32, in the order of the sentences.
+
+        Raises:
+            ValueError: if `sentences` is a single text, or if `batch` is below 1.
+        """
         if isinstance(sentences, str):
             raise ValueError(f"sentences must be a sequence of texts, got one text, {sentences!r:.80}")
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        ids = self.tokenizer.encode_all(sentences, longest=self.longest)
+        ids = self.tokenizer.encode_all(sentences, max_length=self.max_length)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         parts = []
         for start in range(0, len(order), batch):
@@ -61,7 +82,7 @@ class SentenceEncoder:
         return mx.concatenate(parts)[mx.array(np.argsort(order))]
 
     def _vectors(self, ids: Sequence[Sequence[int]]) -> mx.array:
-        """Of the tokens of sentences, padded to the longest, (B, E)."""
+        """The vectors (B, E) of the tokens of sentences, which are padded to the same length."""
         lengths = np.array([len(row) for row in ids])
         L = max(int(lengths.max()), 1)
         tokens = mx.array([[*row, *[0] * (L - len(row))] for row in ids], mx.int32)
@@ -71,7 +92,7 @@ class SentenceEncoder:
 
 
 def _has_norm(folder: Path) -> bool:
-    """Whether vectors become of length 1. ValueError for steps that we do not have."""
+    """Whether vectors are normalized. ValueError if they are made in steps that are not supported."""
     if (folder / _MODULES).is_file():
         modules = _read(folder / _MODULES, list)
         names = [str(one.get("type") if isinstance(one, dict) else one).rpartition(".")[2] for one in modules]
@@ -84,26 +105,26 @@ def _has_norm(folder: Path) -> bool:
         pooling = _read(folder / _POOLING, dict)
         modes = {key for key, value in pooling.items() if key.startswith("pooling_mode_") and value}
         if modes != {"pooling_mode_mean_tokens"} and pooling.get("pooling_mode") != "mean":
-            told = ", ".join(sorted(modes)) or pooling.get("pooling_mode")
-            raise ValueError(f"{folder / _POOLING}: the pooling must be pooling_mode_mean_tokens, got {told!s:.80}")
+            found = ", ".join(sorted(modes)) or pooling.get("pooling_mode")
+            raise ValueError(f"{folder / _POOLING}: the pooling must be pooling_mode_mean_tokens, got {found!s:.80}")
     return "Normalize" in names
 
 
-def _longest(folder: Path) -> int | None:
-    """Tokens of a sentence, if the folder says how many."""
+def _read_max_length(folder: Path) -> int | None:
+    """The most tokens of a sentence, if the folder has a setting for it."""
     if not (folder / _TEXTS).is_file():
         return None
-    told = _read(folder / _TEXTS, dict)
-    if told.get("do_lower_case"):
-        raise ValueError(f"{folder / _TEXTS}: do_lower_case must be false, as tokenizers do it, got true")
-    longest = told.get("max_seq_length")
-    if longest is not None and (type(longest) is not int or longest < 1):
-        raise ValueError(f"{folder / _TEXTS}: max_seq_length must be a whole number from 1, got {longest!r:.80}")
-    return longest
+    settings = _read(folder / _TEXTS, dict)
+    if settings.get("do_lower_case"):
+        raise ValueError(f"{folder / _TEXTS}: do_lower_case must be false, got true: the tokenizer does this")
+    length = settings.get("max_seq_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise ValueError(f"{folder / _TEXTS}: max_seq_length must be a whole number from 1, got {length!r:.80}")
+    return length
 
 
 def _read(path: Path, kind: type) -> Any:
-    """A file of JSON that is an object or a list."""
+    """Reads a JSON file that must be an object or a list."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Text to tokens and back, by a checkpoint folder's tokenizer.json; text as it grows; chat templates."""
+"""Tokenizers of checkpoint folders (tokenizer.json), chat templates, and text from tokens that come one by one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import Any
 
 from tokenizers import Tokenizer as _Library
 
-_HELD = 8  # tokens that may wait for the rest of a character: four bytes, and what normalisers put around them
+_MAX_HELD = 8  # tokens of an incomplete character: four bytes, and what normalisers add to them
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    bos, eos: the token that begins a text, if any, and those that end one, from generation_config.json, config.json and
-    tokenizer_config.json. FileNotFoundError or ValueError, in one line, for a folder without, or with a broken one.
+    Args:
+        folder: a folder with tokenizer.json.
+
+    Attributes:
+        bos: the token that begins a text, or None.
+        eos: the tokens that end a text, from generation_config.json, config.json and tokenizer_config.json.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.json.
+        ValueError: if a file cannot be read.
     """
 
     def __init__(self, folder: str | Path):
@@ -34,19 +42,21 @@ class Tokenizer:
         self.folder = folder
         self._config = _read(folder / "tokenizer_config.json")
         self.bos = self._id(self._special("bos_token"))
-        self.eos = self._ends()
+        self.eos = self._find_eos()
         self._adds_bos = self._config.get("add_bos_token") is True and self.bos is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of a text.
+        """Converts a text to tokens.
 
         Args:
-            text: The text.
-            special: Whether to add the tokens that the tokenizer puts around every text; not for a text that holds them
-                already, such as one from a chat template.
+            text: the text.
+            special: whether to add the special tokens that begin and end a text. A chat template's text has them.
+
+        Returns:
+            The tokens.
 
         Raises:
-            ValueError: The text holds surrogates, which cannot be encoded.
+            ValueError: if the text is not valid Unicode.
         """
         try:
             text.encode()
@@ -58,29 +68,46 @@ class Tokenizer:
             ids.insert(0, self.bos)
         return ids
 
-    def encode_all(self, texts: Sequence[str], *, longest: int) -> list[list[int]]:
-        """The tokens of each text, at most `longest`.
+    def encode_all(self, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
+        """Converts several texts to tokens.
 
-        A longer text is cut, and keeps the tokens that the tokenizer puts around every text.
+        Args:
+            texts: the texts.
+            max_length: the most tokens of a text, special ones included. Longer texts are truncated at the end.
+
+        Returns:
+            The tokens of each text.
+
+        Raises:
+            ValueError: if a text is not valid Unicode, or if the special tokens alone exceed `max_length`.
         """
-        around = self._library.num_special_tokens_to_add(is_pair=False)
-        if longest <= around:
-            raise ValueError(f"longest must be more than the {around} tokens around every text, got {longest}")
-        self._library.enable_truncation(longest)
+        special = self._library.num_special_tokens_to_add(is_pair=False)
+        if max_length <= special:
+            raise ValueError(
+                f"max_length must be more than the {special} special tokens of every text, got {max_length}"
+            )
+        self._library.enable_truncation(max_length)
         try:
-            return [self.encode(text)[:longest] for text in texts]
+            return [self.encode(text)[:max_length] for text in texts]
         finally:
             self._library.no_truncation()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones. What is not whole UTF-8 becomes U+FFFD."""
+        """Converts tokens to text, without special tokens. Incomplete UTF-8 becomes U+FFFD."""
         return self._library.decode(list(ids), skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
-        """The text of a conversation by the model's own template, ready for the assistant's answer if `answer`.
+        """Applies the model's chat template to a conversation.
 
-        messages: {"role": "system", "user" or "assistant", "content": text}. ValueError where there is no template,
-        where Jinja2 is not installed, and where the template refuses.
+        Args:
+            messages: mappings of "role" ("system", "user" or "assistant") and "content" (a text).
+            answer: whether the text ends with the beginning of the assistant's answer.
+
+        Returns:
+            The text of the conversation.
+
+        Raises:
+            ValueError: if there is no template, if it fails, or if Jinja2 is not installed.
         """
         try:
             from jinja2 import TemplateError
@@ -121,7 +148,7 @@ class Tokenizer:
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._library.token_to_id(token)
 
-    def _ends(self) -> tuple[int, ...]:
+    def _find_eos(self) -> tuple[int, ...]:
         ends = [self._id(self._special("eos_token"))]
         for name in ("generation_config.json", "config.json"):
             config = _read(self.folder / name)
@@ -130,20 +157,20 @@ class Tokenizer:
                 several = found if isinstance(found, list) else [] if found is None else [found]
                 for end in several:
                     if type(end) is not int:
-                        raise ValueError(f"{self.folder / name}: eos_token_id must be tokens' numbers, got {end!r:.40}")
+                        raise ValueError(f"{self.folder / name}: eos_token_id must be whole numbers, got {end!r:.40}")
                 ends += several
-        return tuple(sorted({end for end in ends if end is not None and end >= 0}))  # some write -1 for none
+        return tuple(sorted({end for end in ends if end is not None and end >= 0}))  # some files have -1 for none
 
 
 def _refuse(message: str) -> None:
-    """raise_exception of chat templates."""
+    """The function raise_exception of chat templates."""
     from jinja2 import TemplateError
 
     raise TemplateError(message)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
+    """Reads a JSON object; {} if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -156,33 +183,38 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class TextStream:
-    """The text of tokens as they are generated after a prompt.
+    """Converts tokens to text one by one. Characters are never split. All pieces together equal the text that decoding
+    prompt and tokens at once gives after the prompt's own text.
 
-    It never yields half a character, and adds up to what decoding all tokens at once gives after the prompt's text.
+    Args:
+        tokenizer: the tokenizer.
+        prompt: the tokens before the first one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._ids = list(prompt)  # those of the text last shown, and those that wait
+        self._ids = list(prompt)  # the tokens of the last piece, and those of an incomplete character
         self._shown = len(self._ids)
-        self._text = tokenizer.decode(self._ids).rstrip("\ufffd")  # a character that the prompt began
+        self._text = tokenizer.decode(self._ids).rstrip(
+            "\ufffd"
+        )  # without a character that the prompt leaves incomplete
 
     def add(self, token: int) -> str:
-        """What the text grows by; empty while a character is not whole."""
+        """Returns the text that a token adds; empty while a character is incomplete."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") and len(self._ids) - self._shown < _HELD:
+        if text.endswith("\ufffd") and len(self._ids) - self._shown < _MAX_HELD:
             return ""
         return self._show(text)
 
     def end(self) -> str:
-        """What still waits: U+FFFD for a character that was never finished."""
+        """Returns the text that was held back: U+FFFD for an incomplete character."""
         return self._show(self._tokenizer.decode(self._ids))
 
     def _show(self, text: str) -> str:
         piece = text[len(self._text) :]
         if piece:
-            # What was shown last stays in front: how a token decodes may depend on what is before it.
+            # The last piece is kept, because the text of a token may depend on the tokens before it.
             self._ids = self._ids[self._shown :]
             self._shown = len(self._ids)
             self._text = self._tokenizer.decode(self._ids)

@@ -296,7 +296,7 @@ def test_sentences(sentences, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_XFORMER_CACHE", str(tmp_path / "cache"))
     modules(sentences)
     encoder, told = SentenceEncoder(sentences), []
-    assert encoder.longest == 6
+    assert encoder.max_length == 6
     vectors = np.array(encoder.encode(TEXTS, batch=3, progress=lambda *now: told.append(now)))
     assert told == [(3, 4), (4, 4)] and vectors.shape == (4, 21)
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
@@ -323,7 +323,7 @@ def test_the_example(sentences, tmp_path, monkeypatch):
 def test_without_files_of_sentence_transformers(sentences, tmp_path):
     convert(sentences, tmp_path / "mlx")
     encoder = SentenceEncoder(tmp_path / "mlx")
-    assert encoder.longest == 17
+    assert encoder.max_length == 17
     assert np.abs(np.linalg.norm(np.array(encoder.encode(TEXTS)), axis=1) - 1).max() < 1e-6
 
 
@@ -373,8 +373,8 @@ def test_what_is_no_sentence(sentences, tmp_path):
         encoder.encode("a cat")
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         encoder.encode(["a"], batch=0)
-    with pytest.raises(ValueError, match="longest must be more than the 2 tokens around every text, got 2"):
-        encoder.tokenizer.encode_all(["a"], longest=2)
+    with pytest.raises(ValueError, match="max_length must be more than the 2 special tokens of every text, got 2"):
+        encoder.tokenizer.encode_all(["a"], max_length=2)
     (tmp_path / "mlx/tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         SentenceEncoder(tmp_path / "mlx")

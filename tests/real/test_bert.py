@@ -68,7 +68,7 @@ def test_hidden_states(converted, golden):
 def test_cosines(converted, golden, batch):
     """From the texts; padding and batches change nothing."""
     encoder = SentenceEncoder(converted[0])
-    assert encoder.longest == 256
+    assert encoder.max_length == 256
     vectors = np.array(encoder.encode(golden["sentences"].tolist(), batch=batch))
     cosines = vectors @ vectors.T
     assert np.abs(cosines - golden["sim"]).max() < 1e-4 and np.abs(vectors - golden["emb"]).max() < 1e-5
@@ -80,7 +80,7 @@ def test_tokens(converted, golden):
     tokenizer = SentenceEncoder(converted[0]).tokenizer
     for text, ids, mask in zip(golden["sentences"], golden["input_ids"], golden["attention_mask"], strict=True):
         assert tokenizer.encode(str(text)) == ids[mask == 1].tolist()
-    cut = tokenizer.encode_all(["a man " * 400], longest=256)[0]
+    cut = tokenizer.encode_all(["a man " * 400], max_length=256)[0]
     assert len(cut) == 256 and (cut[0], cut[-1]) == (101, 102)
     assert len(tokenizer.encode("a man " * 400)) == 802  # the limit was for that call
 

@@ -284,13 +284,13 @@ def held(count, **options):
         ({"stop": [""]}, "stop must be a sequence of strings that are not empty"),
         ({"draft": Rule(259)}, "draft must have the vocabulary of the model, 258 tokens, got 259"),
         ({"draft": Rule(), "caches": Rule().make_caches(window=4, slack=3)}, "must have a slack of 4, .* got 3"),
-        ({"caches": []}, "^caches must be one a layer, 1, got 0"),
-        ({"draft": Rule(), "draft_caches": []}, "draft_caches must be one a layer, 1, got 0"),
+        ({"caches": []}, "^caches must have one cache for each of 1 layers, got 0"),
+        ({"draft": Rule(), "draft_caches": []}, "draft_caches must have one cache for each of 1 layers, got 0"),
         ({"draft": Rule(), "draft_caches": held(12)}, "draft_caches must hold no more than the prompt, 11 .* got 12"),
         ({"draft": Rule(), "draft_caches": held(0, capacity=17)}, "draft_caches must .* at least 18, got 17"),
-        ({"caches": Rule().make_caches(padding=[0, 3])}, r"^caches must be .* without padding, got padding \[0, 3\]"),
-        ({"caches": Rule().make_caches(padding=[0, 0])}, "^caches must be of one row, got 2"),
-        ({"draft": Rule(), "draft_caches": held(0, padding=[2])}, "draft_caches must be of one row without padding"),
+        ({"caches": Rule().make_caches(padding=[0, 3])}, r"^caches must have .* without padding, got padding \[0, 3\]"),
+        ({"caches": Rule().make_caches(padding=[0, 0])}, "^caches must have one row, got 2"),
+        ({"draft": Rule(), "draft_caches": held(0, padding=[2])}, "draft_caches must have one row without padding"),
     ],
     ids=str,
 )
@@ -386,14 +386,14 @@ def test_caches_of_something_else(decoder):
     (prompt,) = draw_prompts(5)
     batch = decoder.make_caches()
     decoder(mx.array([prompt[:3]] * 2), caches=batch)
-    with pytest.raises(ValueError, match=r"^caches must be of one row, got 2"):
+    with pytest.raises(ValueError, match=r"^caches must have one row, got 2"):
         generate(decoder, prompt, caches=batch)
     uneven = decoder.make_caches()
     decoder(mx.array([prompt[:3]]), caches=uneven)
     uneven[1].trim(1)
-    with pytest.raises(ValueError, match=r"^caches must all hold as many tokens, got 2 to 3"):
+    with pytest.raises(ValueError, match=r"^caches must all hold the same number of tokens, got 2 to 3"):
         generate(decoder, prompt, caches=uneven)
-    with pytest.raises(ValueError, match=r"^caches must be one a layer, 3, got 2"):
+    with pytest.raises(ValueError, match=r"^caches must have one cache for each of 3 layers, got 2"):
         generate(decoder, prompt, caches=decoder.make_caches()[:2])
 
 

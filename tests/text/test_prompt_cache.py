@@ -96,14 +96,14 @@ def test_files_that_are_refused(decoder, tmp_path):
     caches = decoder.make_caches()
     text = PROMPT + tokens_of(decoder, PROMPT, caches)
     save_prompt(tmp_path / "prompt", decoder, caches, text)
-    with pytest.raises(ValueError, match="prompt: the prompt cache of another model"):
+    with pytest.raises(ValueError, match="prompt: this is the prompt cache of another model"):
         load_prompt(tmp_path / "prompt", tiny_causal_lm(seed=2))
     save_caches(tmp_path / "plain", caches, {})
-    with pytest.raises(ValueError, match="plain: not a prompt cache, it names no model and tokens"):
+    with pytest.raises(ValueError, match="plain: not a prompt cache: it names no model and tokens"):
         load_prompt(tmp_path / "plain", decoder)
     for tokens in ("x", "[1, [2]]", "3"):
         save_caches(tmp_path / "broken", caches, {"model": fingerprint(decoder), "tokens": tokens})
-        with pytest.raises(ValueError, match="broken: not a prompt cache, its tokens cannot be read"):
+        with pytest.raises(ValueError, match="broken: not a prompt cache: its tokens cannot be read"):
             load_prompt(tmp_path / "broken", decoder)
     save_caches(tmp_path / "short", caches, {"model": fingerprint(decoder), "tokens": "[1, 2]"})
     with pytest.raises(ValueError, match="short: the caches must hold its 2 tokens, got 72"):

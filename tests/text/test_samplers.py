@@ -4,7 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_xformer.text.samplers import greedy, keep_min_p, keep_top_k, keep_top_p, make_sampler, penalize, suppressing
+from mlx_xformer.text.samplers import (
+    greedy,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    make_sampler,
+    penalize,
+    suppress_tokens,
+)
 
 ROWS, SIZE = 5, 37
 NONE = mx.zeros((ROWS, 0), mx.int32)
@@ -183,12 +191,12 @@ def test_unknown_options():
 
 
 @pytest.mark.parametrize("prompt", [2, 3, 4])
-def test_suppressing(logits, prompt):
+def test_suppress_tokens(logits, prompt):
     """Tokens that are never drawn, and some that do not come first; numbers of other vocabularies hide nothing."""
     never, first = [3, 36, SIZE, 99, -1, -SIZE], [0, 7, 3]
     history = mx.zeros((ROWS, 3), mx.int32)
     seen = []
-    sampler = suppressing(lambda x, _: seen.append(x) or greedy(x, _), never, first=first, prompt=prompt)
+    sampler = suppress_tokens(lambda x, _: seen.append(x) or greedy(x, _), never, first=first, prompt=prompt)
     hidden = {3, 36} | ({0, 7} if prompt == 3 else set())
     drawn = sampler(mx.array(logits), history).tolist()
     gone = ~kept(seen[0], logits)
@@ -197,7 +205,7 @@ def test_suppressing(logits, prompt):
     assert drawn == left.argmax(-1).tolist()
 
 
-def test_suppressing_nothing(logits):
-    sampler = suppressing(greedy, [], first=[5], prompt=0)
+def test_suppress_no_tokens(logits):
+    sampler = suppress_tokens(greedy, [], first=[5], prompt=0)
     assert sampler(mx.array(logits), mx.zeros((ROWS, 1), mx.int32)).tolist() == logits.argmax(-1).tolist()
     assert 5 not in sampler(mx.array(logits) * 0 + mx.array([i == 5 for i in range(SIZE)]), NONE).tolist()

@@ -49,7 +49,7 @@ def test_tokens_that_end_a_text(tmp_path):
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_ends_that_are_no_tokens(tmp_path, name, value):
     write(byte_tokenizer(tmp_path), name, eos_token_id=value)
-    with pytest.raises(ValueError, match=rf"{name}: eos_token_id must be tokens' numbers, got ") as error:
+    with pytest.raises(ValueError, match=rf"{name}: eos_token_id must be whole numbers, got ") as error:
         Tokenizer(tmp_path)
     assert repr(value[-1] if isinstance(value, list) else value) in str(error.value)
 
