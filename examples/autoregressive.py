@@ -1,10 +1,11 @@
-"""Trains llm_prep's autoregressive model to say what comes next of two waves: python examples/autoregressive.py OUT
+"""Trains llm_prep's autoregressive model to continue two waves: python examples/autoregressive.py OUT
 
-What it reads is x[:, :-1] and what it says x[:, 1:]. See examples/README.md."""
+Its input is x[:, :-1] and its target x[:, 1:]. See examples/README.md."""
+
+from trainer import Experiment, main  # isort: skip (imports mlx_xformer, which must come before MLX)
 
 import mlx.core as mx
 import numpy as np
-from trainer import Experiment, main
 
 from mlx_xformer.models.guides.llm_prep import AutoregressiveTransformerModel, SequenceConfig
 
@@ -12,7 +13,7 @@ BATCH, LENGTH, WIDTH = 32, 33, 2
 
 
 def batch(rng):
-    """Waves (B, L + 1, I) of random frequency and phase."""
+    """Sine waves (B, L + 1, I) of random frequency and phase."""
     rate, phase = rng.uniform(0.2, 1.2, (BATCH, 1, WIDTH)), rng.uniform(0, 2 * np.pi, (BATCH, 1, WIDTH))
     return (mx.array(np.sin(rate * np.arange(LENGTH)[:, None] + phase), mx.float32),)
 
@@ -22,7 +23,7 @@ def make():
 
 
 def loss(model, x):
-    """Of all positions but the first two: the frequency cannot be known before."""
+    """The mean squared error, without the first two positions, from which the frequency cannot be known yet."""
     return mx.mean(mx.square(model(x[:, :-1]) - x[:, 1:])[:, 2:])
 
 

@@ -1,6 +1,6 @@
-"""Trains mixtures with the balance loss and without, and shows what became of the experts:
+"""Trains mixtures with the balance loss and without, and compares how much each expert is used:
 python examples/compare_moe.py OUT [--seeds 0,1,2] writes OUT/table.md, OUT/load.png and OUT/loss.png. The plots need
-matplotlib: pip install "mlx-xformer[plots]". Ctrl-C stops, and the same command goes on from there."""
+matplotlib: pip install "mlx-xformer[plots]". Ctrl-C stops, and the same command continues."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from train_moe import ALPHA, BOOK, train  # isort: skip (imports mlx_xformer before MLX, whose BLAS it chooses)
+from train_moe import ALPHA, BOOK, train  # isort: skip (imports mlx_xformer, which must come before MLX)
 
 import numpy as np
 
@@ -19,13 +19,13 @@ NAMES = {ALPHA: "with the balance loss", 0.0: "without"}
 
 
 def worst(record: dict) -> str:
-    """The largest imbalance, and where."""
+    """The largest imbalance, and its layer."""
     found = max(record["imbalance"])
     return f"{found:.2f} (layer {record['imbalance'].index(found)})"
 
 
 def table(records: dict[tuple[float, int], dict], seeds: list[int]) -> str:
-    """Markdown: a row a seed."""
+    """A Markdown table with a row for each seed."""
     lines = [
         "| seed | imbalance with | without | held-out loss with | without | seconds with | without |",
         "|---" * 7 + "|",
@@ -44,7 +44,8 @@ def table(records: dict[tuple[float, int], dict], seeds: list[int]) -> str:
 
 
 def plot_load(records: dict[tuple[float, int], dict], seed: int, path: Path) -> None:
-    """Each expert's share of the choices in training, stacked: a row with the loss, one without, a column a layer."""
+    """Plots each expert's share of the tokens during training: a row with the loss and one without, a column for each
+    layer."""
     import matplotlib.pyplot as plt
 
     layers = len(records[ALPHA, seed]["imbalance"])
@@ -57,14 +58,14 @@ def plot_load(records: dict[tuple[float, int], dict], seed: int, path: Path) -> 
             share = load[:, layer] / load[:, layer].sum(axis=-1, keepdims=True)
             axes.stackplot(np.arange(len(share)) * size, share.T, colors=plt.get_cmap("tab10").colors, linewidth=0)
             axes.set(title=f"layer {layer}, {name}", ylim=(0, 1), xlim=(0, (len(share) - 1) * size or 1))
-    grid[0, 0].set_ylabel("share of the choices")
-    grid[1, 0].set_ylabel("share of the choices")
-    figure.supxlabel(f"step (seed {seed}; a colour an expert)")
+    grid[0, 0].set_ylabel("share of the tokens")
+    grid[1, 0].set_ylabel("share of the tokens")
+    figure.supxlabel(f"step (seed {seed}; a colour for each expert)")
     figure.savefig(path, dpi=90)
 
 
 def plot_loss(records: dict[tuple[float, int], dict], path: Path) -> None:
-    """The cross-entropy in training, the mean of about 20 steps, of every run."""
+    """Plots the cross-entropy of every run during training, averaged over 20 steps."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -85,7 +86,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="numbers with commas between")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="numbers, separated by commas")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--text", type=Path, default=BOOK)
     options = parser.parse_args()
@@ -105,7 +106,7 @@ def main() -> None:
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"compare_moe.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on from here")
+        sys.exit("stopped: run the same command again to continue")
     print(text, end="")
 
 

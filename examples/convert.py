@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mlx_xformer import convert, load  # isort: skip (before MLX, whose BLAS it chooses)
+from mlx_xformer import convert, load  # isort: skip (must come before MLX)
 
 import mlx.core as mx
 import numpy as np

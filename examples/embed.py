@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mlx_xformer.text.sentences import SentenceEncoder
+from mlx_xformer import SentenceEncoder
 
 SENTENCES = (
     "A man is playing a guitar on stage.",

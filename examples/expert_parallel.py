@@ -1,4 +1,4 @@
-"""A language model of mixtures whose experts are spread over processes continues a text:
+"""Continues a text with a language model whose experts are spread over several processes:
 mlx.launch -n 2 --backend ring -- python examples/expert_parallel.py MODEL PROMPT"""
 
 import argparse
@@ -6,8 +6,8 @@ import sys
 
 from mlx_xformer import Tokenizer, generate, load
 from mlx_xformer.backend import device
-from mlx_xformer.nn.moe.sharded import spread
-from mlx_xformer.pretrained.loading import resolve
+from mlx_xformer.nn.moe import spread
+from mlx_xformer.pretrained import resolve
 
 
 def main(name: str, text: str) -> None:

@@ -4,11 +4,11 @@ import argparse
 import sys
 
 from mlx_xformer import Tokenizer, generate, load, make_sampler
-from mlx_xformer.pretrained.loading import resolve
+from mlx_xformer.pretrained import resolve
 
 
 def main(name: str, text: str, temperature: float) -> None:
-    folder = resolve(name)  # of a checkpoint, or of an original, which is converted
+    folder = resolve(name)  # converts an original first
     model, tokenizer = load(folder), Tokenizer(folder)
     sampler = make_sampler(temperature, seed=0)
     for token in generate(model, tokenizer.encode(text), max_tokens=100, sampler=sampler, tokenizer=tokenizer):

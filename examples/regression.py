@@ -1,9 +1,10 @@
-"""Trains llm_prep's regression, on the sum of all numbers of a sequence: python examples/regression.py OUT
+"""Trains llm_prep's regression model to add up a sequence of numbers: python examples/regression.py OUT
 
-The sum is over the root of how many there are, so that guessing 0 has a loss of 1. See examples/README.md."""
+The sum is divided by the square root of the count, so that predicting 0 has a loss of 1. See examples/README.md."""
+
+from trainer import Experiment, main  # isort: skip (imports mlx_xformer, which must come before MLX)
 
 import mlx.core as mx
-from trainer import Experiment, main
 
 from mlx_xformer.models.guides.llm_prep import SequenceConfig, TransformerModel
 
@@ -11,7 +12,7 @@ BATCH, LENGTH, WIDTH = 32, 32, 3
 
 
 def batch(rng):
-    """Sequences (B, L, I) and their sums (B, 1)."""
+    """Sequences (B, L, I) and their scaled sums (B, 1)."""
     x = rng.normal(size=(BATCH, LENGTH, WIDTH))
     return mx.array(x, mx.float32), mx.array(x.sum(axis=(1, 2))[:, None] / (LENGTH * WIDTH) ** 0.5, mx.float32)
 

@@ -1,7 +1,7 @@
-"""What the experiments share: a loop with AdamW that shows a bar, saves and goes on, a table and a picture of losses.
+"""The training loop of the experiments: AdamW, a progress bar, checkpoints to continue from, a table and a plot.
 
-Everything a step draws comes from seed and step, so that a run that was stopped ends with the numbers of one that was
-not. Ctrl-C stops after the step at hand; the same command goes on from there."""
+The random numbers of a step depend on seed and step only, so that an interrupted run that is continued ends with the
+same parameters as an uninterrupted one. Ctrl-C stops after the current step; the same command continues."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_xformer.backend import device  # isort: skip (before MLX, whose BLAS it chooses)
+from mlx_xformer import __version__, backend  # isort: skip (must come before MLX)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,14 +26,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-EVERY = 100  # steps from one saving to the next
+EVERY = 100  # steps between two checkpoints
 Batch = tuple[mx.array, ...]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """make() draws a fresh model, batch(rng) what a step sees, loss(model, *batch) is made small. limit: what it is
-    below, on data held out, after `steps`."""
+    """What to train.
+
+    make: makes a model with random weights. batch: draws the arrays of one step. loss: loss(model, *batch), to be
+    minimised. limit: the loss on held-out data must be below it after `steps`. rate: the highest learning rate.
+    """
 
     make: Callable[[], nn.Module]
     batch: Callable[[np.random.Generator], Batch]
@@ -46,7 +48,7 @@ class Experiment:
 
 @dataclass
 class Run:
-    """A model and what trains it, after as many steps as there are losses."""
+    """A model and its optimizer, and the loss of every step so far."""
 
     model: nn.Module
     optimizer: optim.Optimizer
@@ -54,31 +56,33 @@ class Run:
     seconds: float = 0.0
 
     def save(self, path: Path, facts: dict[str, int]) -> None:
-        """All of it in one file, which takes the place of the last when it is whole."""
+        """Saves everything in one file, which replaces the last one when it is complete."""
         parts = {"model": self.model.parameters(), "optimizer": self.optimizer.state, "losses": mx.array(self.losses)}
         fresh = path.with_name("fresh.safetensors")
-        told = {"facts": json.dumps(facts), "seconds": str(self.seconds)}
-        mx.save_safetensors(str(fresh), dict(tree_flatten(parts)), told)
+        metadata = {"facts": json.dumps(facts), "seconds": str(self.seconds)}
+        mx.save_safetensors(str(fresh), dict(tree_flatten(parts)), metadata)
         fresh.replace(path)
 
     def load(self, path: Path, facts: dict[str, int]) -> None:
-        """What `save` wrote. ValueError if that was another run, or is damaged."""
+        """Loads what `save` wrote. ValueError if it is damaged or of another run."""
         try:
-            arrays, told = mx.load(str(path), return_metadata=True)
-            known = json.loads(told["facts"])
+            arrays, metadata = mx.load(str(path), return_metadata=True)
+            known = json.loads(metadata["facts"])
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{path}: no state of a run ({' '.join(str(error).split())[:160]})") from None
+            raise ValueError(f"{path}: not a saved run ({' '.join(str(error).split())[:160]})") from None
         if known != facts:
-            raise ValueError(f"OUT must be new, or of the same seed and steps, {facts}, got {told['facts']} in {path}")
+            raise ValueError(
+                f"OUT must be new, or of the same seed and steps, {facts}, got {metadata['facts']} in {path}"
+            )
         parts: Any = tree_unflatten(list(arrays.items()))
         self.model.update(parts["model"])
         self.optimizer.state = parts["optimizer"]
-        self.losses, self.seconds = parts["losses"].tolist(), float(told["seconds"])
+        self.losses, self.seconds = parts["losses"].tolist(), float(metadata["seconds"])
 
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that Ctrl-C makes longer, instead of ending the program."""
+    """Yields a list that Ctrl-C appends to, instead of ending the program."""
     stopped: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     try:
@@ -88,7 +92,8 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def train(experiment: Experiment, folder: Path, seed: int, steps: int) -> Run:
-    """Trains into a folder, or goes on there. KeyboardInterrupt, with all saved, after Ctrl-C."""
+    """Trains a model and saves it in a folder, or continues the run that is there. Ctrl-C saves it and raises
+    KeyboardInterrupt."""
     mx.random.seed(seed)
     model, facts, path = experiment.make(), {"seed": seed, "steps": steps}, folder / "state.safetensors"
     warm = optim.linear_schedule(0, experiment.rate, 30)
@@ -117,13 +122,13 @@ def train(experiment: Experiment, folder: Path, seed: int, steps: int) -> Run:
 
 
 def held_out(experiment: Experiment, model: nn.Module, seed: int) -> float:
-    """The mean loss of 8 batches that training does not see."""
+    """The mean loss of 8 batches that are not in the training data."""
     draws = (np.random.default_rng((seed, step, 1)) for step in range(8))
     return float(np.mean([experiment.loss(model, *experiment.batch(rng)).item() for rng in draws]))
 
 
 def plot(losses: dict[int, Sequence[float]], limit: float, title: str, path: Path) -> None:
-    """The loss of every step, a line a seed."""
+    """Plots the loss of every step, a line for each seed."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -137,7 +142,8 @@ def plot(losses: dict[int, Sequence[float]], limit: float, title: str, path: Pat
 
 
 def main(experiment: Experiment, what: str) -> None:
-    """The command of an experiment: trains a model a seed, writes table.md and loss.png. Exits 1 above the limit."""
+    """The command of an experiment: trains a model for each seed and writes table.md and loss.png. Exits with 1 if a
+    loss on held-out data is not below the limit."""
     script = Path(sys.argv[0])
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for checkpoints, table and picture")
@@ -145,7 +151,7 @@ def main(experiment: Experiment, what: str) -> None:
     parser.add_argument("--steps", type=int, default=experiment.steps)
     options = parser.parse_args()
     try:
-        import matplotlib  # before anything is trained
+        import matplotlib  # here, to fail before the training if it is missing
 
         matplotlib.use("agg")
         if options.steps < 1 or min(options.seeds) < 0:
@@ -155,13 +161,13 @@ def main(experiment: Experiment, what: str) -> None:
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{script.name}: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on from here")
+        sys.exit("stopped: run the same command again to continue")
     lines = ["| seed | first loss | loss held out | seconds |", "|---|---|---|---|"]
     ends = {n: held_out(experiment, run.model, n) for n, run in runs.items()}
     lines += [f"| {n} | {run.losses[0]:.3f} | {ends[n]:.5f} | {run.seconds:.0f} |" for n, run in runs.items()]
-    facts, where = device.report(), platform.platform(terse=True)
+    facts, where = backend.device.report(), platform.platform(terse=True)
     lines += ["", f"{options.steps} steps; {facts.device} ({facts.name}), {where}, MLX {facts.mlx}, mlx-xformer "]
-    lines[-1] += f"{version('mlx-xformer')}, {time.strftime('%Y-%m-%d')}"
+    lines[-1] += f"{__version__}, {time.strftime('%Y-%m-%d')}"
     (options.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
     if max(ends.values()) >= experiment.limit:

@@ -4,29 +4,33 @@ import argparse
 import json
 import sys
 
-from mlx_xformer import Tokenizer, generate, load
+from mlx_xformer import Tokenizer, generate, load  # isort: skip (must come before MLX)
+
+import mlx.core as mx
+
 from mlx_xformer.audio import Recording, rechunk
-from mlx_xformer.backend.device import mx
 from mlx_xformer.models.whisper import Whisper
 from mlx_xformer.nn.mel import SAMPLE_RATE, SAMPLES, log_mel
-from mlx_xformer.pretrained.loading import resolve
-from mlx_xformer.text.samplers import greedy, suppressing
+from mlx_xformer.pretrained import resolve
+from mlx_xformer.text import greedy, suppress_tokens
 
 
 def main(name: str, recording: str, language: str) -> None:
-    model, tokenizer = load(folder := resolve(name)), Tokenizer(folder)  # the folder of an original is a converted one
+    model, tokenizer = load(folder := resolve(name)), Tokenizer(folder)  # converts an original first
     if not isinstance(model, Whisper):
         sys.exit(f"{name} must be a Whisper, got a {type(model).__name__}")
-    settings = json.loads(told.read_text("utf-8")) if (told := folder / "generation_config.json").is_file() else {}
-    task = f"<|{language}|><|transcribe|>" if model.config.vocab_size > 51864 else ""  # the others know English only
+    settings = json.loads(path.read_text("utf-8")) if (path := folder / "generation_config.json").is_file() else {}
+    task = (
+        f"<|{language}|><|transcribe|>" if model.config.vocab_size > 51864 else ""
+    )  # smaller vocabularies are English only
     prompt = tokenizer.encode(f"<|startoftranscript|>{task}<|notimestamps|>", special=False)
-    away, first = (settings.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))  # never, not first
-    sampler = suppressing(greedy, away, first=first, prompt=len(prompt))
+    never, never_first = (settings.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))
+    sampler = suppress_tokens(greedy, never, first=never_first, prompt=len(prompt))
     ends = tokenizer.encode("<|endoftext|>", special=False)
     for window in rechunk(Recording.open(recording).convert_blocks(1, SAMPLE_RATE), SAMPLES):
         listener = model.listen(log_mel(mx.array(window[0]), bins=model.config.mel_bins))
-        said = generate(listener, prompt, sampler=sampler, eos=ends, max_tokens=model.config.target_positions // 2)
-        print(tokenizer.decode([token.id for token in said]).strip(), flush=True)
+        tokens = generate(listener, prompt, sampler=sampler, eos=ends, max_tokens=model.config.target_positions // 2)
+        print(tokenizer.decode([token.id for token in tokens]).strip(), flush=True)
 
 
 if __name__ == "__main__":

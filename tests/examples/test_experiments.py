@@ -100,13 +100,13 @@ def test_seeds_differ_and_held_out_data_is_other_data(tmp_path, name):
 
 
 def test_what_is_learnt():
-    """The targets: a scaled sum, the next of each position, the source backwards; inputs one step late."""
+    """The targets: a scaled sum, the next of each position, the reversed source; inputs shifted by one step."""
     rng = np.random.default_rng
     x, target = regression.batch(rng(0))
     assert mx.allclose(target[:, 0] * 96**0.5, x.sum(axis=(1, 2)), atol=1e-4)
-    source, late, target = encoder_decoder.batch(rng(0))
+    source, shifted, target = encoder_decoder.batch(rng(0))
     assert mx.array_equal(target[:, 0], source[:, -1]) and mx.array_equal(target[:, -1], source[:, 0])
-    assert mx.array_equal(late[:, 1:], target[:, :-1]) and (late[:, 0] == 0).all()
+    assert mx.array_equal(shifted[:, 1:], target[:, :-1]) and (shifted[:, 0] == 0).all()
     (wave,) = autoregressive.batch(rng(0))
     last = wave[:, 1:-1] * 2 * mx.cos(mx.arccos((wave[:, 2:3] + wave[:, :1]) / 2 / wave[:, 1:2])) - wave[:, :-2]
     assert mx.median(mx.abs(last - wave[:, 2:])).item() < 1e-3  # sin(a + r) = 2 cos(r) sin(a) - sin(a - r)
@@ -162,7 +162,7 @@ def test_a_state_that_is_none(tmp_path, other):
     mx.save_safetensors(str(path), {"a": mx.zeros(3)})
     path.write_bytes(path.read_bytes() if other else path.read_bytes()[:20])
     answer = command("regression", tmp_path / "out", "--seeds", "0", "--steps", "2")
-    assert answer.returncode == 1 and f"{path}: no state of a run (" in answer.stderr.splitlines()[-1]
+    assert answer.returncode == 1 and f"{path}: not a saved run (" in answer.stderr.splitlines()[-1]
     assert "Traceback" not in answer.stderr
 
 

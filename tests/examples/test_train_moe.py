@@ -73,7 +73,7 @@ def test_it_stops_and_goes_on_as_if_it_had_not(tmp_path, text):
             assert more, seen.decode()
             seen += more
         child.send_signal(signal.SIGINT)
-        assert b"the same command goes on from here" in child.communicate(timeout=60)[1] and child.returncode == 1
+        assert b"run the same command again to continue" in child.communicate(timeout=60)[1] and child.returncode == 1
     finally:
         child.kill()
     assert 3 <= len(stopped(tmp_path / "parts")["loss"]) < 23
@@ -122,12 +122,12 @@ def test_where_no_model_can_be_written_the_training_is_not_lost(tmp_path, text):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("training.json", "{", "cannot be read"),
-        ("training.json", "[1]", "cannot be read"),
-        ("training.json", '{"loss": []}', "cannot be read"),
+        ("training.json", "{", "hold a run that can be read"),
+        ("training.json", "[1]", "hold a run that can be read"),
+        ("training.json", '{"loss": []}', "hold a run that can be read"),
         ("training.json", '{"held_out": 1.0}', "of the same text, loss, seed and steps"),
-        ("state.safetensors", "half", "cannot be read"),
-        ("state.safetensors", None, "cannot be read"),
+        ("state.safetensors", "half", "hold a run that can be read"),
+        ("state.safetensors", None, "hold a run that can be read"),
     ],
 )
 def test_what_was_kept_and_is_no_good_is_one_line(tmp_path, text, name, content, reason):
@@ -194,8 +194,8 @@ def test_comparison(tmp_path, text):
 
 @pytest.mark.parametrize("script", [TRAIN, COMPARE], ids=lambda path: path.name)
 def test_help(script):
-    code, out, err = run_script(script, "--help")
-    assert code == 0 and "the same command goes on from there" in out and "--steps" in out, err
+    code, out, err = start(script, "--help")
+    assert code == 0 and "the same command continues" in out and "--steps" in out, err
 
 
 def test_what_is_wrong_is_one_line(tmp_path, text):
@@ -206,9 +206,9 @@ def test_what_is_wrong_is_one_line(tmp_path, text):
     done = tmp_path / "done"
     assert run_script(TRAIN, done, "--text", text, "--steps", 2)[0] == 0
     for arguments, reason in {
-        ("--text", short): f"the text must have 2560 bytes at least, got 9 in {short}",
+        ("--text", short): f"the text must have at least 2560 bytes, got 9 in {short}",
         ("--text", tmp_path / "gone.txt"): "gone.txt",
-        ("--text", broken): "broken.xz: no text (",
+        ("--text", broken): "broken.xz: not a UTF-8 text (",
         ("--text", text, "--steps", 3): f"must be new, or of the same text, loss, seed and steps, got {done}",
     }.items():
         for script in (TRAIN, COMPARE) if "--steps" not in arguments else (TRAIN,):
