@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--name", default="htdemucs", metavar="NAME|DIR", help="model name, checkpoint folder or file")
     add("--list-models", action=_ListModels, help="list the models that have a name, and exit")
     add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="the output folder")
+    _add_model_arguments(parser)
+    _add_file_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how the model is applied."""
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--stems",
@@ -68,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many segments run at once; by default as many as suit device and memory",
     )
     add("--device", choices=["cpu", "gpu"], help="the device to compute on; by default the GPU if there is one")
+
+
+def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how stems are written, and what is printed."""
+    add = parser.add_argument
     add("--format", choices=["wav", "flac", "mp3"], default="wav", help="format of the stems' files")
     add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample of wav and flac; 32 is float wav")
     add("--mp3-bitrate", type=int, metavar="KBPS", help="kbit/s of mp3; by default the highest, 320")

@@ -15,7 +15,7 @@ from support.audio import save_separation as save
 
 from mlx_xformer.audio.recording import Recording
 from mlx_xformer.separation.report import page as report
-from mlx_xformer.separation.report.measure import BANDS, MARGIN, STRETCH, Measure, Tracks
+from mlx_xformer.separation.report.measure import BANDS, MARGIN, SECTION, Measure, Tracks
 from mlx_xformer.separation.report.page import Embedding, write_report
 
 
@@ -127,12 +127,12 @@ def test_the_mix_may_have_another_rate_and_one_channel(tmp_path):
 
 
 def test_windows_are_the_track_with_margins(tmp_path):
-    seconds, margin = 2 * STRETCH + 0.05, round(MARGIN * 8000)
+    seconds, margin = 2 * SECTION + 0.05, round(MARGIN * 8000)
     mix, stems = tones(seconds, rate=8000)
     paths = save(tmp_path, mix, stems, rate=8000, mix_rate=8000)
     tracks = Tracks(Recording.open(paths[0]), {name: Recording.open(path) for name, path in paths[1].items()})
     padded = np.pad(mix, ((0, 0), (margin, 2 * margin)))
-    windows = list(tracks.windows())
+    windows = list(tracks.read_with_margins())
     assert [w.shape[2] for w in windows] == [80000 + 2 * margin] * 2 + [400 + 2 * margin]
     for number, window in enumerate(windows):
         np.testing.assert_array_equal(window[0], padded[:, number * 80000 :][:, : window.shape[2]])
@@ -140,7 +140,7 @@ def test_windows_are_the_track_with_margins(tmp_path):
 
 @pytest.mark.parametrize("values", [(2, 44100, 128), (1, 44100, 48), (1, 22050, 32)])
 def test_what_is_embedded_is_the_track(tmp_path, monkeypatch, values):
-    mix, stems = tones(STRETCH + 1.5)
+    mix, stems = tones(SECTION + 1.5)
     with embedding(monkeypatch, *values):
         page = Page(made(tmp_path, mix, stems))
     channels, rate, kbps = values
@@ -149,7 +149,7 @@ def test_what_is_embedded_is_the_track(tmp_path, monkeypatch, values):
     audio, got = soundfile.read(io.BytesIO(raw), always_2d=True)
     assert (got, audio.shape[1]) == (rate, channels)
     lead = round(MARGIN * rate) + (1105 if len(audio) - 1.7 * rate > 600 else 0)  # as the page's script has it
-    t = STRETCH + np.arange(rate) / rate
+    t = SECTION + np.arange(rate) / rate
     want = 0.4 * np.sin(2 * np.pi * 110 * t) * (1 if channels == 2 else 0.85)
     assert np.abs(audio[lead : lead + rate, 0] - want).max() < 0.03
 
@@ -189,7 +189,7 @@ def test_memory_does_not_grow_with_the_track(tmp_path, monkeypatch):
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    mix, stems = tones(STRETCH + 0.2)
+    mix, stems = tones(SECTION + 0.2)
     paths = save(tmp_path, mix, stems)
     out = tmp_path / "new" / "report.html"
     monkeypatch.setattr(Embedding, "encode", lambda self, audio, rate: "x")

@@ -9,7 +9,7 @@ from support.audio import RATE, embedding, tones
 from support.audio import make_report as made
 from support.processes import chromium
 
-from mlx_xformer.separation.report.measure import MARGIN, STRETCH
+from mlx_xformer.separation.report.measure import MARGIN, SECTION
 
 # In the browser: what the page does with the sound is noted by wrapping Web Audio before the page runs.
 NOTES = """
@@ -47,7 +47,7 @@ CLOCK = "return notes.contexts[0].currentTime"
 def page(tmp_path_factory):
     """A page of three stretches, the last of one second."""
     folder = tmp_path_factory.mktemp("page")
-    return made(folder, *tones(2 * STRETCH + 1), title="<song> & more")
+    return made(folder, *tones(2 * SECTION + 1), title="<song> & more")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_browser_plays_the_page_offline(browser, page):
     starts = browser.run(STARTED)
     first = starts[:4]
     assert len({tuple(s) for s in first}) == 1, first  # every track: one time on one clock, one offset, one length
-    assert first[0][1:] == [pytest.approx(MARGIN), STRETCH, RATE, 2]
+    assert first[0][1:] == [pytest.approx(MARGIN), SECTION, RATE, 2]
     before, clock = browser.run(NOW), browser.run(CLOCK)
     browser.wait(f"{NOW} > {before + 0.5}")
     assert browser.run(NOW) - before == pytest.approx(browser.run(CLOCK) - clock, abs=0.15)
@@ -120,7 +120,7 @@ def test_solo_and_mute_are_gains(browser, page):
 @pytest.mark.browser
 def test_seeking_keys_and_the_joins_between_stretches(browser, page):
     opened(browser, page)
-    total = 2 * STRETCH + 1
+    total = 2 * SECTION + 1
     box = browser.run("const b = document.querySelector('.view').getBoundingClientRect(); return [b.x, b.y, b.width]")
     x = round(box[0] + box[2] * 9 / total)
     pointer = [{"type": "pointerMove", "x": x, "y": round(box[1] + 30)}]
@@ -131,14 +131,14 @@ def test_seeking_keys_and_the_joins_between_stretches(browser, page):
     assert browser.run(NOW) == pytest.approx(10, abs=0.05)
     browser.press("\ue012")  # left
     browser.press(" ")
-    browser.wait(f"{NOW} > {STRETCH + 0.3}")
+    browser.wait(f"{NOW} > {SECTION + 0.3}")
     starts = browser.run(STARTED)
     here, then = starts[0], starts[4]
     assert len({tuple(s) for s in starts[:4]}) == len({tuple(s) for s in starts[4:8]}) == 1
     assert here[0] + here[2] == pytest.approx(then[0], abs=1e-9)  # the next stretch begins where this one ends
-    assert then[1] == pytest.approx(MARGIN) and here[1] + here[2] == pytest.approx(STRETCH + MARGIN)
+    assert then[1] == pytest.approx(MARGIN) and here[1] + here[2] == pytest.approx(SECTION + MARGIN)
     browser.press("\ue014")
-    browser.wait(f"{NOW} > {STRETCH + 1.4}")
+    browser.wait(f"{NOW} > {SECTION + 1.4}")
     browser.press(" ")
     assert browser.run("return document.body.classList.contains('playing')") is False
     browser.run("const s = document.querySelector('#seek'); s.value = 20.5; s.dispatchEvent(new Event('input'))")

@@ -1,1 +1,1 @@
-"""A page to hear and see stems together."""
+"""An HTML page that plays and shows the stems of a track together."""

@@ -1,4 +1,4 @@
-"""Tracks of a separation side by side, read in stretches, and what can be measured of them: levels and pictures.
+"""The tracks of a separation, read side by side in sections, and their levels, envelopes and spectrograms.
 
 Axes: K tracks (mix, stems, residual), C channels, N samples, W columns, F bands.
 """
@@ -15,14 +15,24 @@ import numpy as np
 from ...audio.recording import BLOCK, Recording
 from ...audio.resampling import rechunk
 
-STRETCH = 10  # seconds that are read at a time
-MARGIN = 0.1  # seconds of its neighbours that a window holds, so that a codec's edges are never heard
+SECTION = 10  # seconds of a section
+MARGIN = 0.1  # seconds of the neighbouring sections on both sides, which hide the edges of the MP3 encoding
 COLUMNS, BANDS, WINDOW = 1200, 112, 4096
 LOWEST, HIGHEST, FLOOR, CEILING = 40.0, 20000.0, -88.0, -20.0  # Hz, Hz; dB, a full-scale sine being 0
 
 
 class Tracks:
-    """The mix, the stems and their residual, at the stems' rate, channels and length."""
+    """The mix, the stems and the residual (the mix minus the sum of the stems) of one track.
+
+    All have the stems' sample rate, channels and length.
+
+    Args:
+        mix: the recording that was separated.
+        stems: the recording of each stem.
+
+    Raises:
+        ValueError: if there are no stems, or if they differ in sample rate, channels or length.
+    """
 
     def __init__(self, mix: Recording, stems: Mapping[str, Recording]):
         if not stems:
@@ -42,21 +52,21 @@ class Tracks:
         self.names = ["mix", *stems, "residual"]
         self._recordings = [mix, *stems.values()]
 
-    def stretches(self) -> Iterator[np.ndarray]:
-        """(K, C, n) in turn, n being STRETCH seconds or, at the end, less."""
-        for parts in zip(*(self._stretches(r) for r in self._recordings), strict=True):
+    def read_sections(self) -> Iterator[np.ndarray]:
+        """Yields (K, C, n) for each section; n is SECTION seconds, and less in the last one."""
+        for parts in zip(*(self._read_sections(r) for r in self._recordings), strict=True):
             mix, *stems = parts
             audio = np.stack([mix, *stems, mix - np.sum(stems, axis=0)])
             if not np.isfinite(audio).all():
                 raise ValueError(f"{', '.join(self.names[:-1])} must be finite, got NaN or infinite samples")
             yield audio
 
-    def windows(self) -> Iterator[np.ndarray]:
-        """The stretches, each with MARGIN seconds of its neighbours (or silence) at both ends."""
+    def read_with_margins(self) -> Iterator[np.ndarray]:
+        """Yields each section with MARGIN seconds of its neighbours, or silence, on both sides."""
         margin = round(MARGIN * self.rate)
         silence = np.zeros((len(self.names), self.channels, margin), np.float32)
         before, here = silence, None
-        for after in self.stretches():
+        for after in self.read_sections():
             if here is not None:
                 head = np.concatenate([after, silence], axis=2)[..., :margin]
                 yield np.concatenate([before, here, head], axis=2)
@@ -64,22 +74,32 @@ class Tracks:
             here = after
         yield np.concatenate([before, here, silence], axis=2)
 
-    def _stretches(self, recording: Recording) -> Iterator[np.ndarray]:
-        """(C, n) in turn; a recording that ends early goes on in silence, one that is longer is cut."""
+    def _read_sections(self, recording: Recording) -> Iterator[np.ndarray]:
+        """Yields (C, n) for each section. A shorter recording is padded with silence, a longer one is truncated."""
         silence = np.zeros((self.channels, BLOCK), np.float32)
         endless = chain(recording.convert_blocks(self.channels, self.rate), repeat(silence))
         left = self.samples
-        for block in rechunk(endless, STRETCH * self.rate):
+        for block in rechunk(endless, SECTION * self.rate):
             yield block[:, :left]
-            left -= STRETCH * self.rate
+            left -= SECTION * self.rate
             if left <= 0:
                 return
 
 
 class Measure:
-    """Levels and pictures of one track, gathered stretch by stretch.
+    """The levels, envelope and spectrogram of one track, accumulated section by section.
 
-    peak: largest |x|. energy: sum of x^2 over all channels. low, high, square: (W,), the envelope.
+    Args:
+        rate: the sample rate in Hz.
+        channels: of the track.
+        samples: of the whole track.
+
+    Attributes:
+        peak: the largest absolute sample.
+        energy: the sum of squares over all channels and samples.
+        low: (W,), the smallest sample of each column of the envelope.
+        high: (W,), the largest sample of each column.
+        square: (W,), the sum of squares of each column, averaged over channels.
     """
 
     def __init__(self, rate: int, channels: int, samples: int):
@@ -94,21 +114,21 @@ class Measure:
         self.power, self.counts = np.zeros((self.frames, BANDS)), np.zeros((self.frames, 1))
         self.window = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
         self.bins, self.weights, self.starts = _bands(rate)
-        self.held = np.zeros((channels, WINDOW // 2), np.float32)  # begins half a window before the next frame's centre
+        self.held = np.zeros((channels, WINDOW // 2), np.float32)  # from half a window before the next frame's centre
         self.next = 0  # where the next frame is centred
 
     @property
     def peak_db(self) -> float:
-        """dBFS; -inf for silence."""
+        """The peak in dBFS; -inf for silence."""
         return 20 * math.log10(self.peak) if self.peak else -math.inf
 
     @property
     def rms_db(self) -> float:
-        """dBFS over all channels and samples: a full-scale square wave is 0, a sine -3; -inf for silence."""
+        """The RMS level in dBFS: 0 for a full-scale square wave, -3 for a sine, -inf for silence."""
         return 10 * math.log10(self.energy / (self.channels * self.samples)) if self.energy else -math.inf
 
     def add(self, audio: np.ndarray) -> None:
-        """The next (C, n) samples."""
+        """Adds the next (C, n) samples."""
         self.peak = max(self.peak, float(np.abs(audio).max()))
         square = np.square(audio, dtype=np.float64).mean(axis=0)
         self.energy += float(square.sum()) * self.channels
@@ -122,7 +142,7 @@ class Measure:
         self._spectrum(audio)
 
     def _spectrum(self, audio: np.ndarray) -> None:
-        """Power of the frames that are complete, into the columns that they are centred in."""
+        """Adds the power of all complete frames to the columns in which they are centred."""
         end = WINDOW // 2 if self.done == self.samples else 0
         held = np.concatenate([self.held, audio, np.zeros((self.channels, end), np.float32)], axis=1)
         frames = max(0, (held.shape[1] - WINDOW) // self.hop + 1)
@@ -138,7 +158,14 @@ class Measure:
         self.held = held[:, self.hop * frames :].copy()
 
     def pictures(self, scale: float) -> dict[str, str]:
-        """Envelope (3, W) as int8 in units of scale / 127, and spectrogram (F, frames), lowest band last, as uint8."""
+        """Returns the envelope and the spectrogram in base64.
+
+        Args:
+            scale: the sample value that becomes 127 in the envelope.
+
+        Returns:
+            "envelope": (3, W) int8, the low, high and RMS values. "spectrum": (F, frames) uint8, the lowest band last.
+        """
         rms = np.sqrt(self.square / np.diff(self.edges))
         envelope = np.clip(np.round(np.stack([self.low, self.high, rms]) * (127 / scale)), -127, 127).astype(np.int8)
         level = 10 * np.log10(np.maximum(self.power / np.maximum(self.counts, 1), 1e-12))
@@ -150,10 +177,9 @@ class Measure:
 
 
 def _bands(rate: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean power over each of F bands, even in log frequency, of a spectrum that is linear between its bins.
+    """Weights for the mean power in F bands of equal width in log frequency, with the spectrum linear between its bins.
 
-    As bins, their weights, and where in these the bins of each band start: most bands see few bins.
-    """
+    Returns the bins of all bands, their weights, and the index of each band's first bin."""
     edges = np.geomspace(LOWEST, min(HIGHEST, rate / 2), BANDS + 1) * WINDOW / rate
     t = np.clip(edges - np.arange(WINDOW // 2 + 1)[:, None], -1, 1)
     integral = np.where(t < 0, (1 + t) ** 2 / 2, 1 - (1 - t) ** 2 / 2)  # of each bin's triangle, up to each edge

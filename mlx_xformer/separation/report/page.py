@@ -1,7 +1,7 @@
-"""write_report(): one self-contained HTML page for a separated track: pictures, levels and players in step.
+"""write_report(): one self-contained HTML page for a separated track, with waveforms, levels and synchronous players.
 
-The audio is read twice in stretches, so memory does not grow with the track. The page's layout, style and script are
-the files in data/report/.
+The audio is read twice, in sections, so that memory does not grow with the track. The page's layout, style and script
+are the files in data/.
 """
 
 from __future__ import annotations
@@ -27,17 +27,23 @@ import soxr
 
 from ...audio.recording import Recording
 from ...audio.resampling import convert_channels
-from .measure import BANDS, HIGHEST, LOWEST, MARGIN, STRETCH, Measure, Tracks
+from .measure import BANDS, HIGHEST, LOWEST, MARGIN, SECTION, Measure, Tracks
 
 _LONG = 15 * 60  # seconds
 _PARTS = ("page.html", "style.css", "script.js")
-_HUES = ["drums", "bass", "other", "vocals", "guitar", "piano"]  # whose colours style.css has, by place
+_HUES = ["drums", "bass", "other", "vocals", "guitar", "piano"]  # the stems of style.css's colours, in order
 _CHANNELS = {1: "mono", 2: "stereo"}
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """How audio is embedded: MP3, which every browser decodes."""
+    """How audio is embedded in the page: as MP3, which every browser plays.
+
+    Args:
+        channels: 1 or 2.
+        rate: the sample rate in Hz.
+        kbps: the bit rate in kbit/s.
+    """
 
     channels: int
     rate: int
@@ -45,15 +51,18 @@ class Embedding:
 
     @staticmethod
     def choose(channels: int, rate: int, seconds: float) -> Embedding:
-        """What keeps the page of a long track at about the size of a fifteen-minute one."""
+        """Chooses an embedding that keeps a long track's page about as small as that of fifteen minutes."""
         if seconds <= _LONG:
             return Embedding(min(channels, 2), rate if rate in (32000, 44100, 48000) else 44100, 128)
         return Embedding(1, 44100, 48) if seconds <= 4 * _LONG else Embedding(1, 22050, 32)
 
     def encode(self, audio: np.ndarray, rate: int) -> str:
-        """(C, N) at `rate` -> MP3 in base64."""
-        audio = soxr.resample(convert_channels(audio, self.channels).T, rate, self.rate).T
-        return base64.b64encode(encode_mp3(audio, self.rate, self.kbps)).decode()
+        """Encodes audio (C, N) at `rate` as MP3 in base64."""
+        audio = soxr.resample(convert_channels(audio, self.channels).T, rate, self.rate)
+        most, least = (320, 32) if self.rate >= 32000 else (160, 8)  # libsndfile's range at these rates, kbit/s
+        level, out = (most - self.kbps) / (most - least), io.BytesIO()
+        soundfile.write(out, audio, self.rate, format="MP3", bitrate_mode="CONSTANT", compression_level=level)
+        return base64.b64encode(out.getvalue()).decode()
 
 
 def write_report(
@@ -64,16 +73,23 @@ def write_report(
     title: str,
     facts: Mapping[str, object],
 ) -> None:
-    """Writes the page of one separated track, whole or not at all.
+    """Writes the page of one separated track, completely or not at all. Missing folders are created.
 
-    mix, stems: files or Recordings; the stems share rate and channels, and the mix is brought to theirs. Missing
-    folders are made. facts: what made the stems (model, version, options), shown as they stand. ValueError for stems
-    that differ, are empty or not finite; OSError where the page cannot be written.
+    Args:
+        path: the HTML file.
+        mix: the recording that was separated. It is converted to the stems' sample rate and channels.
+        stems: the file or recording of each stem, all of the same sample rate, channels and length.
+        title: of the page.
+        facts: how the stems were made (model, version, options), shown unchanged.
+
+    Raises:
+        ValueError: if the stems differ, are empty or are not finite.
+        OSError: if the page cannot be written.
     """
     path = Path(path)
     tracks = Tracks(Recording.open(mix), {name: Recording.open(stem) for name, stem in stems.items()})
     measures = [Measure(tracks.rate, tracks.channels, tracks.samples) for _ in tracks.names]
-    for audio in tracks.stretches():
+    for audio in tracks.read_sections():
         for measure, one in zip(measures, audio, strict=True):
             measure.add(one)
     embedding = Embedding.choose(tracks.channels, tracks.rate, tracks.seconds)
@@ -95,9 +111,9 @@ def write_report(
 
 
 def _embed(out: IO[str], tracks: Tracks, embedding: Embedding) -> None:
-    """Writes the audio, a stretch of every track at a time."""
+    """Writes the audio, one section of every track at a time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, audio in enumerate(tracks.windows()):
+        for number, audio in enumerate(tracks.read_with_margins()):
             for track, text in enumerate(pool.map(lambda one: embedding.encode(one, tracks.rate), audio)):
                 out.write(f'<script type="text/plain" id="a{track}-{number}">{text}</script>\n')
 
@@ -105,7 +121,7 @@ def _embed(out: IO[str], tracks: Tracks, embedding: Embedding) -> None:
 def _page(
     tracks: Tracks, measures: list[Measure], embedding: Embedding, title: str, facts: Mapping[str, object]
 ) -> str:
-    """The page, with a comment where the audio belongs."""
+    """The page, with a comment in place of the audio."""
     template, style, script = (files(__package__).joinpath("data", part).read_text("utf-8") for part in _PARTS)
     scale = max(1e-9, *(m.peak for m in measures))
     hues = ["mix", *_hues(tracks.names[1:-1]), "residual"]
@@ -113,7 +129,7 @@ def _page(
     data = {
         "rate": embedding.rate,
         "seconds": tracks.seconds,
-        "stretch": STRETCH,
+        "stretch": SECTION,
         "margin": MARGIN,
         "bands": BANDS,
         "frequencies": [LOWEST, min(HIGHEST, tracks.rate / 2)],
@@ -128,7 +144,7 @@ def _page(
         "about": f"{_clock(tracks.seconds)} · {tracks.rate / 1000:g} kHz · {channels}",
         "residual": _decibels(_ratio_db(measures[-1].energy, measures[0].energy), "dB"),
         "tracks": "\n".join(map(_row, hues, tracks.names, measures)),
-        "embedding": _say(embedding, tracks.seconds),
+        "embedding": _describe(embedding, tracks.seconds),
         "facts": "".join(
             f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in facts.items()
         ),
@@ -137,8 +153,8 @@ def _page(
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 
 
-def _say(embedding: Embedding, seconds: float) -> str:
-    """What the players play."""
+def _describe(embedding: Embedding, seconds: float) -> str:
+    """The sentences that say what the players play."""
     kind = _CHANNELS[embedding.channels]
     plays = f"The players hold {kind} MP3 at {embedding.kbps} kbit/s; the files beside this page are the result itself."
     if seconds <= _LONG:
@@ -149,21 +165,21 @@ def _say(embedding: Embedding, seconds: float) -> str:
 
 
 def _ratio_db(part: float, whole: float) -> float:
-    """Energies in decibels: -inf for no part, NaN where there is no whole to compare with."""
+    """A ratio of energies in decibels: -inf if the part is 0, NaN if the whole is 0."""
     if not whole:
         return math.nan
     return 10 * math.log10(part / whole) if part else -math.inf
 
 
 def _hues(stems: list[str]) -> list[str]:
-    """A known stem has the same colour on every page; the others take what is free, in turn."""
+    """Colours: a known stem has the same one on every page; the others get the free ones in turn."""
     known = [str(_HUES.index(name)) if name in _HUES else "" for name in stems]
     free = itertools.cycle([str(i) for i in range(len(_HUES)) if str(i) not in known] or ["0"])
     return [hue or next(free) for hue in known]
 
 
 def _hash(text: str) -> str:
-    """What a content security policy calls an inline script or style."""
+    """The hash of an inline script or style for the content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -189,7 +205,7 @@ def _row(hue: str, name: str, measure: Measure) -> str:
 
 
 def _meter(measure: Measure) -> str:
-    """A bar from -60 to 0 dBFS: RMS filled, the peak a tick."""
+    """A bar from -60 to 0 dBFS, filled up to the RMS level, with a mark at the peak."""
     rms, peak = (round(min(max(0.0, 60 + level), 60.0), 2) for level in (measure.rms_db, measure.peak_db))
     return (
         '<svg class="meter" viewBox="0 0 60 2" preserveAspectRatio="none" aria-hidden="true">'
@@ -199,7 +215,7 @@ def _meter(measure: Measure) -> str:
 
 
 def _decibels(value: float, unit: str) -> str:
-    """A level for people and, in its value, for programs."""
+    """A level as text, and as a number in the value attribute."""
     if math.isnan(value):
         text = "undefined"
     elif math.isinf(value):
@@ -210,7 +226,7 @@ def _decibels(value: float, unit: str) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """1:02:03, 4:05."""
+    """Formats a time as 1:02:03 or 4:05."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
