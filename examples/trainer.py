@@ -162,7 +162,7 @@ def main(experiment: Experiment, what: str) -> None:
         sys.exit(f"{script.name}: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: run the same command again to continue")
-    lines = ["| seed | first loss | loss held out | seconds |", "|---|---|---|---|"]
+    lines = ["| seed | first loss | held-out loss | seconds |", "|---|---|---|---|"]
     ends = {n: held_out(experiment, run.model, n) for n, run in runs.items()}
     lines += [f"| {n} | {run.losses[0]:.3f} | {ends[n]:.5f} | {run.seconds:.0f} |" for n, run in runs.items()]
     facts, where = backend.device.report(), platform.platform(terse=True)

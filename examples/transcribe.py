@@ -1,4 +1,4 @@
-"""Writes down what is said in a recording, 30 seconds at a time: python examples/transcribe.py MODEL RECORDING [en]"""
+"""Transcribes a recording, 30 seconds at a time: python examples/transcribe.py MODEL RECORDING [en]"""
 
 import argparse
 import json

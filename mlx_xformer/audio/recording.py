@@ -61,7 +61,7 @@ class Recording:
         if info is None or info.frames >= _UNKNOWN:
             found = _open_container(path)
             if found is None:
-                reason = reason if info is None else "its header does not tell its length"
+                reason = reason if info is None else "its header has no length"
                 raise ValueError(f"{path} cannot be read as audio: {reason}")
             return found
         if not info.frames:
