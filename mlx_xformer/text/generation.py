@@ -95,7 +95,7 @@ def generate(
         return _read(one_by_one(model, caches, prompt, settings), reader)
     draft_caches = _check_caches("draft_caches", draft, draft_caches, slack)
     _check_draft(model, draft, [*caches, *draft_caches], ahead)
-    _check_draft_count_room(draft_caches, len(prompt), limit)
+    _check_draft_room(draft_caches, len(prompt), limit)
     return _read(with_draft(model, caches, draft, draft_caches, prompt, settings), reader)
 
 
@@ -259,7 +259,7 @@ def _check_draft(model: CausalLM, draft: CausalLM, caches: Sequence[KVCache], ah
         )
 
 
-def _check_draft_count_room(caches: Sequence[KVCache], size: int, limit: int) -> None:
+def _check_draft_room(caches: Sequence[KVCache], size: int, limit: int) -> None:
     """Checks that the caches of a draft model can hold a prompt of `size` tokens and what it reads of `limit` more."""
     held = caches[0].length
     if held > size:

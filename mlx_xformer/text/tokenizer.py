@@ -195,9 +195,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids = list(prompt)  # the tokens of the last piece, and those of an incomplete character
         self._shown = len(self._ids)
-        self._text = tokenizer.decode(self._ids).rstrip(
-            "\ufffd"
-        )  # without a character that the prompt leaves incomplete
+        # Without a character that the prompt leaves incomplete.
+        self._text = tokenizer.decode(self._ids).rstrip("\ufffd")
 
     def add(self, token: int) -> str:
         """Returns the text that a token adds; empty while a character is incomplete."""
