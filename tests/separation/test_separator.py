@@ -1,5 +1,7 @@
 """separate() against the NumPy twin's apply and bag: lengths, overlaps, shifts, seeds, bags, levels."""
 
+import dataclasses
+import inspect
 import random
 import threading
 from fractions import Fraction
@@ -13,9 +15,9 @@ from support.models import options
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
 from mlx_xformer.reference import separation as twin
 from mlx_xformer.reference.models.htdemucs.model import htdemucs as twin_model
-from mlx_xformer.separation.options import transition_weight
+from mlx_xformer.separation.options import Options, transition_weight
 from mlx_xformer.separation.segments import read_segment
-from mlx_xformer.separation.separator import separate
+from mlx_xformer.separation.separator import Separator, separate
 from mlx_xformer.separation.track import Track
 
 SEGMENT = 1024  # samples
@@ -298,3 +300,13 @@ def test_segment_may_be_a_fraction():
     mix = track(1500)
     a = stacked(separate(model, mix, 8000, segment=Fraction(1, 20)))
     assert (a == stacked(separate(model, mix, 8000, segment=0.05))).all()
+
+
+def test_options_have_one_set_of_defaults():
+    """Separator, separate() and Options list the same options with the same defaults."""
+    listed = {field.name: field.default for field in dataclasses.fields(Options)}
+    for function in (Separator, separate):
+        parameters = inspect.signature(function).parameters.values()
+        assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
+        given = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert {name: given[name] for name in given if name not in ("progress", "cancel")} == listed
