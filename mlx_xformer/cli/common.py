@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 # MLX raises RuntimeError: for too little memory on the device, or no temporary folder to compile in.
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)

@@ -22,7 +22,6 @@ from .options import Options, OtherMethod
 from .run import Progress, Run, resample_stems
 from .segments import get_members
 from .stems import Output, StemFiles
-from .track import Track
 
 Audio = TypeVar("Audio", np.ndarray, mx.array)
 Mode = InferenceMode | Literal["full", "time_only"]

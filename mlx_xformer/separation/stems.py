@@ -43,6 +43,9 @@ class Output:
         ValueError: if a field is out of range.
     """
 
+    format: Format = "wav"
+    bits: Bits = 16
+    mp3_bitrate: int | None = None
     clip: Clip = "rescale"
     rate: Literal["model", "keep"] = "model"
     filename: str = "{track}/{stem}.{ext}"

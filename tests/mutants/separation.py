@@ -2,16 +2,16 @@
 
 from mutants.runner import Bug, tests
 
-SEGMENTS = "separation.segments"
+OPTIONS, SEGMENTS = "separation.options", "separation.segments"
 TRACKS = tests("tests/models/test_htdemucs_golden.py::test_track")
 
 BUGS = [
     Bug(
         "zeros beside a short segment",
         SEGMENTS,
-        "return track.levelled(start, start + target)",
+        "return track.read_normalized(start, start + target)",
         (
-            "piece = track.levelled(offset, offset + length)\n"
+            "piece = track.read_normalized(offset, offset + length)\n"
             "    left = (target - length) // 2\n"
             "    return mx.pad(piece, [(0, 0), (left, target - length - left)])"
         ),
@@ -19,12 +19,12 @@ BUGS = [
     ),
     Bug(
         "flat segments",
-        SEGMENTS,
+        OPTIONS,
         "return (triangle / triangle.max()) ** np.float32(power)",
         "return triangle * 0 + 1",
         TRACKS,
     ),
-    Bug("transition power ignored", SEGMENTS, "** np.float32(power)", "** np.float32(1)", TRACKS),
+    Bug("transition power ignored", OPTIONS, "** np.float32(power)", "** np.float32(1)", TRACKS),
     Bug(
         "draws of the segments forgotten",
         SEGMENTS,

@@ -71,7 +71,7 @@ EXEMPT = {
     "hann_window": "a factor of stft and istft",
     "mel_filters": "a factor of log_mel",
     "alibi_slopes": "a factor of alibi_bias",
-    "suppressing": "a sampler without some tokens, which are compared in test_samplers",
+    "suppress_tokens": "a sampler without some tokens, which are compared in test_samplers",
     "dropped": "random: what becomes 0, and by how much the rest grows, is in test_stack",
 }
 

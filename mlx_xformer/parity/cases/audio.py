@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from ...audio.recording import resample
+from ...audio.resampling import resample
 from ...reference import audio as twin
 from ..samples import Case, Options, Rng, Sample, described
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import io
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import soundfile
 import soxr
 
 from ...audio.recording import Recording
