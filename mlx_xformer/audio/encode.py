@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import soundfile
 
 Bits = Literal[16, 24, 32]
 Format = Literal["wav", "flac", "mp3"]
@@ -90,6 +92,23 @@ def quantize(audio: np.ndarray, bits: Bits) -> np.ndarray:
     if bits == 24:
         return (clamped * np.float32(2**23 - 1)).astype(np.int32) << 8
     raise ValueError(f"bits must be 16, 24 or 32, got {bits}")
+
+
+def encode_mp3(audio: np.ndarray, sample_rate: int, bitrate: int) -> bytes:
+    """Encodes audio as MP3 in memory, at a constant bit rate.
+
+    Args:
+        audio: (C, N) floats, C being 1 or 2.
+        sample_rate: in Hz.
+        bitrate: in kbit/s.
+
+    Returns:
+        The bytes of an MP3 file.
+    """
+    out = io.BytesIO()
+    options = soundfile_options(sample_rate, 0, Encoding("mp3", mp3_bitrate=bitrate))
+    soundfile.write(out, audio.T, sample_rate, **options)
+    return out.getvalue()
 
 
 def soundfile_options(sample_rate: int, size: int, encoding: Encoding) -> dict[str, Any]:

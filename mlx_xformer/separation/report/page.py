@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import itertools
 import json
 import math
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import soundfile
 import soxr
 
+from ...audio.encode import encode_mp3
 from ...audio.recording import Recording
 from ...audio.resampling import convert_channels
 from .measure import BANDS, HIGHEST, LOWEST, MARGIN, SECTION, Measure, Tracks
@@ -60,11 +59,8 @@ class Embedding:
 
     def encode(self, audio: np.ndarray, rate: int) -> str:
         """Encodes audio (C, N) at `rate` as MP3 in base64."""
-        audio = soxr.resample(convert_channels(audio, self.channels).T, rate, self.rate)
-        most, least = (320, 32) if self.rate >= 32000 else (160, 8)  # libsndfile's range at these rates, kbit/s
-        level, out = (most - self.kbps) / (most - least), io.BytesIO()
-        soundfile.write(out, audio, self.rate, format="MP3", bitrate_mode="CONSTANT", compression_level=level)
-        return base64.b64encode(out.getvalue()).decode()
+        audio = soxr.resample(convert_channels(audio, self.channels).T, rate, self.rate).T
+        return base64.b64encode(encode_mp3(audio, self.rate, self.kbps)).decode()
 
 
 def write_report(
