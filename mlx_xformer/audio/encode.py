@@ -73,8 +73,7 @@ def _join(numbers: Iterable[int]) -> str:
 
 
 def quantize(audio: np.ndarray, bits: Bits) -> np.ndarray:
-    """Converts float samples to integers: clamped to full scale and truncated towards zero, without dither, as demucs
-    does.
+    """Converts float samples to integers as demucs does: clamped to full scale and truncated, without dither.
 
     Args:
         audio: float samples of any shape, full scale at -1 and 1.

@@ -71,8 +71,11 @@ def check_writable(folder: Path) -> None:
 
 
 def prepare_target(path: Path, stack: ExitStack) -> None:
-    """Creates the missing folders of a file and removes what a killed process left of it. `stack` removes new folders
-    that stay empty.
+    """Creates the missing folders of a file and removes what a killed process left of it.
+
+    Args:
+        path: the file to be written.
+        stack: removes the new folders that stay empty.
 
     Raises:
         OSError: if `path` is a folder or its folder cannot be created.
@@ -94,8 +97,9 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 class AudioFile:
-    """An audio file that is being written, under a temporary name beside its target. `stack` removes it unless
-    move_into_place() was called. A lock tells other processes that it is in use.
+    """An audio file that is being written, under a temporary name beside its target.
+
+    `stack` removes it unless move_into_place() was called. A lock shows other processes that it is in use.
 
     Args:
         path: the target, in an existing folder.

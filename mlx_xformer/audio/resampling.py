@@ -80,8 +80,9 @@ def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def convert_channels(audio: np.ndarray, channels: int) -> np.ndarray:
-    """Converts audio to another number of channels: mono is repeated, several channels are averaged to mono, and of
-    more channels than wanted the first are taken.
+    """Converts audio to another number of channels.
+
+    Mono is repeated, several channels are averaged to mono, and of more channels than wanted the first are taken.
 
     Args:
         audio: (C, samples).

@@ -177,8 +177,10 @@ def _list_files(
 
 
 def _select_share(files: list[Path], rank: int, size: int) -> list[Path]:
-    """The files that this process, one of several, separates. Each file, largest first, goes to the process with the
-    fewest bytes so far."""
+    """The files that this process, one of several, separates.
+
+    Each file, largest first, goes to the process with the fewest bytes so far.
+    """
     if size == 1:
         return files
     loads, mine = [0] * size, []

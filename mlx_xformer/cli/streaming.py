@@ -73,8 +73,15 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interrupt_between_steps(wait: bool) -> Iterator[Callable[[], None]]:
-    """Makes Ctrl-C wait, if `wait`, until the function that this yields is called, or until the end of the block. That
-    function raises `Interrupted`. A second Ctrl-C does not wait."""
+    """Makes Ctrl-C wait until a step of generation is finished.
+
+    Args:
+        wait: whether it waits; if not, nothing is changed. A second Ctrl-C does not wait.
+
+    Yields:
+        A function to be called between steps: it raises `Interrupted` if Ctrl-C was pressed. So does the end of the
+        block.
+    """
     pressed = False
 
     def handle(*_: object) -> None:

@@ -115,9 +115,11 @@ class Run:
 
 
 def _measure(recording: Recording, channels: int, sample_rate: int) -> tuple[int, int, float, float]:
-    """Reads a recording once. Returns its samples as recorded and at `sample_rate`, the mean of the mono mix at that
-    rate, and its unbiased standard deviation plus 1e-8. These are accumulated in float64, block by block (Chan, Golub
-    and LeVeque 1979)."""
+    """Reads a recording once, to measure it.
+
+    Returns its samples as recorded and at `sample_rate`, the mean of the mono mix at that rate, and its unbiased
+    standard deviation plus 1e-8, accumulated in float64, block by block (Chan, Golub and LeVeque 1979).
+    """
     recorded = samples = 0
     mean = squares = 0.0
 

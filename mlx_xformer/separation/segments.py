@@ -124,8 +124,11 @@ class _Pass:
 
 
 def _draw_passes(models: list[HTDemucs], length: int, options: Options) -> list[_Pass]:
-    """Every pass with its random draws, in demucs' order: for each model and shift the offset of the track, then for
-    each segment the shift of the positions."""
+    """Every pass with its random draws.
+
+    They are in demucs' order: for each model and shift the offset of the track, then for each segment the shift of the
+    positions.
+    """
     rng = random.Random(options.seed)
     passes = []
     for member, model in enumerate(models):
@@ -145,8 +148,10 @@ def _draw_passes(models: list[HTDemucs], length: int, options: Options) -> list[
 def _run_pass(
     model: HTDemucs, track: Track, p: _Pass, options: Options, wanted: list[int]
 ) -> Iterator[tuple[mx.array, int]]:
-    """Yields the finished samples (S, C, n) of a pass, batch by batch, with the number of segments in the batch. While
-    a batch is handed out, the next one is computed."""
+    """Yields the finished samples (S, C, n) of a pass, batch by batch, with the number of segments in the batch.
+
+    While a batch is handed out, the next one is computed.
+    """
     config = model.config
     segment, stride, batch = options.samples(config), options.stride(config), options.batch(config)
     chosen = mx.array(wanted)
@@ -202,8 +207,10 @@ class _OverlapAdd:
 
 
 def read_segment(track: Track, offset: int, length: int, target: int) -> mx.array:
-    """Returns (C, target) normalized samples with the track's [offset, offset + length) in the middle. Beside them are
-    the track's neighbouring samples, or zeros beyond its ends."""
+    """Returns (C, target) normalized samples with the track's [offset, offset + length) in the middle.
+
+    Beside them are the track's neighbouring samples, or zeros beyond its ends.
+    """
     start = offset - (target - length) // 2
     return track.read_normalized(start, start + target)
 

@@ -92,10 +92,10 @@ class Output:
 
 
 class StemFiles:
-    """Files of equal sample rate, channels and length that are written together. A context manager: on leaving it,
-    everything that was not committed is removed.
+    """Files of equal sample rate, channels and length that are written together.
 
-    Where a gain needs the peak of the whole track, samples wait in unnamed temporary files beside the targets.
+    This is a context manager: on leaving it, everything that was not committed is removed. Where a gain needs the peak
+    of the whole track, samples wait in unnamed temporary files beside the targets.
 
     Args:
         paths: the file of each stem.

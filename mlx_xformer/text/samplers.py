@@ -125,7 +125,7 @@ def suppress_tokens(sampler: Sampler, tokens: Sequence[int], *, first: Sequence[
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
-    """Sets all logits (B, V) to -inf except the k largest of each row and those equal to the smallest of these."""
+    """Keeps the k largest logits (B, V) of each row, and those equal to the smallest of these; -inf for the others."""
     if k >= logits.shape[-1]:
         return logits
     least = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
@@ -133,8 +133,10 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
 
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """Sets all logits (B, V) to -inf except the fewest largest of each row whose probabilities add up to p or more, and
-    those equal to the smallest of these (Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Keeps the fewest most likely tokens of each row whose probabilities add up to p or more; -inf for the others.
+
+    Tokens as likely as the last of them are kept too. logits: (B, V). Source: Holtzman et al. 2020, arXiv 1904.09751.
+    """
     if p == 1:
         return logits
     ordered = -mx.sort(-logits, axis=-1)
@@ -146,14 +148,18 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
 
 
 def keep_min_p(logits: mx.array, p: float) -> mx.array:
-    """Sets logits (B, V) to -inf where a token is less than p times as likely as the most likely one of its row (Nguyen
-    et al. 2025, arXiv 2407.01082)."""
+    """Keeps tokens at least p times as likely as the most likely one of their row; -inf for the others.
+
+    logits: (B, V). Source: Nguyen et al. 2025, arXiv 2407.01082.
+    """
     return mx.where(logits < mx.max(logits, axis=-1, keepdims=True) + math.log(p), -mx.inf, logits)
 
 
 def penalize(logits: mx.array, history: mx.array, penalty: float) -> mx.array:
-    """Divides positive logits (B, V) of tokens in the history (B, n) by `penalty`, and multiplies negative ones by it
-    (Keskar et al. 2019, arXiv 1909.05858). The history is -1 for padding."""
+    """Divides positive logits of tokens in the history by `penalty`, and multiplies negative ones by it.
+
+    logits: (B, V). history: (B, n), -1 for padding. Source: Keskar et al. 2019, arXiv 1909.05858.
+    """
     rows, size = logits.shape
     index = mx.where(history < 0, size, history)
     seen = mx.put_along_axis(mx.zeros((rows, size + 1), mx.bool_), index, mx.array(True), axis=-1)[:, :size]

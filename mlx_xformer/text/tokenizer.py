@@ -183,8 +183,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class TextStream:
-    """Converts tokens to text one by one. Characters are never split. All pieces together equal the text that decoding
-    prompt and tokens at once gives after the prompt's own text.
+    """Converts tokens to text one by one.
+
+    Characters are never split. All pieces together equal the text that decoding prompt and tokens at once gives after
+    the prompt's own text.
 
     Args:
         tokenizer: the tokenizer.
