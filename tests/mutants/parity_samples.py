@@ -5,7 +5,7 @@ from mutants.runner import Bug, parity
 
 SAMPLERS, RESAMPLING = "text.samplers", "audio.resampling"
 OPTIONS, SEGMENTS = "separation.options", "separation.segments"
-ATTENTION, LINEAR, LAYERS, EXPERTS = "nn.attention.layer", "nn.linear", "nn.layers", "nn.moe.experts"
+ATTENTION, LINEAR, LAYERS, EXPERTS = "nn.attention.kinds", "nn.linear", "nn.layers", "nn.moe.experts"
 PRODUCTS, SCRATCH, METALAUDIO = "backend.products", "models.guides.scratch.model", "models.guides.metalaudio"
 
 BUGS = [
@@ -29,7 +29,7 @@ BUGS = [
     Bug("cold is hot", SAMPLERS, "/ max(temperature, _TINY)", "* temperature", parity("make_sampler")),
     Bug("one number for all positions", SAMPLERS, "[seed, history.shape[1]]", "[seed, 0]", parity("make_sampler")),
     Bug("no penalty", SAMPLERS, "logits = penalize(", "penalize(", parity("make_sampler")),
-    Bug("a short filter", RESAMPLING, 'to_rate, quality="VHQ").T', 'to_rate, quality="LQ").T', parity("resample")),
+    Bug("cubic interpolation", RESAMPLING, 'to_rate, quality="VHQ").T', 'to_rate, quality="QQ").T', parity("resample")),
     Bug(
         "a narrow distribution",
         ATTENTION,
@@ -75,7 +75,7 @@ BUGS = [
         "0",
         parity("separate"),
     ),
-    Bug("padding counts", SCRATCH, "counts = labels != padding_idx", "counts = labels >= 0", parity("cross_entropy")),
+    Bug("padding counts", SCRATCH, "else labels != padding_idx", "else labels >= 0", parity("cross_entropy")),
     Bug(
         "the waveform without its mean",
         "models.htdemucs.model",
@@ -114,8 +114,8 @@ BUGS = [
     Bug(
         "a layer that sees what follows",
         "models.guides.ferrotorch",
-        '"causal": config.causal}',
-        '"causal": False}',
+        "causal=config.causal)",
+        "causal=False)",
         parity("ferrotorch.model"),
     ),
     Bug(
