@@ -186,7 +186,7 @@ def test_gated_feed_forward_error():
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda m: m(mx.array(TOKENS[0])), r"tokens must be \(batch, length\), got shape \(11,\)"),
+        (lambda m: m(mx.array(TOKENS[0])), r"tokens must be \(batch, length\) whole numbers, got shape \(11,\)"),
         (lambda m: m(mx.array(TOKENS), caches=m.make_caches()[:1]), "caches must be one a layer, 2, got 1"),
         (lambda m: m(mx.array(TOKENS), last=-1), "last must be at least 0, got -1"),
     ],

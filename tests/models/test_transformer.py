@@ -211,7 +211,7 @@ def test_generation_feeds_what_is_new_and_projects_the_memory_once():
         layer.cross_attn.k_proj = Counted(layer.cross_attn.k_proj)
     told = SimpleNamespace(
         config=model.config,
-        make_caches=model.make_caches,
+        caches_for=model.caches_for,
         decode=lambda target, *x, **given: fed.append(target.shape[1]) or decode(target, *x, **given),
     )
     given = Conditioned(told, model.encode(source))
