@@ -16,7 +16,7 @@ BY_BERT = tests(
 
 BUGS = [
     Bug("sentences in another order", SENTENCES, "mx.array(np.argsort(order))", "mx.array(np.array(order))", BY_BERT),
-    Bug("sentences are cut at the positions", SENTENCES, "_longest(folder) or ", "", BY_BERT),
+    Bug("sentences are cut at the positions", SENTENCES, "_read_max_length(folder) or ", "", BY_BERT),
     Bug("sentences are padded inside", SENTENCES, "< lengths[:, None]", "<= lengths[:, None]", BY_BERT),
     Bug("vectors are never normed", SENTENCES, 'return "Normalize" in names', "return False", BY_BERT),
     Bug("vectors are always normed", SENTENCES, 'return "Normalize" in names', "return True", BY_BERT),
