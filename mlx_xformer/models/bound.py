@@ -5,8 +5,8 @@ Axes: B batch, L positions of the target, S positions of the memory, E embed_dim
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -46,85 +46,82 @@ class TokenDecoder(Protocol):
         """A cache of self-attention for each layer of the decoder."""
 
 
-@dataclass(frozen=True)
 class _Memory:
-    """What a decoder attends to. rows: which of the whole memory; caches: of its keys and values, one a layer."""
+    """What the decoder of one generation attends to: rows of a memory, and its keys and values, one a layer."""
 
-    array: mx.array
-    mask: mx.array | None
-    rows: tuple[int, ...]
-    caches: tuple[CrossCache, ...] = ()
+    def __init__(self, array: mx.array, mask: mx.array | None, caches: tuple[CrossCache, ...]):
+        self.array, self.mask, self.caches = array, mask, caches
+        self._rows: tuple[int, ...] = ()
+        self._selected: _Memory | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
+        return _Memory(self.array, self.mask, copy.deepcopy(self.caches, memo))
 
     def select(self, rows: tuple[int, ...]) -> _Memory:
-        """These rows of the whole, with what has been projected of them."""
-        index = mx.array(rows)
-        array = mx.take(self.array, index, axis=0)
-        mask = None if self.mask is None else mx.take(self.mask, index, axis=0)
-        return _Memory(array, mask, rows, tuple(cache.select(rows, array) for cache in self.caches))
+        """These rows, with what has been projected of them: the same object while the rows are the same, since each
+        layer's cache asks for them."""
+        if self._selected is None or rows != self._rows:
+            index = mx.array(rows)
+            array = mx.take(self.array, index, axis=0)
+            mask = None if self.mask is None else mx.take(self.mask, index, axis=0)
+            caches = tuple(cache.select(rows, array) for cache in self.caches)
+            self._rows, self._selected = rows, _Memory(array, mask, caches)
+        return self._selected
 
 
-class _Rows(KVCache):
-    """A cache whose rows go with these of a memory."""
+class _BoundCache(KVCache):
+    """A cache of self-attention that knows the rows of the memory that its own rows go with."""
 
-    memory_rows: tuple[int, ...]
+    memory: _Memory
 
     @staticmethod
-    def of(cache: KVCache, rows: tuple[int, ...]) -> _Rows:
+    def of(cache: KVCache, memory: _Memory) -> _BoundCache:
         """What the cache holds."""
-        made = _Rows.__new__(_Rows)
+        made = _BoundCache.__new__(_BoundCache)
         vars(made).update(vars(cache))
-        made.memory_rows = rows
+        made.memory = memory
         return made
 
-    def select(self, rows: Sequence[int] | mx.array) -> _Rows:
+    def select(self, rows: Sequence[int] | mx.array) -> _BoundCache:
         chosen = cast("list[int]", rows.tolist()) if isinstance(rows, mx.array) else list(rows)
-        return _Rows.of(super().select(chosen), tuple(self.memory_rows[row] for row in chosen))
+        return _BoundCache.of(super().select(chosen), self.memory.select(tuple(chosen)))
 
 
 class Conditioned(CacheMaker, nn.Module):
     """A decoder and the memory that it attends to, as generate() and batch_generate() take a model: they feed it the
-    new tokens only, and the memory is projected once. A batch has a prompt for every row of the memory."""
+    new tokens only, and the memory is projected once a generation. A batch has a prompt for every row of the memory.
+    Several threads may generate with one of it."""
 
     def __init__(self, model: TokenDecoder, memory: mx.array, memory_mask: mx.array | None = None):
         super().__init__()
         if memory.ndim != 3:
             raise ValueError(f"memory must be (batch, length, channels), got shape {memory.shape}")
         expand_key_mask("memory_mask", memory_mask, memory.shape)
+        mx.eval(memory, memory_mask)  # so that another thread may read it
         self.model, self.config = model, model.config
-        self._whole = self._current = _Memory(memory, memory_mask, tuple(range(len(memory))))
+        self._memory, self._mask = memory, memory_mask
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:
-        """See make_caches(): as the model's. They know which rows of the memory theirs go with, also once some of them
-        are selected."""
-        return [_Rows.of(cache, self._whole.rows) for cache in self.model.caches_for(options)]
+        """See make_caches(): as the model's. They hold what is projected of the memory, and know which of its rows theirs
+        go with, also once some of them are selected."""
+        caches = self.model.caches_for(options)
+        memory = _Memory(self._memory, self._mask, tuple(CrossCache() for _ in caches))
+        return [_BoundCache.of(cache, memory) for cache in caches]
 
     def __call__(
         self, tokens: mx.array, *, caches: Sequence[KVCache] | None = None, last: int | None = None, check: bool = True
     ) -> mx.array:
         """tokens (B, L) -> logits (B, L, V), or (B, last, V) of the last positions only. check: as of the model's
         decode()."""
-        memory = self._memory_of(caches)
-        if len(tokens) != len(memory.rows):
-            raise ValueError(f"tokens must be {len(memory.rows)} rows, as many as the memory has, got {len(tokens)}")
-        cross_caches = None if caches is None else memory.caches
-        given: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "last": last, "check": check}
+        bound = caches[0].memory if caches and isinstance(caches[0], _BoundCache) else None
+        memory = _Memory(self._memory, self._mask, ()) if bound is None else bound
+        if len(tokens) != len(memory.array):
+            raise ValueError(f"tokens must be {len(memory.array)} rows, as many as the memory has, got {len(tokens)}")
+        given: dict[str, Any] = {"caches": caches, "cross_caches": memory.caches or None, "last": last, "check": check}
         masked = {} if memory.mask is None else {"memory_mask": memory.mask}
         return self.model.decode(tokens, memory.array, **masked, **given)
 
     @property
     def memory(self) -> mx.array:
         """(B, S, E), of all rows."""
-        return self._whole.array
-
-    def _memory_of(self, caches: Sequence[KVCache] | None) -> _Memory:
-        """The rows of the memory that go with those of the caches."""
-        if caches and len(self._whole.caches) != len(caches):
-            whole = self._whole
-            made = tuple(CrossCache() for _ in caches)
-            self._whole = self._current = _Memory(whole.array, whole.mask, whole.rows, made)
-        rows = caches[0].memory_rows if caches and isinstance(caches[0], _Rows) else self._whole.rows
-        if rows == self._whole.rows:
-            return self._whole
-        if rows != self._current.rows:
-            self._current = self._whole.select(rows)
-        return self._current
+        return self._memory

@@ -1,6 +1,8 @@
 """Vaswani's Transformer: look-ahead safety, masks, embeddings, refusals; and generation given a memory."""
 
+import copy
 import json
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -217,8 +219,24 @@ def test_generation_feeds_what_is_new_and_projects_the_memory_once():
     given = Conditioned(told, model.encode(source))
     ids(given, [3, 1, 2], max_tokens=9)
     assert fed == [3] + [1] * 8 and calls == [S] * 3
-    ids(given, [4], max_tokens=2)  # of the same memory
-    assert calls == [S] * 3
+    ids(given, [4], max_tokens=2)  # another generation: weights may have changed since
+    assert calls == [S] * 6
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda caches: pickle.loads(pickle.dumps(caches))])
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+def test_copies_of_caches_go_on_alike(rows, copied):
+    """With the rows of the memory that are theirs, and what is projected of them."""
+    model, source, more = transformer(), mx.array(tokens(3, S)), mx.array(tokens(3, 1, seed=1))
+    given = model.conditioned(source, mx.array(np.arange(S) < np.array([S, 2, 4])[:, None]))
+    caches = given.make_caches(padding=[0, 2, 1])
+    given(mx.array(tokens(3, 4, seed=2)), caches=caches)
+    if rows is not None:
+        caches, more = [cache.select(rows) for cache in caches], more[: len(rows)]
+    again = copied(caches)
+    first = [given(more, caches=some) for some in (caches, again)]
+    assert mx.array_equal(*first) and [cache.length for cache in again] == [cache.length for cache in caches]
+    assert mx.array_equal(*[given(more + 1, caches=some) for some in (again, caches)])
 
 
 def test_a_batch_gives_what_each_row_gives():

@@ -1,6 +1,8 @@
 """Caches, one claim at a time, with what defects of others would show: those of mlx-lm 0.32.2, and the traps T1.4 to
 T1.15 of llm_prep. tests/test_cache_properties.py has every combination."""
 
+import copy
+import pickle
 import threading
 
 import mlx.core as mx
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from support.harness import draw
 
+from mlx_xformer.backend.threads import clear_streams_at_thread_end
 from mlx_xformer.nn.attention.core import attention
 from mlx_xformer.nn.attention.layer import Attention
 from mlx_xformer.nn.cache import CrossCache, KVCache, Quantized, RewindError, cache_bytes, merge_caches
@@ -330,6 +333,10 @@ def test_trap_1_15_threads_with_caches_of_their_own():
     made, results, errors = layer(num_kv_heads=2), {}, []
     mx.eval(made.parameters())
 
+    def run(seed):
+        clear_streams_at_thread_end()
+        work(seed)
+
     def work(seed):
         try:
             x, cache, parts = normal(1, 70, 30, seed=seed), KVCache(window=20, bits=8 if seed % 2 else None), []
@@ -340,7 +347,7 @@ def test_trap_1_15_threads_with_caches_of_their_own():
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -350,6 +357,37 @@ def test_trap_1_15_threads_with_caches_of_their_own():
         parallel = results[seed]
         work(seed)
         assert np.abs(results[seed] - parallel).max() == 0
+
+
+# Copies
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copies_of_a_memory(copied):
+    """A copy has what is projected; a pickle too, of its own array of the memory: any other is projected. Same bits."""
+    made, x, memory, calls = Attention(30, 6), normal(1, 1, 30), normal(1, 9, 30, seed=1), []
+    project = made.k_proj
+
+    def counted(y):
+        calls.append(len(y))
+        return project(y)
+
+    made.k_proj = counted
+    cache = CrossCache()
+    made(x, memory, cache=cache)
+    again = copied(cache)
+    assert again.length == 9 and again.nbytes == cache.nbytes
+    assert all(mx.array_equal(*both) for both in zip(again.arrays, cache.arrays, strict=True))
+    assert mx.array_equal(made(2 * x, memory, cache=again), made(2 * x, memory, cache=cache))
+    assert len(calls) == (2 if copied is pickled else 1)
+    both = pickled((memory, cache))
+    assert mx.array_equal(made(3 * x, both[0], cache=both[1]), made(3 * x, memory, cache=cache))
+    assert len(calls) == (2 if copied is pickled else 1)
+    assert copied(CrossCache()).length == 0
 
 
 # Memory

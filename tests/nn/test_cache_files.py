@@ -1,7 +1,9 @@
 """Caches on disk: the format, what is not stored, and what is wrong with a file in one line."""
 
+import copy
 import json
 import os
+import pickle
 
 import mlx.core as mx
 import numpy as np
@@ -68,6 +70,14 @@ def test_they_come_back(kind, tmp_path):
         same(cache, again)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_copies_and_pickles_go_on_alike(kind, copied):
+    for n in (0, 17, 290):
+        cache = filled(n=n, **kind)
+        same(cache, copied(cache))
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_the_dtype_stays(bits, dtype, tmp_path):
@@ -76,6 +86,8 @@ def test_the_dtype_stays(bits, dtype, tmp_path):
     (again,), metadata = load_caches(tmp_path / "file")
     assert metadata == {} and [x.dtype for x in again.arrays] == [x.dtype for x in cache.arrays]
     assert all((x[:, :, :18] == y[:, :, :18]).all() for x, y in zip(cache.arrays, again.arrays, strict=True))
+    pickled = pickle.loads(pickle.dumps(cache)).arrays
+    assert all(x.dtype == y.dtype and (x == y).all() for x, y in zip(cache.arrays, pickled, strict=True))
 
 
 def test_only_what_counts_is_stored(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -31,6 +33,10 @@ class CrossCache:
             self._memory, self._pair = memory, pair
         k, v = self._pair
         return k, v
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CrossCache:
+        """A cache of the same memory: get() knows it by its array, of which a copy would be another memory."""
+        return copy.copy(self)
 
     def select(self, rows: Sequence[int], memory: mx.array) -> CrossCache:
         """A cache of these rows. `memory` is the same rows of what the keys and values are of."""

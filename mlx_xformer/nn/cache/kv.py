@@ -180,6 +180,10 @@ class KVCache:
         other._settle([mx.take(x[:, :, self._slot : stop], index, axis=0) for x in self._lines])
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not the form of the last append, since dtypes of MLX cannot be pickled."""
+        return {**vars(self), "_taken": None}
+
     def split(self) -> list[KVCache]:
         """A cache for each row, without its padding."""
         return [self.select([row]) for row in range(self._rows)]
