@@ -12,6 +12,7 @@ from . import backend
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .backend.threads import clear_streams_at_thread_end
     from .converters import convert
     from .models.causal_lm import CausalLM, CausalLMConfig
     from .models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig, InferenceMode
@@ -62,6 +63,7 @@ __all__ = [
     "backend",
     "batch_generate",
     "cache_bytes",
+    "clear_streams_at_thread_end",
     "convert",
     "generate",
     "get_attention",
@@ -73,6 +75,7 @@ __all__ = [
 ]
 
 _MODULES = {  # module -> the names that it holds
+    "backend.threads": ("clear_streams_at_thread_end",),
     "converters": ("convert",),
     "models.causal_lm": ("CausalLM", "CausalLMConfig"),
     "models.htdemucs": ("Bag", "BagConfig", "HTDemucs", "HTDemucsConfig", "InferenceMode"),

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..storage.checkpoint import read_checkpoint
+from ..storage.checkpoint import Checkpoint, read_checkpoint
 from ..storage.messages import describe_misfits, find_misfits
 from .bert import Bert, BertConfig
 from .causal_lm.model import CausalLM, CausalLMConfig
@@ -84,8 +84,8 @@ def load_model(folder: str | Path) -> nn.Module:
     """Loads the model of a checkpoint, ready to run.
 
     Its floats are float32; those of a causal_lm have its configuration's dtype or, without one, stay as stored. The
-    weights of a bag stay lazy, so that members which are never run are never read; evaluate `model.parameters()` before
-    handing a bag to another thread.
+    weights of a bag stay lazy, so that members which are never run are never read. Any thread may evaluate them, but
+    only one at a time, as `separate` does. Evaluate `model.parameters()` before several threads of yours call members.
 
     Args:
         folder: The checkpoint.
@@ -95,6 +95,16 @@ def load_model(folder: str | Path) -> nn.Module:
         ValueError: It cannot be read, or a tensor is missing, unexpected or misshapen; the message lists them all.
     """
     checkpoint = read_checkpoint(folder)
+    if checkpoint.family == "htdemucs_bag":
+        with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):  # whose lazy arrays belong to no thread
+            return _filled_model(folder, read_checkpoint(folder))
+    model = _filled_model(folder, checkpoint)
+    mx.eval(model.parameters())
+    return model
+
+
+def _filled_model(folder: str | Path, checkpoint: Checkpoint) -> nn.Module:
+    """The model with the weights of its checkpoint, not yet evaluated."""
     try:
         model = make_model(checkpoint.family, checkpoint.config)
         if problems := find_misfits(checkpoint.weights, _shapes(model)):
@@ -108,8 +118,6 @@ def load_model(folder: str | Path) -> nn.Module:
     }
     model.load_weights(list(floats.items()), strict=True)
     model.eval()
-    if not isinstance(model, Bag):
-        mx.eval(model.parameters())
     return model
 
 

@@ -8,6 +8,7 @@ Axes: S sources, C channels, N samples of the track, n of a block.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from .options import Options, transition_weight
 from .track import Track
 
 _MAX_SHIFT = 0.5  # seconds
+_reading = threading.Lock()  # arrays of a file may be evaluated in any thread, but in one at a time
 
 
 def apply_model(model: HTDemucs | Bag, mix: mx.array, options: Options | None = None) -> mx.array:
@@ -61,6 +63,8 @@ def stream_stems(
         options.check(member.config)
     wanted = options.wanted(model.config.sources)
     passes = [p for p in _draw_passes(models, track.samples, options) if any(weights[p.member][s] for s in wanted)]
+    with _reading:  # weights that a bag has not read yet
+        mx.eval([models[member].parameters() for member in {p.member for p in passes}])
     streams = [_Stream(_run_pass(models[p.member], track, p, options, wanted)) for p in passes]
     total, done, yielded = sum(len(p.offsets) for p in passes), 0, 0
     # The last segment reads up to a whole segment of samples before the end of the track.

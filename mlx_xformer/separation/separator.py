@@ -137,8 +137,8 @@ class Separator:
         host = np.asarray(audio.astype(mx.float32)) if isinstance(audio, mx.array) else audio
         run = Run(self.model, self.options, Recording.from_array(host, sample_rate), progress, cancel)
         whole = mx.concatenate(list(run.blocks()), axis=-1)
-        mx.eval(whole)  # so that another thread may read it
-        stems = whole if isinstance(audio, mx.array) else np.array(whole)
+        stems = list(whole) if isinstance(audio, mx.array) else list(np.array(whole))
+        mx.eval(stems)  # so that another thread may read them
         return cast("dict[str, Audio]", dict(zip(self.stems, stems, strict=True)))
 
     def separate_file(

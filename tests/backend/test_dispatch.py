@@ -7,6 +7,7 @@ import numpy as np
 
 from mlx_xformer.backend import dispatch
 from mlx_xformer.backend.linux import blas, streams
+from mlx_xformer.backend.threads import clear_streams_at_thread_end
 
 
 def test_rows_are_computed_side_by_side(monkeypatch):
@@ -28,7 +29,7 @@ def test_rows_are_computed_side_by_side(monkeypatch):
     monkeypatch.setattr(dispatch, "_LARGE", 0)
     streams._streams.cache_clear()
     try:
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1, initializer=clear_streams_at_thread_end) as pool:
             for result in (both(), pool.submit(both).result()):
                 assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(alone, result, strict=True))
     finally:

@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support.models import options
 
+from mlx_xformer.backend.threads import clear_streams_at_thread_end
 from mlx_xformer.models import families
 from mlx_xformer.models.families import load_model
 from mlx_xformer.models.htdemucs import Bag, BagConfig, HTDemucs, HTDemucsConfig
@@ -74,18 +75,38 @@ def test_a_model_computes_in_float32(tmp_path):
         assert x.dtype == mx.float32 and mx.array_equal(x, WEIGHTS[name].astype(mx.float32)), name
 
 
-def test_a_bag_and_its_weights_in_another_thread(tmp_path):
+def in_a_thread(work):
+    """What work() returns."""
+    found = []
+
+    def run():
+        clear_streams_at_thread_end()
+        found.append(work())
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    worker.join()
+    return found[0]
+
+
+def test_weights_in_another_thread(tmp_path):
+    """Of a model, and of a bag that another thread has loaded, whose file is another by now."""
     config = BagConfig((CONFIG, CONFIG), ((1.0, 0.0, 0.5), (0.0, 1.0, 0.5)))
     weights = drawn(Bag(config))
     save(tmp_path / "a", weights, family="htdemucs_bag", config=config.to_dict())
-    model = load_model(tmp_path / "a")
-    assert isinstance(model, Bag) and model.config == config
+    bag = in_a_thread(lambda: load_model(tmp_path / "a"))
+    other = drawn(Bag(config), seed=5)
+    save(tmp_path / "a", other, family="htdemucs_bag", config=config.to_dict())
+    assert isinstance(bag, Bag) and bag.config == config
     one = load_model(save(tmp_path / "b"))
-    sums = []
-    worker = threading.Thread(target=lambda: sums.append(mx.sum(one.encoder[0].conv.weight).item()))
-    worker.start()
-    worker.join()
-    assert sums == [mx.sum(WEIGHTS["encoder.0.conv.weight"].astype(mx.float32)).item()]
+
+    def total(x):
+        return mx.sum(x.astype(mx.float32)).item()
+
+    name = "encoder.0.conv.weight"
+    assert in_a_thread(lambda: total(one.encoder[0].conv.weight)) == total(WEIGHTS[name])
+    assert in_a_thread(lambda: total(bag.models[1].encoder[0].conv.weight)) == total(weights[f"models.1.{name}"])
+    assert total(bag.models[0].encoder[0].conv.weight) == total(weights[f"models.0.{name}"])
 
 
 def test_unused_members_are_not_read(tmp_path):
