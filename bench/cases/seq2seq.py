@@ -4,7 +4,6 @@ by what is kept from step to step. The most likely token is taken that is none o
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from cases.checkouts import START, TOKENS, generate_over, make_encoder_decoder, 
 from cases.common import describe_ours
 from mlx_xformer import CrossCache
 from mlx_xformer.backend import device
-from mlx_xformer.models.transformer import Transformer
-from mlx_xformer.text.decoding import stepping
 
 mx = device.mx
 
@@ -26,11 +23,6 @@ def _loop(step: Callable[[list[int]], Any]) -> np.ndarray:
     for _ in range(TOKENS):
         found.append(int(sample_unrepeated(step(found)[:, -1], mx.array([found])).item()))
     return np.array(found[1:])
-
-
-def _steps(model: Transformer) -> AbstractContextManager[None]:
-    """Around a loop of steps: products are shared out on all cores, from which projecting the memory gains most."""
-    return stepping(model, single=False)
 
 
 def no_cache(_: Path) -> dict[str, Any]:
@@ -57,8 +49,7 @@ def self_cache(_: Path) -> dict[str, Any]:
     def run() -> np.ndarray:
         memory, caches = model.encode(source), model.make_caches()
         mx.eval(memory)
-        with _steps(model):
-            return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, caches=caches, last=1))
+        return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, caches=caches, last=1))
 
     return describe_ours(run)
 
@@ -71,8 +62,7 @@ def both_caches(_: Path) -> dict[str, Any]:
         memory, caches = model.encode(source), model.make_caches()
         given: dict[str, Any] = {"caches": caches, "cross_caches": [CrossCache() for _ in caches]}
         mx.eval(memory)
-        with _steps(model):
-            return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, **given, last=1))
+        return _loop(lambda found: model.decode(mx.array([found[-1:]]), memory, **given, last=1))
 
     return describe_ours(run)
 

@@ -80,8 +80,10 @@ _SEQUENTIAL = 1024  # widths up to here may go through MLX's own statistics
 
 @mx.compile
 def _few_layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    x = x - mx.mean(x, axis=-1, keepdims=True)
-    return x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps) * weight + bias
+    # x less its mean is written in two ways: written in one, mx.compile makes an operation more of it.
+    total, n = mx.sum(x, axis=-1, keepdims=True), x.shape[-1]
+    variance = mx.mean(mx.square(x + total * (-1 / n)), axis=-1, keepdims=True)
+    return (x - total * (1 / n)) * mx.rsqrt(variance + eps) * weight + bias
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:

@@ -86,25 +86,23 @@ _FEW = 8  # rows for which a CPU is quicker with pieces of the matrix
 
 
 def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows with pieces of the
-    weight and many by_rows."""
+    """x weight^T + bias: (..., I), (O, I), (O,) -> (..., O). A CPU does it in float32, few rows as few_rows() and
+    many by_rows(). The form depends on shapes and the number of workers alone, so that equal inputs give equal bits,
+    whatever else the process computes."""
     if not x.size:  # CUDA refuses products of no rows
         return mx.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
     if not dispatch.on_cpu():
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    if x.dtype in HALF and weight.dtype == x.dtype:
+    if x.itemsize == 2 and x.dtype in HALF and weight.dtype == x.dtype:
         return product(x.astype(mx.float32), weight.astype(mx.float32), bias).astype(x.dtype)
-    rows = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if len(rows) <= _FEW:
-        y = few_rows(rows, weight)
-        y = y if bias is None else y + bias
-    elif any(blas.in_turn):
-        y = rows @ weight.T if bias is None else mx.addmm(bias, rows, weight.T)
+        y = few_rows(rows, weight, bias)
     elif bias is None:
         y = dispatch.by_rows(lambda rows: rows @ weight.T, rows, len(weight))
     else:
         y = dispatch.by_rows(lambda rows: mx.addmm(bias, rows, weight.T), rows, len(weight))
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def quantized_product(

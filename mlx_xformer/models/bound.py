@@ -102,8 +102,8 @@ class Conditioned(CacheMaker, nn.Module):
         self._memory, self._mask = memory, memory_mask
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:
-        """See make_caches(): as the model's. They hold what is projected of the memory, and know which of its rows theirs
-        go with, also once some of them are selected."""
+        """See make_caches(): as the model's. They hold what is projected of the memory, and know which of its rows
+        theirs go with, also once some of them are selected."""
         caches = self.model.caches_for(options)
         memory = _Memory(self._memory, self._mask, tuple(CrossCache() for _ in caches))
         return [_BoundCache.of(cache, memory) for cache in caches]

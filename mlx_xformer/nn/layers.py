@@ -13,7 +13,7 @@ import mlx.nn as nn
 from ..backend import activations, dispatch, fused, norms
 from ..backend.products import quantized_product
 from .config import check_eps, check_sizes
-from .linear import Linear, applied, one_row
+from .linear import Linear, apply_linear
 from .positions import sinusoidal
 
 
@@ -30,7 +30,7 @@ class LayerNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Normalises x (..., E)."""
-        return norms.layer_norm(x, self.weight, self.bias, self.eps)
+        return norms.layer_norm(x, self["weight"], self["bias"], self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Normalises x (..., E)."""
-        gain = 1 + self.weight.astype(mx.float32) if self.plus_one else self.weight
+        gain = 1 + self["weight"].astype(mx.float32) if self.plus_one else self["weight"]
         return norms.rms_norm(x, gain, self.eps)
 
 
@@ -171,8 +171,9 @@ class FeedForward(nn.Module):
         activation = activations.ACTIVATIONS[self.activation]
         if key is not None and dropout:
             return self.linear2(apply_dropout(activation(self.linear1(x)), dropout, key))
-        if one_row(x) and type(self.linear1) is type(self.linear2) is nn.Linear:  # neither is packed
-            return applied(self.linear2, activation(applied(self.linear1, x)))
+        first, second = self["linear1"], self["linear2"]
+        if x.size == x.shape[-1] and type(first) is type(second) is nn.Linear:  # neither is packed
+            return apply_linear(second, activation(apply_linear(first, x)))
         tokens = x[None] if x.ndim == 1 else mx.flatten(x, 0, -2)
         network = lambda x: self.linear2(activation(self.linear1(x)))  # noqa: E731
         return dispatch.by_rows(network, tokens, self.hidden_dim).reshape(x.shape)
@@ -193,8 +194,8 @@ class GatedFeedForward(nn.Module):
 
     def __call__(self, x: mx.array, *, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
         """dropout: the rate, by a random key, at which numbers in the middle become 0."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(apply_dropout(activations.GATED[self.activation](gate, up), dropout, key))
+        gate, up = self["gate_proj"](x), self["up_proj"](x)
+        return self["down_proj"](apply_dropout(activations.GATED[self.activation](gate, up), dropout, key))
 
 
 class Embedding(nn.Embedding):
@@ -202,7 +203,7 @@ class Embedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., E) -> (..., V)."""
-        return applied(self, x)
+        return apply_linear(self, x)
 
     def to_quantized(self, group_size: int | None = None, bits: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """The layer with its table quantized."""

@@ -143,16 +143,16 @@ class Layer(nn.Module):
             raise ValueError("a cache must be given to causal layers only, got causal=False")
         keys = _keys(key, 6) if self.training and self.config.dropout else [None] * 6
         x = self._step(
-            x, self.norm1, lambda y: self.self_attn(y, mask=mask, bias=bias, cache=cache, key=keys[0]), keys[1]
+            x, self["norm1"], lambda y: self["self_attn"](y, mask=mask, bias=bias, cache=cache, key=keys[0]), keys[1]
         )
         if memory is not None:
             x = self._step(
                 x,
-                self.norm2,
-                lambda y: self.cross_attn(y, memory, mask=memory_mask, cache=cross_cache, key=keys[2]),
+                self["norm2"],
+                lambda y: self["cross_attn"](y, memory, mask=memory_mask, cache=cross_cache, key=keys[2]),
                 keys[3],
             )
-        return self._step(x, self.norm3, lambda y: self._feed(y, keys[4], routings), keys[5])
+        return self._step(x, self["norm3"], lambda y: self._feed(y, keys[4], routings), keys[5])
 
     def _step(
         self, x: mx.array, norm: nn.Module, form: Callable[[mx.array], mx.array], key: mx.array | None
@@ -163,8 +163,8 @@ class Layer(nn.Module):
         return y if self.config.norm_first else norm(y)
 
     def _feed(self, x: mx.array, key: mx.array | None, routings: list[Routing] | None) -> mx.array:
-        if not isinstance(self.mlp, MoE):
-            return self.mlp(x, dropout=0.0 if key is None else self.config.dropout, key=key)
+        if not isinstance(self["mlp"], MoE):
+            return self["mlp"](x, dropout=0.0 if key is None else self.config.dropout, key=key)
         y, routing = self.mlp(x)
         if routings is not None:
             routings.append(routing)
@@ -204,9 +204,11 @@ def run_layers(
             own[name.removesuffix("s")] = given
     if key is not None:
         own["key"] = mx.random.split(key, count)
+    step = caches is not None and x.shape[:2] == (1, 1)
+    x = mx.squeeze(x, 0) if step else x  # products of a matrix with one row need fewer operations so
     for index, layer in enumerate(layers):
         x = layer(x, **{name: of_layers[index] for name, of_layers in own.items()}, **shared)
-    return x
+    return x[None] if step else x
 
 
 def last_positions(x: mx.array, last: int | None) -> mx.array:
@@ -242,8 +244,8 @@ class Stack(CacheMaker, nn.Module):
         """As Layer, with a cache of each kind for every layer."""
         shared: dict[str, Any] = {"memory": memory, "mask": mask, "memory_mask": memory_mask, "bias": bias}
         own: dict[str, Any] = {"caches": caches, "cross_caches": cross_caches, "key": key}
-        x = run_layers(self.layers, x, **own, **shared, routings=routings)
-        return self.norm(x) if "norm" in self else x
+        x = run_layers(self["layers"], x, **own, **shared, routings=routings)
+        return self["norm"](x) if "norm" in self else x
 
     def caches_for(self, options: CacheOptions) -> list[KVCache]:
         """See make_caches()."""

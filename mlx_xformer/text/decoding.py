@@ -5,17 +5,12 @@ Axes: B rows of a batch, V vocabulary, n tokens so far, m of them that are drawn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from ..backend.linux import blas
-from ..backend.linux.blas import products_in_turn
-from ..nn.linear import release
 from .samplers import Sampler
 
 if TYPE_CHECKING:
@@ -39,23 +34,6 @@ class Settings:
     progress: Progress | None = None
 
 
-@contextmanager
-def stepping(*models: CausalLM, single: bool = True) -> Iterator[None]:
-    """For steps of a few tokens, or a `single` one: one product at a time is computed, on all cores where there are
-    several tokens or many weights, and layers keep the views of their matrices that they take."""
-    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
-    size = sum(x.nbytes for module in modules for x in module.values() if isinstance(x, mx.array))
-    try:
-        with products_in_turn(shared=size > _SHARED or not (single and blas.one_row)):
-            yield
-    finally:
-        for module in modules:
-            release(module)
-
-
-_SHARED = 2**28  # bytes; on two cores threads gained nothing below it, and cost half as much CPU time again
-
-
 def one_by_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
     """(token, logprob) in turn. The next step is queued before a token is read."""
     history = mx.array(list(prompt), mx.int32)[None]
@@ -68,12 +46,11 @@ def one_by_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], se
 
     logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
     following = drawn(logits, history)
-    with stepping(model):
-        for count in range(1, settings.limit + 1):
-            token, history, *score = following
-            if count < settings.limit:
-                following = drawn(model(token[:, None], caches=caches, last=1, check=False)[:, -1], history)
-            yield _number(token), _number(score[0]) if score else None
+    for count in range(1, settings.limit + 1):
+        token, history, *score = following
+        if count < settings.limit:
+            following = drawn(model(token[:, None], caches=caches, last=1, check=False)[:, -1], history)
+        yield _number(token), _number(score[0]) if score else None
 
 
 def together(
@@ -91,21 +68,20 @@ def together(
     logits = read_prompt(model, mx.maximum(history, 0), caches, settings.chunk)
     following, history = next_tokens(logits, history, settings.sampler)
     mx.async_eval(following, history, arrays(caches))
-    with stepping(model, single=False):
-        for count in range(1, settings.limit + 1):
-            tokens = following
-            if count < settings.limit:
-                logits = model(tokens[:, None], caches=caches, last=1, check=False)[:, -1]
-                following, history = next_tokens(logits, history, settings.sampler)
-                mx.async_eval(following, history, arrays(caches))
-            read = cast("list[int]", tokens.tolist())
-            going = [i for i, (row, token) in enumerate(zip(rows, read, strict=True)) if not ended(row, token)]
-            if not going:
-                return
-            if len(going) < len(rows):
-                caches = [cache.select(going) for cache in caches]
-                rows, index = [rows[i] for i in going], mx.array(going)
-                following, history = following[index], history[index]
+    for count in range(1, settings.limit + 1):
+        tokens = following
+        if count < settings.limit:
+            logits = model(tokens[:, None], caches=caches, last=1, check=False)[:, -1]
+            following, history = next_tokens(logits, history, settings.sampler)
+            mx.async_eval(following, history, arrays(caches))
+        read = cast("list[int]", tokens.tolist())
+        going = [i for i, (row, token) in enumerate(zip(rows, read, strict=True)) if not ended(row, token)]
+        if not going:
+            return
+        if len(going) < len(rows):
+            caches = [cache.select(going) for cache in caches]
+            rows, index = [rows[i] for i in going], mx.array(going)
+            following, history = following[index], history[index]
 
 
 def with_draft(
@@ -126,28 +102,27 @@ def with_draft(
     history = mx.array(known, mx.int32)[None]
     logits = read_prompt(model, history[:, caches[0].length :], caches, settings.chunk, settings.progress)
     tokens, scores = _drawn(logits[:, None], history, settings)
-    with stepping(model, draft, single=False):
-        while True:
-            known.append(tokens[0])
-            yield tokens[0], scores[0]
-            if len(known) == end:
-                return
-            guesses = min(settings.ahead, end - len(known) - 1)
-            history = _guessed(draft, draft_caches, known, guesses, settings)
-            logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1, check=False)
-            tokens, scores = _drawn(logits, history, settings)
-            guessed = cast("list[int]", history[0, len(known) :].tolist())
-            right = next((i for i in range(guesses) if guessed[i] != tokens[i]), guesses)
-            before, seen = len(known), 0
-            try:
-                while seen < right:
-                    known.append(tokens[seen])
-                    seen += 1
-                    yield known[-1], scores[seen - 1]
-            finally:  # the caches hold what was yielded, also where the caller has had enough
-                for cache in (*caches, *draft_caches):
-                    cache.trim(max(0, cache.length - before - seen))
-            tokens, scores = tokens[right:], scores[right:]
+    while True:
+        known.append(tokens[0])
+        yield tokens[0], scores[0]
+        if len(known) == end:
+            return
+        guesses = min(settings.ahead, end - len(known) - 1)
+        history = _guessed(draft, draft_caches, known, guesses, settings)
+        logits = model(history[:, len(known) - 1 :], caches=caches, last=guesses + 1, check=False)
+        tokens, scores = _drawn(logits, history, settings)
+        guessed = cast("list[int]", history[0, len(known) :].tolist())
+        right = next((i for i in range(guesses) if guessed[i] != tokens[i]), guesses)
+        before, seen = len(known), 0
+        try:
+            while seen < right:
+                known.append(tokens[seen])
+                seen += 1
+                yield known[-1], scores[seen - 1]
+        finally:  # the caches hold what was yielded, also where the caller has had enough
+            for cache in (*caches, *draft_caches):
+                cache.trim(max(0, cache.length - before - seen))
+        tokens, scores = tokens[right:], scores[right:]
 
 
 def _guessed(draft: CausalLM, caches: list[KVCache], known: list[int], guesses: int, settings: Settings) -> mx.array:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from support.harness import as32, assert_within_budget, check_gradient, signal
 
 from mlx_xformer.backend import products
@@ -35,9 +35,9 @@ def test_product(shape, biased):
 def test_products_of_few_rows_take_pieces_of_the_matrix(monkeypatch, rows, one_row, workers):
     """Equal pieces, shared out among workers where the matrix is large; the whole where its rows have no divisor."""
     monkeypatch.setattr(blas, "workers", workers)
-    monkeypatch.setattr(blas, "in_turn", [])
     monkeypatch.setattr(blas, "one_row", one_row)
     monkeypatch.setattr(linux_products, "_SHARE", 2**12)
+    monkeypatch.setattr(linux_products, "_LARGE_ONE_ROW", 2**12)
     for size in (3, 96, 1031, 33 * 47):
         x, weight = signal(rows, 67), signal(size, 67, seed=1)
         truth, near = plain(x, weight), plain(*as32([x, weight]))
@@ -66,25 +66,19 @@ def check(made, x):
 
 @pytest.mark.parametrize("shape", [(67,), (1, 67), (1, 1, 67), (1, 1, 1, 67), (5, 67), (1, 5, 67), (11, 67), (0, 67)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_in_steps(monkeypatch, shape, bias):
-    """One row takes views that the layer keeps; several take the whole matrix at once."""
+def test_a_layer(shape, bias):
     made = layer(bias)
-    monkeypatch.setattr(blas, "in_turn", [False])
     for seed in (0, 1):
         check(made, signal(*shape, seed=seed))
-    kept = vars(made).get("_row")
-    assert (kept is not None) == (np.prod(shape) == 67 and mx.default_device() == mx.Device(mx.cpu))
-    assert "_row" not in made.parameters()
-    monkeypatch.setattr(blas, "in_turn", [])
-    check(made, signal(*shape))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_layer_in_steps_with_other_numbers(monkeypatch, name):
-    monkeypatch.setattr(blas, "in_turn", [False])
+def test_a_layer_with_other_numbers(name):
     made, x = layer(), signal(1, 1, 67)
     check(made, x)
     made[name] = made[name] * 2 - 1
+    check(made, x)
+    made[name][:13] = made[name][:13] - 3  # in place
     check(made, x)
     made.update(layer(seed=7).parameters())
     check(made, x)
@@ -95,42 +89,57 @@ def small():
     return CausalLM(CausalLMConfig(**sizes))
 
 
-def test_nothing_is_kept_of_a_step():
-    """Weights may be changed in place, packed or let go between two generations, and in the middle of one be stored."""
-    model = small()
-
-    def made(model):
-        return [token.id for token in generate(model, [3, 5, 7], max_tokens=9)]
-
-    made(model)
-    size = len(pickle.dumps(model.parameters()))
+def change(model):
+    """In place."""
     for module in (model.lm_head, model.model.layers[1].self_attn.out_proj, model.model.layers[0].mlp.up_proj):
         module.weight[5:] = module.weight[5:] * -3
-    assert not [module for module in model.modules() if "_row" in vars(module)]
-    other = small()
-    other.update(model.parameters())
-    assert made(model) == made(other)
+
+
+def test_weights_changed_in_place_count_from_the_next_call_on():
+    """Between two generations, while one of the same model is open, and for the next step of one that is begun."""
+
+    def made(model):
+        return [(token.id, token.logprob) for token in generate(model, [3, 5, 7], max_tokens=9, logprobs=True)]
+
+    def copied(model):
+        other = small()
+        other.update(tree_map(mx.array, model.parameters()))
+        return other
+
+    model, row = small(), mx.array(signal(1, 24).astype(np.float32))
+    first, size = made(model), len(pickle.dumps(model.parameters()))
+    change(model)
+    assert made(model) == made(copied(model)) != first
+
+    still_open = generate(model, [3, 5, 7], max_tokens=9)
+    next(still_open), next(still_open)
+    before, caches = copied(model), [model.make_caches() for _ in range(2)]
+    for reader, some in zip((model, before), caches, strict=True):
+        reader(mx.array([[3, 5, 7, 11]]), caches=some)
+        reader(mx.array([[2]]), caches=some)
+    change(model)
+    assert made(model) == made(copied(model))
+    assert mx.array_equal(model.lm_head(row), copied(model).lm_head(row))
+    assert not mx.array_equal(model.lm_head(row), before.lm_head(row))
+    steps = [reader(mx.array([[4]]), caches=some) for reader, some in zip((model, copied(model)), caches, strict=True)]
+    assert mx.array_equal(*steps)
+    still_open.close()
     assert len(pickle.dumps(model.parameters())) == size
-    tokens = generate(model, [3, 5, 7], max_tokens=9)
-    next(tokens), next(tokens)
-    tokens.close()
-    assert not [module for module in model.modules() if "_row" in vars(module)]
 
 
-def test_gradients_in_steps(monkeypatch):
+def test_gradients_of_one_row():
     made, x = layer(), mx.array(signal(1, 1, 67).astype(np.float32))
 
-    def loss(x):
-        return mx.square(made(x)).sum()
+    def loss(x, several=False):
+        y = made(mx.repeat(x, 9, axis=1))[:, 4:5] if several else made(x)
+        return mx.square(y).sum()
 
-    found = []
-    for steps in ([], [False], [False]):  # the last with views that are there already
-        monkeypatch.setattr(blas, "in_turn", steps)
-        found.append([mx.grad(loss)(x), *(g for _, g in tree_flatten(nn.value_and_grad(made, loss)(x)[1]))])
-        made(x)
-    for some in found[1:]:
-        for a, b in zip(found[0], some, strict=True):
-            assert mx.abs(a - b).max() <= 1e-5 * mx.abs(a).max()
+    found = [
+        [mx.grad(form)(x), *(g for _, g in tree_flatten(nn.value_and_grad(made, form)(x)[1]))]
+        for form in (loss, lambda x: loss(x, several=True))
+    ]
+    for a, b in zip(*found, strict=True):
+        assert mx.abs(a - b).max() <= 1e-5 * mx.abs(a).max()
 
 
 class Adapted(nn.Module):
@@ -144,18 +153,15 @@ class Adapted(nn.Module):
         return self.linear(x) * 3
 
 
-@pytest.mark.parametrize("steps", [[], [False]])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_network_of_adapted_layers(monkeypatch, steps, rows):
-    monkeypatch.setattr(blas, "in_turn", steps)
+def test_a_network_of_adapted_layers(rows):
     network, x = layers.FeedForward(16, 37, "relu", bias=False), mx.array(signal(1, rows, 16).astype(np.float32))
     before = network(x)
     network.linear2 = Adapted(network.linear2)
     assert mx.allclose(network(x), 3 * before, rtol=1e-5)
 
 
-def test_a_half_precision_layer_in_steps(monkeypatch):
-    monkeypatch.setattr(blas, "in_turn", [False])
+def test_a_half_precision_layer():
     made = layer()
     made.set_dtype(mx.bfloat16)
     x = mx.array(signal(1, 1, 67).astype(np.float32))

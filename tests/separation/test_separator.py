@@ -23,6 +23,7 @@ from mlx_xformer.separation.options import Options, transition_weight
 from mlx_xformer.separation.segments import read_segment
 from mlx_xformer.separation.separator import Separator, separate
 from mlx_xformer.separation.track import Track
+from mlx_xformer.storage.checkpoint import save_checkpoint
 
 SEGMENT = 1024  # samples
 TINY = {"nfft": 256, "depth": 2, "t_layers": 2, "segment": "128/1000", "t_heads": 2, "bottom_channels": 8}

@@ -1,5 +1,4 @@
-"""OpenBLAS for MLX on Linux: loaded ahead of it, with products of one row by its cblas_sgemv, and with its threads for
-products that wait on one another.
+"""OpenBLAS for MLX on Linux: loaded ahead of it, with products of one row by its cblas_sgemv.
 
 MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins. It must be
 imported before mlx.core, and imports nothing of it.
@@ -7,15 +6,12 @@ imported before mlx.core, and imports nothing of it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -37,16 +33,17 @@ def _reason_not_to() -> str | None:
     return None
 
 
-def _load() -> tuple[str, int, str, ctypes.CDLL | None, bool]:
+def _load() -> tuple[str, int, str, bool]:
     """Loads OpenBLAS into the global symbol scope; returns what serves, in words, the number of workers, for which
-    processor OpenBLAS's kernels are, in lower case, the library, and whether cblas_sgemv has products of one row.
+    processor OpenBLAS's kernels are, in lower case, and whether cblas_sgemv has products of one row.
 
     Its threads would share single products only, and all else that MLX does take one core. They are given up for as
-    many streams of MLX, each with products of its own.
+    many streams of MLX, each with products of its own; and for good: their number counts for the whole process and
+    changes how sums are rounded, so that one thread's choice would change another's results.
     """
     reason = _reason_not_to()
     if reason is not None:
-        return reason, 1, "", None, False
+        return reason, 1, "", False
     for name in _NAMES:
         try:
             library = ctypes.CDLL(name)
@@ -59,8 +56,8 @@ def _load() -> tuple[str, int, str, ctypes.CDLL | None, bool]:
         except (OSError, AttributeError):
             continue
         words = f"OpenBLAS ({name}, {kernels}{'' if single else ', products of one row as of many'})"
-        return words, max(1, min(threads, _MOST_WORKERS)), kernels, library, single
-    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1, "", None, False
+        return words, max(1, min(threads, _MOST_WORKERS)), kernels, single
+    return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1, "", False
 
 
 def _load_one_row(library: ctypes.CDLL) -> bool:
@@ -81,29 +78,7 @@ def _load_one_row(library: ctypes.CDLL) -> bool:
     return True
 
 
-words, workers, kernels, _library, one_row = _load()
+words, workers, kernels, one_row = _load()
 
 # Whether OpenBLAS copies a matrix for a product with few rows: all kernels do but those for AVX-512.
 copies = kernels not in ("skylakex", "cooperlake", "sapphirerapids")
-in_turn: list[bool] = []  # those who are within products_in_turn(), and whether they share products out
-_changing = threading.Lock()
-
-
-@contextlib.contextmanager
-def products_in_turn(shared: bool) -> Iterator[None]:
-    """For work whose products wait on one another: within it each is computed at once, by OpenBLAS's threads on all
-    cores if `shared`. They meet in a few microseconds, MLX's streams in a hundred. Counts for the whole process."""
-    if _library is None or not (copies or one_row):
-        yield
-        return
-
-    def change(step: Callable[[bool], None]) -> None:
-        with _changing:
-            step(shared)
-            _library.openblas_set_num_threads(workers if any(in_turn) else 1)
-
-    change(in_turn.append)
-    try:
-        yield
-    finally:
-        change(in_turn.remove)

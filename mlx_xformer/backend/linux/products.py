@@ -15,27 +15,31 @@ _UNCOPIED = (10**6, 1200)  # multiplications and results of a product up to whic
 
 # Numbers of a matrix that are worth a worker: few where each is copied for a product, at a nanosecond or so.
 _SHARE = 2**18 if blas.copies else 2**20
+_LARGE_ONE_ROW = 2**22 if blas.one_row else _SHARE  # the same for one row, for which cblas_sgemv copies nothing
 
 
 _LEAST = 32  # rows of a piece
 
 
-def few_rows(x: mx.array, weight: mx.array) -> mx.array:
-    """x weight^T, (M, I) and (O, I) -> (M, O), for small M: a product for each of equal pieces of the weight, or one
-    within products_in_turn()."""
-    if blas.in_turn:
-        return x @ weight.T
-    M, (O, I) = len(x), weight.shape
-    workers = max(1, min(blas.workers, weight.size // _SHARE))
+def few_rows(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """x weight^T + bias, (M, I), (O, I), (O,) -> (M, O), for small M: one product, or one for each of equal pieces of
+    the weight, which the workers share where it is large."""
+    M = len(x)
+    if M == 1 and blas.one_row and weight.size < 2 * _LARGE_ONE_ROW:  # a step of generation has some hundred of these
+        return x @ weight.T if bias is None else mx.addmm(bias[None], x, weight.T)
+    O, I = weight.shape
+    workers = max(1, min(blas.workers, weight.size // (_LARGE_ONE_ROW if M == 1 else _SHARE)))
     most = O // workers
     if not (M == 1 and blas.one_row):
         most = min(most, _UNCOPIED[0] // (M * I), _UNCOPIED[1] // M)
     size = _divisor(O, max(1, most))
     if size < _LEAST or size == O:
-        return x @ weight.T
-    pieces = weight.reshape(-1, size, I).swapaxes(1, 2)  # (n, I, size)
-    y = x @ pieces if workers == 1 else by_rows(lambda some: x @ some, pieces)  # (n, M, size)
-    return (y if M == 1 else y.swapaxes(0, 1)).reshape(M, O)
+        y = x @ weight.T
+    else:
+        pieces = weight.reshape(-1, size, I).swapaxes(1, 2)  # (n, I, size)
+        y = x @ pieces if workers == 1 else by_rows(lambda some: x @ some, pieces)  # (n, M, size)
+        y = (y if M == 1 else y.swapaxes(0, 1)).reshape(M, O)
+    return y if bias is None else y + bias
 
 
 @lru_cache(maxsize=256)

@@ -59,16 +59,16 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache | None = None, routings: list[Routing] | None = None) -> mx.array:
         """x (B, L, E) -> the same; `cache` has what came before, `routings` gets where a mixture's tokens went."""
-        y = self.self_attn(self.input_layernorm(x), cache=cache)
+        y = self["self_attn"](self["input_layernorm"](x), cache=cache)
         if not self.sandwich:
             x = x + y
-            return x + self._feed(self.post_attention_layernorm(x), routings)
+            return x + self._feed(self["post_attention_layernorm"](x), routings)
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self._feed(self.pre_feedforward_layernorm(x), routings))
 
     def _feed(self, x: mx.array, routings: list[Routing] | None) -> mx.array:
-        y = self.mlp(x)
-        if not isinstance(self.mlp, MoE):
+        y = self["mlp"](x)
+        if not isinstance(self["mlp"], MoE):
             return y
         if routings is not None:
             routings.append(y[1])
@@ -88,7 +88,7 @@ class Layers(nn.Module):
         self, x: mx.array, caches: Sequence[KVCache] | None = None, routings: list[Routing] | None = None
     ) -> mx.array:
         """Embedded tokens (B, L, E) through the blocks, not yet normed."""
-        return run_layers(self.layers, x, caches=caches, routings=routings)
+        return run_layers(self["layers"], x, caches=caches, routings=routings)
 
 
 class CausalLM(CacheMaker, nn.Module):

@@ -160,7 +160,8 @@ class Attention(nn.Module):
         Raises:
             ValueError: The arguments do not fit together or do not fit the configuration.
         """
-        if x.ndim == 2 and not isinstance(cache, CrossCache):
+        step = x.shape[:-1] == (1,) and isinstance(cache, (KVCache, CrossCache))  # which lifting would only slow
+        if x.ndim == 2 and not step and not isinstance(cache, CrossCache):
             for name, y in (("source", source), ("value_source", value_source)):
                 if y is not None and y.ndim != 2:
                     raise ValueError(f"{name} must be (length, channels), as x is, got shape {y.shape}")
@@ -180,15 +181,15 @@ class Attention(nn.Module):
             pair = cache.get(source, lambda memory: self._keys_and_values(x, memory, None, 0, None))
         else:
             pair = self._keys_and_values(x, source, value_source, offset, positions)
-            if source is not None and x.shape[1] == 1:  # as a CrossCache has them: other strides round otherwise
+            if source is not None and q.shape[2] == 1:  # as a CrossCache has them: other strides round otherwise
                 pair = mx.contiguous(pair[0]), mx.contiguous(pair[1])
         view = cache.append(*pair, window=config.window) if isinstance(cache, KVCache) else View(*pair, {})
         options = self._options(q, view, mask, bias, causal)
         dropout = self.config.dropout if self.training else 0.0
         out = attention(q, view.keys, view.values, **options, dropout=dropout, key=key)
         out = out if out.shape[2] == 1 else out.swapaxes(1, 2)  # (B, H, L, Dv) -> (B, L, H, Dv)
-        out = out.reshape(*x.shape[:2], config.num_heads * config.widths[1])
-        return self.out_proj(out)
+        out = out.reshape(*x.shape[:-1], config.num_heads * config.widths[1])
+        return self["out_proj"](out)
 
     def weights(
         self,
@@ -221,7 +222,7 @@ class Attention(nn.Module):
             raise ValueError("rotary positions need self-attention, got a source")
         if config.rotary is None and positions is not None:
             raise ValueError("positions need an Attention with rotary positions, got one without")
-        q = _heads(self.q_proj(x), config.num_heads)
+        q = _heads(self["q_proj"](x), config.num_heads)
         q = q if config.qk_norm is None else self.q_norm(q)
         return q if config.rotary is None else config.rotary(q, offset=offset, positions=positions)
 
@@ -230,7 +231,7 @@ class Attention(nn.Module):
     ) -> mx.array:
         config, keys = self.config, x if source is None else source
         _check("source", keys, config.kv_dim, x)
-        k = _heads(self.k_proj(keys), config.kv_heads)
+        k = _heads(self["k_proj"](keys), config.kv_heads)
         k = k if config.qk_norm is None else self.k_norm(k)
         return k if config.rotary is None else config.rotary(k, offset=offset, positions=positions)
 
@@ -245,9 +246,9 @@ class Attention(nn.Module):
         values = (x if source is None else source) if value_source is None else value_source
         k = self._keys(x, source, offset, positions)
         _check("value_source", values, self.config.v_dim, x)
-        if values.shape[1] != k.shape[2]:
-            raise ValueError(f"value_source must have the length of source, {k.shape[2]}, got {values.shape[1]}")
-        return k, _heads(self.v_proj(values), self.config.kv_heads)
+        if values.shape[-2] != k.shape[2]:
+            raise ValueError(f"value_source must have the length of source, {k.shape[2]}, got {values.shape[-2]}")
+        return k, _heads(self["v_proj"](values), self.config.kv_heads)
 
     def _check_cached(
         self,
@@ -297,7 +298,7 @@ class Attention(nn.Module):
 
 
 def _check(name: str, x: mx.array, width: int | None, query: mx.array) -> None:
-    if x.ndim != 3:
+    if x.ndim != 3 and x.shape[:-1] != (1,):
         raise ValueError(f"{name} must be (batch, length, channels), got shape {x.shape}")
     if x.shape[0] != query.shape[0]:
         raise ValueError(f"{name} must have the batch size of x, {query.shape[0]}, got {x.shape[0]}")
@@ -311,7 +312,7 @@ def _last(x: mx.array, S: int) -> mx.array:
 
 
 def _heads(x: mx.array, heads: int) -> mx.array:
-    """(B, L, heads * D) -> (B, heads, L, D)."""
-    if x.shape[1] == 1:
+    """(B, L, heads * D), or (1, heads * D) of a single position -> (B, heads, L, D)."""
+    if x.shape[-2] == 1:
         return x.reshape(x.shape[0], heads, 1, x.shape[-1] // heads)
     return mx.unflatten(x, -1, (heads, x.shape[-1] // heads)).swapaxes(1, 2)

@@ -219,28 +219,31 @@ def check(
     window: int | None,
 ) -> None:
     """ValueError for what does not fit together, by the name of the argument."""
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 4 or array.shape[-1] == 0:
-            raise ValueError(f"{name} must be (batch, heads, length, dim) with dim above 0, got shape {array.shape}")
+    shapes = of_q, of_k, of_v = q.shape, k.shape, v.shape
+    for name, shape, array in zip("qkv", shapes, (q, k, v), strict=True):
+        if len(shape) != 4 or shape[-1] == 0:
+            raise ValueError(f"{name} must be (batch, heads, length, dim) with dim above 0, got shape {shape}")
         if not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"{name} must be a float, got {array.dtype}")
-        if array.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {array.shape[0]}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have the head_dim of q, {q.shape[-1]}, got {k.shape[-1]}")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v must have the heads and length of k, {k.shape[1:3]}, got {v.shape[1:3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"num_kv_heads must divide num_heads, {q.shape[1]}, got {k.shape[1]}")
-    if (causal or window is not None) and q.shape[2] > k.shape[2]:
+        if shape[0] != of_q[0]:
+            raise ValueError(f"{name} must have the batch size of q, {of_q[0]}, got {shape[0]}")
+    if of_k[-1] != of_q[-1]:
+        raise ValueError(f"k must have the head_dim of q, {of_q[-1]}, got {of_k[-1]}")
+    if of_v[1:3] != of_k[1:3]:
+        raise ValueError(f"v must have the heads and length of k, {of_k[1:3]}, got {of_v[1:3]}")
+    if of_k[1] == 0 or of_q[1] % of_k[1]:
+        raise ValueError(f"num_kv_heads must divide num_heads, {of_q[1]}, got {of_k[1]}")
+    if (causal or window is not None) and of_q[2] > of_k[2]:
         what = "causal" if causal else "window"
-        raise ValueError(f"{what} needs at most as many queries as keys, {k.shape[2]}, got {q.shape[2]}")
+        raise ValueError(f"{what} needs at most as many queries as keys, {of_k[2]}, got {of_q[2]}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    distances = (q.shape[1], k.shape[2] + q.shape[2] - 1)
+    if mask is None and bias is None and by_distance is None:
+        return
+    distances = (of_q[1], of_k[2] + of_q[2] - 1)
     if by_distance is not None and by_distance.shape != distances:
         raise ValueError(f"by_distance must be (heads, S + L - 1) = {distances}, got shape {by_distance.shape}")
-    scores = (*q.shape[:3], k.shape[2])
+    scores = (*of_q[:3], of_k[2])
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and not isinstance(extra, mx.array):
             raise ValueError(f"{name} must be an mx.array, got {type(extra).__name__}")

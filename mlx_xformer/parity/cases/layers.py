@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ...backend import activations
-from ...backend.linux.blas import products_in_turn
 from ...nn import layers
 from ...reference import backend as twin_backend
 from ...reference.nn import layers as twin
@@ -181,11 +180,6 @@ def _twin_gated(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
     return twin.gated_feed_forward(params, arrays["x"], activation=activation)
 
 
-def _gated_step(params: dict, arrays: dict, options: Options) -> Any:
-    with products_in_turn(shared=False):
-        return with_params(layers.GatedFeedForward(**options), params)(**arrays)
-
-
 def _as_linear(params: dict, arrays: dict, options: Options) -> Any:
     return with_params(layers.Embedding(**options), params).as_linear(**arrays)
 
@@ -202,7 +196,7 @@ CASES = {
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
     "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
-    "GatedFeedForward.step": Case(_gated_row, _gated_step, _twin_gated),
+    "GatedFeedForward.step": Case(_gated_row, layer(layers.GatedFeedForward), _twin_gated),
     "Embedding": Case(_embedding, _as_linear, lambda p, x, _: twin.linear(p, **x)),
     "DilatedConv1d": Case(_dilated, layer(layers.DilatedConv1d), _twin_dilated),
     "ConvTranspose1d": Case(

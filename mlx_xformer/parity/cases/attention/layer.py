@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ....backend.linux.blas import products_in_turn
 from ....nn.attention import Attention
 from ....nn.attention.kinds import initialize
 from ....nn.positions import Rotary
@@ -122,11 +121,6 @@ def _attention(params: dict, arrays: dict, options: Options) -> Any:
     return with_params(_made(options), params)(**arrays, **{name: options[name] for name in _CALLED if name in options})
 
 
-def _step(params: dict, arrays: dict, options: Options) -> Any:
-    with products_in_turn(shared=False):
-        return _attention(params, arrays, options)
-
-
 def _twin(params: dict, arrays: dict, options: Options) -> np.ndarray:
     read_off = ("embed_dim", "head_dim", "value_dim", "out_dim", "kv_dim", "v_dim", "bias", "sinks", "offset")
     kept = {name: value for name, value in options.items() if name not in read_off}
@@ -170,5 +164,5 @@ def _twin_initialized(_: Arrays, __: Arrays, options: Options) -> list[np.ndarra
 CASES = {
     "Attention": Case(_samples, _attention, _twin, half=4.0, half_vjp=8.0),
     "initialize": Case(_schemes, _initialized, _twin_initialized, constant=True),
-    "Attention.step": Case(_one_row, _step, _twin, half=4.0),
+    "Attention.step": Case(_one_row, _attention, _twin, half=4.0),
 }
