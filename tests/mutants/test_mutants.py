@@ -14,6 +14,7 @@ from mutants import (
     nn_cache,
     nn_layers,
     nn_moe,
+    parity_samples,
     separation,
     text,
 )
@@ -30,6 +31,7 @@ TABLES = [
     nn_cache,
     nn_layers,
     nn_moe,
+    parity_samples,
     separation,
     text,
 ]
