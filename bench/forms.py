@@ -20,8 +20,8 @@ from harness import add_json, origin
 from report import Record, append
 
 from mlx_xformer.backend import device
+from mlx_xformer.nn.moe import MoE, MoEConfig
 from mlx_xformer.nn.moe import layer as moe
-from mlx_xformer.nn.moe.layer import MoE, MoEConfig
 
 # isort: split
 import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS

@@ -67,7 +67,7 @@ def _peer(_: Path, tokens: int, train: bool = False) -> dict[str, Any]:
 
 def _ours(_: Path, tokens: int, capacity: float | None = None, train: bool = False) -> dict[str, Any]:
     from mlx_xformer.backend import device
-    from mlx_xformer.nn.moe.layer import MoE, MoEConfig
+    from mlx_xformer.nn.moe import MoE, MoEConfig
 
     # isort: split
     import mlx.nn as nn  # after mlx_xformer, which chooses the BLAS

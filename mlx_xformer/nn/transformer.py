@@ -18,7 +18,7 @@ from .attention.layer import Attention
 from .cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from .config import Config
 from .layers import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, apply_dropout
-from .moe.layer import MoE, MoEConfig, Routing
+from .moe import MoE, MoEConfig, Routing
 
 _NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
 

@@ -33,7 +33,7 @@ from mlx_xformer.converters.layouts import Pairs
 from mlx_xformer.converters.rules import apply_rules, inverse_shapes, invert
 from mlx_xformer.models.causal_lm.model import CausalLM, Quantization
 from mlx_xformer.models.families import load_model, parameter_shapes
-from mlx_xformer.nn.moe.layer import MoEConfig
+from mlx_xformer.nn.moe import MoEConfig
 from mlx_xformer.pretrained import loading
 from mlx_xformer.storage.checkpoint import read_checkpoint
 

@@ -33,7 +33,7 @@ from mlx_xformer.converters.families import causal_lm_moe
 from mlx_xformer.converters.rules import inverse_shapes, plan
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization
 from mlx_xformer.models.families import load_model, parameter_shapes
-from mlx_xformer.nn.moe.layer import MoEConfig
+from mlx_xformer.nn.moe import MoEConfig
 from mlx_xformer.storage.checkpoint import read_checkpoint, save_checkpoint
 
 KINDS = ["mixtral", "qwen2 moe", "qwen3 moe", "olmoe"]

@@ -17,7 +17,7 @@ from support.text import drawn_causal_lm as drawn
 from mlx_xformer.cli import main
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization, auxiliary_loss, quantize
 from mlx_xformer.models.families import load_model
-from mlx_xformer.nn.moe.layer import MoE
+from mlx_xformer.nn.moe import MoE
 from mlx_xformer.parity.families.causal_lm import floats
 from mlx_xformer.reference.models.causal_lm import decoder as twin
 from mlx_xformer.text.generation import batch_generate, generate

@@ -9,8 +9,9 @@ import pytest
 from support.harness import assert_within_budget, check_forward, check_gradient
 
 from mlx_xformer.nn.attention import core, scores
-from mlx_xformer.nn.attention.core import attention, attention_weights, plan
+from mlx_xformer.nn.attention.core import attention, attention_weights
 from mlx_xformer.nn.attention.layer import Attention
+from mlx_xformer.nn.attention.plans import Plan, plan
 from mlx_xformer.nn.masks import causal_mask, segment_mask, sliding_mask
 from mlx_xformer.reference.nn import attention as twin
 
@@ -251,7 +252,7 @@ def test_plan(shape, value_dim, given, expected):
 @pytest.mark.parametrize("case", [(), ("mask",), ("bias", "sinks"), ("causal",)], ids="+".join)
 def test_padded_heads(monkeypatch, case):
     """What is planned on Metal for heads without a kernel, run here."""
-    monkeypatch.setattr(core, "plan", lambda q, *_, **__: core.Plan(q[2], False, 16))
+    monkeypatch.setattr(core, "plan", lambda q, *_, **__: Plan(q[2], False, 16))
     given = options(FEW, *case, "scale", "sinks")
     check_forward(ours(given), theirs(given), *tensors(FEW))
 
@@ -356,7 +357,7 @@ def test_blocks_skip_what_is_hidden():
 def test_causal_by_name_on_a_gpu(monkeypatch, given, name):
     """What Metal's and CUDA's kernels are told, run here: by name they skip the blocks above the diagonal."""
     told, function = [], mx.fast.scaled_dot_product_attention
-    monkeypatch.setattr(core, "plan", lambda q, *_, **__: core.Plan(q[2], False, None))
+    monkeypatch.setattr(core, "plan", lambda q, *_, **__: Plan(q[2], False, None))
     monkeypatch.setattr(
         mx.fast, "scaled_dot_product_attention", lambda *x, **o: told.append(o["mask"]) or function(*x, **o)
     )

@@ -13,9 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_xformer.backend import dispatch
 from mlx_xformer.nn.layers import FeedForward, GatedFeedForward
-from mlx_xformer.nn.moe import grouping
+from mlx_xformer.nn.moe import FFNConfig, MoE, MoEConfig, balanced_bias, experts, grouping, route
 from mlx_xformer.nn.moe import layer as moe
-from mlx_xformer.nn.moe.layer import FFNConfig, MoE, MoEConfig, balanced_bias, route
 from mlx_xformer.parity.cases.moe import CONFIGS
 from mlx_xformer.reference.nn import moe as twin
 
@@ -310,7 +309,7 @@ def dequantized(layer):
     """The same MoE with the values that the packed matrices stand for."""
     plain = MoE(layer.config)
     for name, module in layer.named_modules():
-        if isinstance(module, moe.QuantizedExpertLinear):
+        if isinstance(module, experts.QuantizedExpertLinear):
             weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
             plain.experts[name.rsplit(".", 1)[1]].weight = weight
             if "bias" in module:
@@ -324,8 +323,8 @@ def dequantized(layer):
 def test_quantized_experts_are_those_of_their_values(monkeypatch, bits, dtype):
     layer = made(embed_dim=64, hidden_dim=128, num_experts_per_tok=2, bias=True)
     layer.set_dtype(dtype)
-    nn.quantize(layer, 64, bits, class_predicate=lambda _, m: isinstance(m, moe.ExpertLinear))
-    assert isinstance(layer.experts.up_proj, moe.QuantizedExpertLinear)
+    nn.quantize(layer, 64, bits, class_predicate=lambda _, m: isinstance(m, experts.ExpertLinear))
+    assert isinstance(layer.experts.up_proj, experts.QuantizedExpertLinear)
     assert layer.experts.up_proj.weight.shape == (E, 128, 64 * bits // 32)
     plain, x = dequantized(layer), signal(T, 64).astype(dtype)
     forced(monkeypatch, "dispatch")

@@ -13,7 +13,7 @@ from support.processes import BIN, free_ports, run, side_by_side
 from support.text import language_model, tiny_causal_lm
 
 from mlx_xformer.backend import device
-from mlx_xformer.nn.moe.layer import MoE, MoEConfig
+from mlx_xformer.nn.moe import MoE, MoEConfig
 from mlx_xformer.nn.moe.sharded import SpreadMoE, spread
 from mlx_xformer.reference.models.causal_lm import decoder as decoder_twin
 from mlx_xformer.reference.nn.moe import moe as twin

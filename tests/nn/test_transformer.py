@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from support.harness import draw
 
 from mlx_xformer.nn.cache import CrossCache, KVCache
-from mlx_xformer.nn.moe.layer import MoEConfig
+from mlx_xformer.nn.moe import MoEConfig
 from mlx_xformer.nn.transformer import Layer, LayerConfig, Stack, auxiliary_loss
 
 B, L, S, E, HEADS, HIDDEN = 2, 7, 5, 18, 6, 13

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...models.causal_lm.model import CausalLMConfig, Quantization
-from ...nn.moe.layer import MoEConfig
+from ...nn.moe import MoEConfig
 from ...storage.messages import shorten
 from ..layouts import Halves, Stack
 from ..rules import Rule

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ...backend import activations
 from ...nn.config import Config
-from ...nn.moe.layer import MoEConfig
+from ...nn.moe import MoEConfig
 from ...nn.positions import Rotary, RotaryScaling
 
 _ROUTING = (".mlp.router", ".mlp.shared_expert_gate")

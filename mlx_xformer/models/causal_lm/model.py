@@ -17,7 +17,7 @@ from ...nn.cache import CacheMaker, CacheOptions, KVCache
 from ...nn.checks import check_last, check_tokens
 from ...nn.layers import Embedding, GatedFeedForward, RMSNorm
 from ...nn.linear import Linear
-from ...nn.moe.layer import MoE, Routing
+from ...nn.moe import MoE, Routing
 from ...nn.transformer import auxiliary_loss, last_positions, run_layers
 from .config import DTYPES, CausalLMConfig, Quantization
 

@@ -17,21 +17,8 @@ from ..layers import FeedForward, GatedFeedForward
 from ..linear import Linear
 from . import grouping
 from .config import MoEConfig
-from .experts import ExpertLinear, Experts, QuantizedExpertLinear
-from .routing import Routing, balanced_bias, route
-
-__all__ = [
-    "ExpertLinear",
-    "Experts",
-    "FFNConfig",
-    "MoE",
-    "MoEConfig",
-    "QuantizedExpertLinear",
-    "Routing",
-    "balanced_bias",
-    "route",
-]
-
+from .experts import Experts
+from .routing import Routing, route
 
 # The form that products take, by what bench/run.py --mixture and its like measured.
 _FEW = 8  # choices, or as many as there are experts if these are more, that a CPU multiplies one by one

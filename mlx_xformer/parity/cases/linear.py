@@ -14,8 +14,8 @@ import numpy as np
 
 from ...nn.layers import QuantizedEmbedding
 from ...nn.linear import Linear, QuantizedLinear
+from ...nn.moe import MoE, MoEConfig
 from ...nn.moe.experts import ExpertLinear
-from ...nn.moe.layer import MoE, MoEConfig
 from ...reference.nn import linear as twin
 from ...reference.nn.layers import linear
 from ...reference.nn.moe import moe

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...nn.moe.layer import MoE, MoEConfig
+from ...nn.moe import MoE, MoEConfig
 from ...reference.nn import moe as twin
 from ..samples import Arrays, Case, Options, Rng, Sample, described, drawn, signal, with_params
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...nn.cache import CrossCache
-from ...nn.moe.layer import MoEConfig
+from ...nn.moe import MoEConfig
 from ...nn.transformer import Layer, LayerConfig, Stack
 from ...reference.nn import transformer as twin
 from ..samples import Arrays, Case, Options, Rng, Sample, described, drawn, with_params

@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 
 from ...models.causal_lm.config import CausalLMConfig, Quantization
 from ...models.causal_lm.model import Block, CausalLM
-from ...nn.moe.layer import MoEConfig
+from ...nn.moe import MoEConfig
 from ...nn.positions import RotaryScaling
 from ...reference.models import causal_lm as twin
 from ..samples import Arrays, Case, Options

@@ -402,3 +402,10 @@ def test_decodings_side_by_side_share_a_model():
             found.append(model(x[:, t : t + 1], caches=own))
     for x, found in zip(xs, parts, strict=True):
         assert mx.allclose(mx.concatenate(found, axis=1), model(x), rtol=0, atol=1e-5)
+
+
+def test_checkpoints_that_name_num_groups_are_read():
+    own = SequenceCheckpoint("regression", config("gqa", num_kv_heads=3))
+    written = own.to_dict()
+    written["num_groups"] = written.pop("num_kv_heads")
+    assert SequenceCheckpoint.from_dict(written) == own and own.to_dict()["num_kv_heads"] == 3

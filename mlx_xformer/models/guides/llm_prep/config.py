@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ....nn.config import Config
-from ....nn.moe.layer import FFNConfig
+from ....nn.moe import FFNConfig
 from ....nn.transformer import LayerConfig
 
 ATTENTION_TYPES = ("mha", "mqa", "gqa")

@@ -17,7 +17,7 @@ from ....nn.cache import CacheMaker, CacheOptions, CrossCache, KVCache
 from ....nn.checks import check_last, check_tokens, check_vectors, expand_key_mask
 from ....nn.layers import Embedding
 from ....nn.linear import Linear
-from ....nn.moe.layer import Routing
+from ....nn.moe import Routing
 from ....nn.transformer import Stack, last_positions
 from ...bound import Conditioned, add_positions
 from .config import SequenceCheckpoint, SequenceConfig

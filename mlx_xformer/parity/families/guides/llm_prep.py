@@ -15,7 +15,7 @@ import numpy as np
 
 from ....models.guides.llm_prep import AutoregressiveTransformerModel, EncoderDecoder, SequenceConfig, TransformerModel
 from ....nn.cache import CrossCache
-from ....nn.moe.layer import FFNConfig
+from ....nn.moe import FFNConfig
 from ....reference.models.guides import llm_prep as twin
 from ....reference.nn.transformer import layer as layer_twin
 from ...samples import Arrays, Case, Options, Rng, Sample, described, with_params
