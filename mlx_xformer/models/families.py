@@ -84,8 +84,9 @@ def load_model(folder: str | Path) -> nn.Module:
     """Loads the model of a checkpoint, ready to run.
 
     Its floats are float32; those of a causal_lm have its configuration's dtype or, without one, stay as stored. The
-    weights of a bag stay lazy, so that members which are never run are never read. Any thread may evaluate them, but
-    only one at a time, as `separate` does. Evaluate `model.parameters()` before several threads of yours call members.
+    weights of a bag are read when they are first evaluated, so that members which are never run are never read. Any
+    thread may evaluate them, but only one at a time, as `separate` does: evaluate `model.parameters()` before several
+    threads of yours call members.
 
     Args:
         folder: The checkpoint.

@@ -12,12 +12,12 @@ PARAMETERS = tests("tests/models/test_causal_lm.py::test_which_projections_have_
 
 BUGS = [
     Bug("no residual", MODEL, "            x = x + y\n", "            x = y\n", LLAMA),
-    Bug("no residual of the network", MODEL, "return x + self._feed(self.post", "return self._feed(self.post", LLAMA),
+    Bug("no residual of the network", MODEL, 'return x + self._feed(self["post', 'return self._feed(self["post', LLAMA),
     Bug(
         "norm of another step",
         MODEL,
-        "self._feed(self.post_attention_layernorm(x), routings)",
-        "self._feed(self.input_layernorm(x), routings)",
+        'self._feed(self["post_attention_layernorm"](x), routings)',
+        'self._feed(self["input_layernorm"](x), routings)',
         LLAMA,
     ),
     Bug("no norm at the end", MODEL, "x = self.model.norm(x)", "x = x", LLAMA),

@@ -82,7 +82,13 @@ BUGS = [
     Bug("what came in is forgotten", TRANSFORMER, "y = x + apply_dropout(", "y = apply_dropout(", parity("Layer")),
     Bug("causality forgotten", TRANSFORMER, "causal=config.causal, window", "causal=False, window", parity("Layer")),
     Bug("window forgotten", TRANSFORMER, "window=config.window, **shared", "window=None, **shared", parity("Layer")),
-    Bug("mask forgotten", TRANSFORMER, "self.self_attn(y, mask=mask,", "self.self_attn(y, mask=None,", parity("Layer")),
+    Bug(
+        "mask forgotten",
+        TRANSFORMER,
+        'self["self_attn"](y, mask=mask,',
+        'self["self_attn"](y, mask=None,',
+        parity("Layer"),
+    ),
     Bug(
         "bias forgotten",
         TRANSFORMER,
@@ -107,7 +113,13 @@ BUGS = [
         parity("Layer"),
     ),
     Bug("layers from the last", TRANSFORMER, "enumerate(layers):", "enumerate(layers[::-1]):", parity("Stack")),
-    Bug("no norm at the end", TRANSFORMER, 'return self.norm(x) if "norm" in self else x', "return x", parity("Stack")),
+    Bug(
+        "no norm at the end",
+        TRANSFORMER,
+        'return self["norm"](x) if "norm" in self else x',
+        "return x",
+        parity("Stack"),
+    ),
     Bug(
         "one cache for all layers",
         TRANSFORMER,
