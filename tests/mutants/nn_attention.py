@@ -198,7 +198,7 @@ BUGS = [
     Bug(
         "sinks of MLX's function forgotten",
         SCORES,
-        "mask=mask, sinks=sinks)",
+        "mask=mask, sinks=self.sinks)",
         "mask=mask, sinks=None)",
         parity("attention"),
     ),

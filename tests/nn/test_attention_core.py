@@ -433,3 +433,10 @@ def test_axes_that_differ_are_refused():
         attention(q[:, 0], k, v)
     with pytest.raises(ValueError, match=r"k must be \(batch, heads, length, dim\) .*, got shape \(2, 7, "):
         attention(q, k[:, 0], v[:, 0])
+
+
+@pytest.mark.parametrize("case", [(), ("mask",)], ids="+".join)
+def test_infinite_values_stay_infinite_in_float16(case):
+    q, k, v = (mx.array(x.astype(np.float32)).astype(mx.float16) for x in tensors(FEW))
+    v[0, 0, 1, 3] = mx.inf
+    assert mx.isinf(ours(options(FEW, *case))(q, k, v)).any()

@@ -123,8 +123,7 @@ class Softmax:
             mask = block.bias if mask is None else mx.where(mask, block.bias, mx.array(-mx.inf, q.dtype))
         if width is not None:
             q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in parts)
-        sinks = None if self.sinks is None else narrowed(self.sinks, q.dtype)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=sinks)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask, sinks=self.sinks)
         out = out if width is None else out[..., :value_dim]
         return out if some is None else mx.where(some, out, mx.array(0, out.dtype))
 
@@ -169,9 +168,9 @@ class Softmax:
 
 
 def narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """x in another dtype; in float16, what would become infinite is the largest finite number."""
+    """x in another dtype; in float16, a finite number beyond its range becomes the largest."""
     if dtype == mx.float16 and x.dtype != dtype:
-        x = mx.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX)
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX))
     return x.astype(dtype)
 
 
@@ -179,7 +178,7 @@ def bias_in(bias: mx.array, dtype: mx.Dtype) -> mx.array:
     """A bias in the dtype of the queries; in float16, what is too large is the largest finite number, and what is below
     the range is -inf, which hides a key."""
     if dtype == mx.float16 and bias.dtype != dtype:
-        bias = mx.minimum(bias, _FLOAT16_MAX)
+        bias = mx.where(mx.isinf(bias), bias, mx.minimum(bias, _FLOAT16_MAX))
     return bias.astype(dtype)
 
 
@@ -205,6 +204,7 @@ def make_softmax(
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if dropout and key is None:
         raise ValueError(f"dropout of {dropout} needs a random key, got none")
+    sinks = sinks if sinks is None else narrowed(sinks, q.dtype)
     return Softmax(1 / math.sqrt(q.shape[-1]) if scale is None else scale, sinks, softcap, dropout)
 
 
