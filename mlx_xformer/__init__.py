@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from .nn.cache import CrossCache, KVCache, RewindError, cache_bytes, load_caches, save_caches
     from .nn.moe import MoE, MoEConfig
-    from .nn.positions import Rotary
+    from .nn.rotary import Rotary
     from .pretrained import load
     from .separation import Separator, separate
     from .text import SentenceEncoder, Tokenizer, batch_generate, generate, make_sampler
@@ -92,7 +92,7 @@ _MODULES = {  # module -> the names that it holds
     ),
     "nn.cache": ("CrossCache", "KVCache", "RewindError", "cache_bytes", "load_caches", "save_caches"),
     "nn.moe": ("MoE", "MoEConfig"),
-    "nn.positions": ("Rotary",),
+    "nn.rotary": ("Rotary",),
     "pretrained": ("load",),
     "separation": ("Separator", "separate"),
     "text": ("SentenceEncoder", "Tokenizer", "batch_generate", "generate", "make_sampler"),

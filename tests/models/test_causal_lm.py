@@ -17,7 +17,7 @@ from support.text import drawn_causal_lm as drawn
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig, Quantization, quantize
 from mlx_xformer.nn import layers, linear
 from mlx_xformer.nn.attention.core import attention
-from mlx_xformer.nn.positions import Rotary, RotaryScaling
+from mlx_xformer.nn.rotary import Rotary, RotaryScaling
 from mlx_xformer.parity.families.causal_lm import floats
 from mlx_xformer.reference import backend as twin_kernels
 from mlx_xformer.reference.models.causal_lm import decoder as twin

@@ -7,6 +7,7 @@ CORE = "nn.attention.core"
 LAYER = "nn.attention.layer"
 MASKS = "nn.masks"
 POSITIONS = "nn.positions"
+ROTARY = "nn.rotary"
 OUTPUTS = tests(
     "tests/models/test_htdemucs_golden.py::test_model[base]",
     "tests/models/test_htdemucs_golden.py::test_model[small0]",
@@ -301,21 +302,21 @@ BUGS = [
     Bug("segment 0 is padding", MASKS, "(queries >= 0)", "(queries > 0)", parity("segment_mask")),
     Bug(
         "rotary the wrong way",
-        POSITIONS,
+        ROTARY,
         "a * cos - b * sin, a * sin + b * cos",
         "a * cos + b * sin, b * cos - a * sin",
         parity("Rotary"),
     ),
     Bug(
         "rotary table the wrong way",
-        POSITIONS,
+        ROTARY,
         "np.concatenate([-sin, sin]",
         "np.concatenate([sin, -sin]",
         parity("Rotary"),
     ),
     Bug(
         "rotary pairs of the other layout",
-        POSITIONS,
+        ROTARY,
         "traditional=self.interleaved",
         "traditional=not self.interleaved",
         parity("Rotary"),

@@ -17,7 +17,7 @@ from mlx_xformer.nn.attention import (
     get_attention,
     initialize,
 )
-from mlx_xformer.nn.positions import Rotary
+from mlx_xformer.nn.rotary import Rotary
 from mlx_xformer.reference.nn.attention import attention as twin
 from mlx_xformer.reference.nn.attention import attention_layer as twin_layer
 

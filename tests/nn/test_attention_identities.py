@@ -9,7 +9,8 @@ from support.harness import check_forward, draw
 
 from mlx_xformer.nn.attention import Attention, attention, attention_weights
 from mlx_xformer.nn.masks import causal_mask
-from mlx_xformer.nn.positions import Rotary, sinusoidal
+from mlx_xformer.nn.positions import sinusoidal
+from mlx_xformer.nn.rotary import Rotary
 
 
 def normal(*shape, seed=0):

@@ -14,7 +14,7 @@ from mlx_xformer.backend.threads import clear_streams_at_thread_end
 from mlx_xformer.nn.attention.core import attention
 from mlx_xformer.nn.attention.layer import Attention
 from mlx_xformer.nn.cache import CrossCache, KVCache, Quantized, RewindError, cache_bytes, merge_caches
-from mlx_xformer.nn.positions import Rotary
+from mlx_xformer.nn.rotary import Rotary
 
 B, H, G, D, DV = 2, 6, 3, 11, 13
 HEADS = {"MHA": 6, "GQA": 2, "MQA": 1}

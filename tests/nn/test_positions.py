@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support.harness import check_forward, check_gradient
 
-from mlx_xformer.nn import masks, positions
+from mlx_xformer.nn import masks, positions, rotary
 from mlx_xformer.reference.nn import masks as twin_masks
 from mlx_xformer.reference.nn import positions as twin
 
@@ -121,28 +121,28 @@ def test_segment_mask():
         (lambda: masks.prefix_mask(3, 3, 4), r"lengths must be from 0 to S = 3, got \[4\]"),
         (lambda: masks.segment_mask(mx.zeros((2, 3)), mx.zeros((3, 3))), r"one batch, got \(2, 3\) and \(3, 3\)"),
         (lambda: positions.sinusoidal(3, 0), "dim must be at least 1, got 0"),
-        (lambda: positions.Rotary(5), "dims must be a whole number, even and at least 2, got 5"),
-        (lambda: positions.Rotary(4, theta=0.0), "theta must be a number above 0, got 0"),
-        (lambda: positions.Rotary(8)(mx.zeros((1, 1, 3, 6))), "dims must be at most head_dim, 6, got 8"),
+        (lambda: rotary.Rotary(5), "dims must be a whole number, even and at least 2, got 5"),
+        (lambda: rotary.Rotary(4, theta=0.0), "theta must be a number above 0, got 0"),
+        (lambda: rotary.Rotary(8)(mx.zeros((1, 1, 3, 6))), "dims must be at most head_dim, 6, got 8"),
         (
-            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 6)), positions=mx.arange(4)),
+            lambda: rotary.Rotary(4)(mx.zeros((1, 1, 3, 6)), positions=mx.arange(4)),
             r"positions must be \(L,\) or \(B, L\) = \(1, 3\), got \(4,\)",
         ),
         (
-            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 6)), positions=mx.zeros((2, 3))),
+            lambda: rotary.Rotary(4)(mx.zeros((1, 1, 3, 6)), positions=mx.zeros((2, 3))),
             r"positions must be \(L,\) or \(B, L\) = \(1, 3\), got \(2, 3\)",
         ),
-        (lambda: positions.Rotary(4.0), r"dims must be a whole number, even and at least 2, got 4\.0"),
-        (lambda: positions.Rotary("4"), "dims must be a whole number, even and at least 2, got '4'"),
-        (lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4), mx.int32)), "x must be a float, got mlx.core.int32"),
-        (lambda: positions.Rotary(4)(mx.zeros((3, 4))), r"x must be \(batch, heads, .*, got shape \(3, 4\)"),
-        (lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=1.5), r"offset must be a whole number, got 1\.5"),
+        (lambda: rotary.Rotary(4.0), r"dims must be a whole number, even and at least 2, got 4\.0"),
+        (lambda: rotary.Rotary("4"), "dims must be a whole number, even and at least 2, got '4'"),
+        (lambda: rotary.Rotary(4)(mx.zeros((1, 1, 3, 4), mx.int32)), "x must be a float, got mlx.core.int32"),
+        (lambda: rotary.Rotary(4)(mx.zeros((3, 4))), r"x must be \(batch, heads, .*, got shape \(3, 4\)"),
+        (lambda: rotary.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=1.5), r"offset must be a whole number, got 1\.5"),
         (
-            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=mx.array([1, 2])),
+            lambda: rotary.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=mx.array([1, 2])),
             r"offset must be whole numbers, one or \(1,\), got mlx.core.int32 \(2,\)",
         ),
         (
-            lambda: positions.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=mx.array(1.5)),
+            lambda: rotary.Rotary(4)(mx.zeros((1, 1, 3, 4)), offset=mx.array(1.5)),
             r"offset must be whole numbers, one or \(1,\), got mlx.core.float32 \(\)",
         ),
         (lambda: positions.alibi_bias(0, 3, 3), "num_heads must be at least 1, got 0"),
@@ -177,7 +177,7 @@ def test_rotary(interleaved, dims, offset):
     x = np.random.default_rng(0).normal(size=(3, 2, 5, 10))
     start = np.array([4, 0, 91]) if offset == "rows" else np.full(3, offset)
     at = start[:, None] + np.arange(5)
-    turn = positions.Rotary(dims, theta=313.0, interleaved=interleaved)
+    turn = rotary.Rotary(dims, theta=313.0, interleaved=interleaved)
     given = mx.array(start) if offset == "rows" else offset
     options = {"dims": dims, "theta": 313.0, "interleaved": interleaved}
     check_forward(lambda x: turn(x, offset=given), lambda x: twin.rotary(x, at, **options), x)
@@ -190,14 +190,14 @@ def test_rotary(interleaved, dims, offset):
 
 def test_rotary_in_half_precision_keeps_its_dtype():
     x = mx.random.normal((1, 2, 5, 8)).astype(mx.float16)
-    turn = positions.Rotary(6)
+    turn = rotary.Rotary(6)
     assert turn(x, positions=mx.arange(5)).dtype == turn(x).dtype == mx.float16
     assert mx.abs(turn(x, positions=mx.arange(5)) - turn(x)).max() <= 2**-8
 
 
 def test_rotary_scores_see_the_distance_only():
     q, k = mx.random.normal((2, 1, 1, 1, 16))
-    turn = positions.Rotary(16)
+    turn = rotary.Rotary(16)
     near = turn(q, offset=3) @ turn(k, offset=1).swapaxes(2, 3)
     far = turn(q, offset=503) @ turn(k, offset=501).swapaxes(2, 3)
     assert abs((near - far).item()) < 1e-3 and abs((near - turn(q, offset=9) @ turn(k).swapaxes(2, 3)).item()) > 1e-2
@@ -238,7 +238,7 @@ def test_relative_buckets(L, S, bidirectional):
 @pytest.mark.parametrize(
     "given", [{}, {"offset": 5}, {"offset": mx.array([3, 7])}, {"positions": mx.array([4, 0, 9])}], ids=str
 )
-@pytest.mark.parametrize("rotary", [positions.Rotary(6), positions.Rotary(4, interleaved=True)], ids=str)
+@pytest.mark.parametrize("rotary", [rotary.Rotary(6), rotary.Rotary(4, interleaved=True)], ids=str)
 def test_rotary_of_one_head_without_an_axis_of_heads(rotary, given):
     x = mx.random.normal((2, 3, 6), key=mx.random.key(1))
     assert (rotary(x, **given) == rotary(x[:, None], **given)[:, 0]).all()

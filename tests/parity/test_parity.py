@@ -21,7 +21,7 @@ from mlx_xformer.backend import activations, fused
 from mlx_xformer.converters.conversion import convert
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 from mlx_xformer.models.htdemucs import layers as htdemucs_layers
-from mlx_xformer.nn import layers, masks, mel, positions, spectral
+from mlx_xformer.nn import layers, masks, mel, positions, rotary, spectral
 from mlx_xformer.nn.attention import core, scores, torch_layout
 from mlx_xformer.nn.cache import KVCache, kv
 from mlx_xformer.parity import judge, runner
@@ -78,7 +78,7 @@ EXEMPT = {
 
 def test_every_public_operation_has_a_case():
     """Functions and classes that these modules define, but for plans and what is named above."""
-    for module in (core, masks, positions, layers, spectral, mel, torch_layout, samplers):
+    for module in (core, masks, positions, rotary, layers, spectral, mel, torch_layout, samplers):
         for name, thing in vars(module).items():
             public = not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
             if public and (inspect.isfunction(thing) or inspect.isclass(thing)) and name not in ("plan", "Plan"):

@@ -25,7 +25,7 @@ from mlx_xformer.converters.rules import apply_rules, inverse_shapes
 from mlx_xformer.models.causal_lm.model import CausalLM, CausalLMConfig
 from mlx_xformer.models.families import load_model, parameter_shapes
 from mlx_xformer.nn.moe import MoEConfig
-from mlx_xformer.nn.positions import RotaryScaling
+from mlx_xformer.nn.rotary import RotaryScaling
 from mlx_xformer.reference.models.causal_lm import decoder as causal_lm_twin
 from mlx_xformer.storage.checkpoint import save_checkpoint
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...nn.positions import RotaryScaling
+from ...nn.rotary import RotaryScaling
 from ...storage.messages import shorten
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers

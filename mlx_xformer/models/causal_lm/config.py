@@ -9,7 +9,7 @@ from typing import ClassVar
 from ...backend import activations
 from ...nn.config import Config
 from ...nn.moe import MoEConfig
-from ...nn.positions import Rotary, RotaryScaling
+from ...nn.rotary import Rotary, RotaryScaling
 
 _ROUTING = (".mlp.router", ".mlp.shared_expert_gate")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config import Config
-from ..positions import Rotary, buckets_by_distance
+from ..positions import buckets_by_distance
+from ..rotary import Rotary
 
 PROJECTIONS, NORMS = ("q", "k", "v", "out"), ("rms", "layer", "rms_whole")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import mlx.core as mx
 
-from ..positions import Rotary
+from ..rotary import Rotary
 from .config import PROJECTIONS
 from .layer import Attention
 

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from ..cache import CrossCache, KVCache, View
 from ..layers import LayerNorm, RMSNorm, WholeRMSNorm
 from ..linear import Linear
-from ..positions import Rotary, alibi_by_distance, buckets_by_distance
+from ..positions import alibi_by_distance, buckets_by_distance
+from ..rotary import Rotary
 from .config import AttentionConfig
 from .core import attention, attention_weights
 

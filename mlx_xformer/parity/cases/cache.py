@@ -14,7 +14,7 @@ import numpy as np
 from ...nn.attention.core import attention
 from ...nn.attention.layer import Attention
 from ...nn.cache import CrossCache, KVCache, Quantized
-from ...nn.positions import Rotary
+from ...nn.rotary import Rotary
 from ...reference.nn import attention as twin
 from ...reference.nn import cache as twin_cache
 from ...reference.nn import linear

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...nn import positions
+from ...nn import positions, rotary
 from ...reference.nn import positions as twin
 from ..samples import Case, Rng, Sample, described
 from .masks import SIZES, option_sample, table_case
@@ -88,9 +88,9 @@ def _scaled(rng: Rng) -> Iterator[Sample]:
 
 def _ours(params: dict, arrays: dict, options: Any) -> mx.array:
     scaling = options.get("scaling")
-    scaling = scaling and positions.RotaryScaling(**scaling)
-    rotary = positions.Rotary(options["dims"], options["theta"], options["interleaved"], scaling)
-    return rotary(arrays["x"], offset=options.get("offset", 0), positions=options.get("positions"))
+    scaling = scaling and rotary.RotaryScaling(**scaling)
+    made = rotary.Rotary(options["dims"], options["theta"], options["interleaved"], scaling)
+    return made(arrays["x"], offset=options.get("offset", 0), positions=options.get("positions"))
 
 
 def _twin(params: dict, arrays: dict, options: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from ...models.causal_lm.config import CausalLMConfig, Quantization
 from ...models.causal_lm.model import Block, CausalLM
 from ...nn.moe import MoEConfig
-from ...nn.positions import RotaryScaling
+from ...nn.rotary import RotaryScaling
 from ...reference.models import causal_lm as twin
 from ..samples import Arrays, Case, Options
 from .common import CHUNKS, chunks_in_words, fixed_case, in_chunks, layer_case, table_case, weights_of

@@ -14,7 +14,7 @@ import numpy as np
 
 from ....nn.attention import Attention
 from ....nn.attention.kinds import initialize
-from ....nn.positions import Rotary
+from ....nn.rotary import Rotary
 from ....reference.nn import attention as twin
 from ....reference.nn.layers import linear, sub
 from ...samples import Arrays, Case, Options, Rng, Sample, described, drawn, flat, with_params
