@@ -204,8 +204,9 @@ def run_layers(
             own[name.removesuffix("s")] = given
     if key is not None:
         own["key"] = mx.random.split(key, count)
-    step = caches is not None and x.shape[:2] == (1, 1)
-    x = mx.squeeze(x, 0) if step else x  # products of a matrix with one row need fewer operations so
+    held = caches is not None and (cross_caches is not None or shared.get("memory") is None)
+    step = held and x.shape[:2] == (1, 1)
+    x = mx.squeeze(x, 0) if step else x  # without a batch axis products of a single row need fewer operations
     for index, layer in enumerate(layers):
         x = layer(x, **{name: of_layers[index] for name, of_layers in own.items()}, **shared)
     return x[None] if step else x
