@@ -26,7 +26,7 @@ def test_long_files_are_few_and_named():
     section = (ROOT / "docs" / "architecture.md").read_text().partition("## Files over 300 lines")[2]
     named = set(re.findall(r"`([\w/]+\.py)`", section))
     found = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.read_text().count("\n") > 300}
-    assert found <= named
+    assert found == named and len(named) <= 3
 
 
 def test_every_room_is_in_the_tree():
