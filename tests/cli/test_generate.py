@@ -266,7 +266,7 @@ def test_prompt_caches_that_do_not_serve(folder, draft, tmp_path, capsys):
     assert run(draft, PROMPT, "--max-tokens", 5, "--prompt-cache", file) == 0
     before = file.read_bytes()
     capsys.readouterr()
-    assert "kept: the prompt cache of another model" in one_line(capsys, folder, PROMPT, "--prompt-cache", file)
+    assert "kept: this is the prompt cache of another model" in one_line(capsys, folder, PROMPT, "--prompt-cache", file)
     line = one_line(capsys, draft, PROMPT, "--prompt-cache", file, "--window", 9)
     assert "kept: made with window None, got window 9" in line
     assert "bits" in one_line(capsys, draft, PROMPT, "--prompt-cache", file, "--kv-bits", 8)

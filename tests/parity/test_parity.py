@@ -72,7 +72,7 @@ EXEMPT = {
     "mel_filters": "a factor of log_mel",
     "alibi_slopes": "a factor of alibi_bias",
     "suppress_tokens": "a sampler without some tokens, which are compared in test_samplers",
-    "dropped": "random: what becomes 0, and by how much the rest grows, is in test_stack",
+    "apply_dropout": "random: what becomes 0, and by how much the rest grows, is in test_stack",
 }
 
 

@@ -21,7 +21,7 @@ _SCALED_BOOST = 3.0  # the learned table is stored divided by this
 
 def _norm(dims: int, groups: int) -> nn.Module:
     """LayerNorm per token or, with groups, GroupNorm over all tokens."""
-    return GroupNorm(groups, dims) if groups else LayerNorm(dims)
+    return GroupNorm(int(groups), dims) if groups else LayerNorm(dims)
 
 
 class CrossTransformerLayer(nn.Module):

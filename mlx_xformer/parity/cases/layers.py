@@ -14,7 +14,8 @@ from ...backend import activations
 from ...nn import layers
 from ...reference import backend as twin_backend
 from ...reference.nn import layers as twin
-from ..samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described, drawn, layer, with_params
+from ...reference.nn import positions
+from ..samples import NO_QUOTIENT, Arrays, Case, Options, Rng, Sample, described, drawn, layer, signal, with_params
 
 # Norms
 
@@ -95,6 +96,18 @@ def _layer_scale(rng: Rng) -> Iterator[Sample]:
             yield _of_module(rng, layers.LayerScale, {"dims": dims}, *shape, dims)
     yield _of_module(rng, layers.LayerScale, {"dims": 7}, 0, 7)
     yield _of_module(rng, layers.LayerScale, {"dims": 7}, 2, 5, 7, strided=True)
+
+
+def _positional_encoding(rng: Rng) -> Iterator[Sample]:
+    for dims, shape in ((8, (2, 5)), (13, (1, 1)), (7, (3, 0)), (22, (11,)), (2, (2, 211))):
+        for given in ({}, {"offset": 3}, {"offset": 57, "max_period": 100.0}):
+            sample = {"x": signal(rng, *shape, dims)}
+            yield Sample(described(x=(*shape, dims), **given), sample, {"embed_dim": dims, **given})
+
+
+def _twin_positional_encoding(params: Arrays, arrays: Arrays, options: Options) -> np.ndarray:
+    given = {name: options[name] for name in ("offset", "max_period") if name in options}
+    return positions.positional_encoding(arrays["x"], **given)
 
 
 def _feed_forward(rng: Rng) -> Iterator[Sample]:
@@ -194,6 +207,9 @@ CASES = {
     "WholeRMSNorm": Case(_whole_rms_norm, layer(layers.WholeRMSNorm), _twin_whole_rms_norm),
     "GroupNorm": Case(_group_norm, layer(layers.GroupNorm, "axes"), _twin_group_norm),
     "LayerScale": Case(_layer_scale, layer(layers.LayerScale), lambda p, x, _: twin.layer_scale(p, **x)),
+    "PositionalEncoding": Case(
+        _positional_encoding, layer(layers.PositionalEncoding, "offset"), _twin_positional_encoding
+    ),
     "FeedForward": Case(_feed_forward, layer(layers.FeedForward), _twin_feed_forward),
     "GatedFeedForward": Case(_gated, layer(layers.GatedFeedForward), _twin_gated),
     "GatedFeedForward.step": Case(_gated_row, layer(layers.GatedFeedForward), _twin_gated),

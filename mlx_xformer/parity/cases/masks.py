@@ -26,6 +26,11 @@ def _causal(rng: Rng) -> Iterator[Sample]:
         yield option_sample({"L": L, "S": S, "alignment": alignment})
 
 
+def _create(rng: Rng) -> Iterator[Sample]:
+    for n, given in product((0, 1, 7), ({}, {"offset": 3}, {"m": 11}, {"m": 5, "offset": 2}, {"m": 0, "offset": 0})):
+        yield option_sample({"n": n, **given})
+
+
 def _padding(rng: Rng) -> Iterator[Sample]:
     for S in (1, 7, 211):
         lengths = rng.integers(0, S + 1, 5)
@@ -62,6 +67,7 @@ def table_case(
 
 CASES = {
     "causal_mask": table_case(_causal, masks.causal_mask, twin.causal_mask),
+    "create_causal_mask": table_case(_create, masks.create_causal_mask, twin.create_causal_mask),
     "padding_mask": table_case(_padding, masks.padding_mask, twin.padding_mask),
     "sliding_mask": table_case(_sliding, masks.sliding_mask, twin.sliding_mask),
     "prefix_mask": table_case(_prefix, masks.prefix_mask, twin.prefix_mask),

@@ -54,6 +54,12 @@ def sinusoidal(length: int, dim: int, *, offset: int = 0, max_period: float = 10
     return table
 
 
+def positional_encoding(x: np.ndarray, *, offset: int = 0, max_period: float = 10000.0) -> np.ndarray:
+    """x (..., L, E) and the sinusoidal positions of its L vectors, from `offset` on (Vaswani et al. 2017)."""
+    L, E = x.shape[-2:]
+    return x + sinusoidal(L, E, offset=offset, max_period=max_period).astype(x.dtype)
+
+
 def rotary(
     x: np.ndarray,
     positions: np.ndarray,
