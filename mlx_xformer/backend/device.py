@@ -1,10 +1,9 @@
-"""The device, its memory, and on Linux the BLAS, the threads and the allocator that MLX runs on.
+"""The device, its memory, and on Linux the BLAS and the allocator that MLX uses.
 
-Importing this module does three things, once: on Linux it loads OpenBLAS ahead of MLX when the system has one, for one
-thread a product (`workers` says how many this package runs at once instead), and compiles a small library for products
-of one row (50 ms; see openblas.py); with glibc it lets the process keep the memory that it frees; and it bounds MLX's
-cache of freed buffers. All can be turned off (MLX_XFORMER_BLAS=0, MLX_XFORMER_MALLOC=0, set_cache_limit), and none
-overrides a setting of OpenBLAS or glibc in the environment.
+Importing this module does three things, once. On Linux it loads OpenBLAS before MLX, if the system has it, and compiles
+a small library for products of one row (50 ms; see linux/blas.py). With glibc it lets the process keep memory that it
+has freed. And it limits MLX's cache of freed buffers. Each can be turned off (MLX_XFORMER_BLAS=0, MLX_XFORMER_MALLOC=0,
+set_cache_limit), and none overrides a setting of OpenBLAS or glibc in the environment.
 """
 
 from __future__ import annotations
@@ -59,7 +58,17 @@ except ImportError:
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What computes, on how much memory. Sizes in bytes."""
+    """The device and the libraries in use. Sizes are in bytes.
+
+    Attributes:
+        device: "cpu" or "gpu".
+        name: of the processor or GPU.
+        memory: that the device can use.
+        cache_limit: the most that MLX keeps in freed buffers.
+        blas: the BLAS in use, in words.
+        mlx: the version of MLX.
+        workers: streams that compute in parallel on a CPU.
+    """
 
     device: str
     name: str
@@ -83,7 +92,17 @@ def _system_memory() -> int:
 
 
 def set_cache_limit(limit: int | None = None) -> int:
-    """Bounds MLX's cache of freed buffers to `limit` bytes (default an eighth of the memory); returns the bound."""
+    """Limits MLX's cache of freed buffers.
+
+    Args:
+        limit: in bytes; by default an eighth of the memory.
+
+    Returns:
+        The limit in bytes.
+
+    Raises:
+        ValueError: if the limit is below 0.
+    """
     if limit is None:
         limit = total_memory() // _CACHE_FRACTION
     if limit < 0:
@@ -97,7 +116,7 @@ def set_cache_limit(limit: int | None = None) -> int:
 _cache_limit = 0
 if backend_error is None:
     _before = mx.set_cache_limit(0)
-    set_cache_limit(min(_before, total_memory() // _CACHE_FRACTION))  # a tighter bound of the host program stays
+    set_cache_limit(min(_before, total_memory() // _CACHE_FRACTION))  # a lower limit set by the host program stays
 
 
 def batch_size(size: int) -> int:
@@ -111,7 +130,11 @@ def batch_size(size: int) -> int:
 
 
 def use_device(kind: str) -> None:
-    """Makes "cpu" or "gpu" MLX's default device. ValueError where there is none."""
+    """Makes "cpu" or "gpu" MLX's default device.
+
+    Raises:
+        ValueError: if MLX has no such device here.
+    """
     if kind not in ("cpu", "gpu"):
         raise ValueError(f'device must be "cpu" or "gpu", got {kind!r}')
     device = mx.Device(getattr(mx, kind))
@@ -122,7 +145,7 @@ def use_device(kind: str) -> None:
 
 @contextmanager
 def device_of(kind: str | None) -> Iterator[None]:
-    """Within it the default device is `kind`, as use_device() takes it, or for None the one of before."""
+    """A context in which the default device is `kind`, "cpu" or "gpu", or for None the current one."""
     before = mx.default_device()
     try:
         if kind is not None:
@@ -151,7 +174,7 @@ def total(count: int, group: mx.distributed.Group | None) -> int:
 
 
 def report() -> DeviceReport:
-    """The device, its memory, the BLAS and the version of MLX that serve this process."""
+    """Describes the device, its memory, the BLAS and the version of MLX of this process."""
     device = mx.default_device()
     kind = "gpu" if device == mx.Device(mx.gpu) else "cpu"
     name = str(mx.device_info(device).get("device_name", kind))

@@ -1,7 +1,7 @@
-"""Which form of an operation serves an array on the device at hand, and rows of work shared out among a CPU's workers.
+"""Chooses the form of an operation for the device, and divides work among the workers of a CPU.
 
-Where MLX's CPU backend can compile (Linux with g++), float32 arrays take the forms of `linux`. Each has a plain form,
-which other devices take and whose gradient it has.
+Where MLX's CPU backend can compile (Linux with g++), float32 arrays are computed by the functions of `linux`. Each of
+them has a plain form, which other devices use and whose gradient it takes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def on_cpu() -> bool:
 
 
 def vectorizes(x: mx.array) -> bool:
-    """Whether the forms of linux.chains serve x: float32, on a CPU whose built-in functions are scalar calls."""
+    """Whether x is computed by the functions of linux.chains: float32, on a CPU, with a compiler."""
     return _FUSES and x.dtype == mx.float32 and on_cpu()
 
 
@@ -42,17 +42,17 @@ def by_rows(function: Callable[[mx.array], mx.array], x: mx.array, columns: int 
 
 
 def side_by_side(tasks: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
-    """What each task returns; on a CPU with several workers they run at the same time."""
+    """Returns what each task returns; on a CPU with several workers, tasks are computed in parallel."""
     if blas.workers == 1 or not on_cpu():
         return [task() for task in tasks]
     return streams.side_by_side(tasks)
 
 
-_LARGE, _MANY = 2**17, 2**23  # numbers, and multiplications, that are worth a meeting of workers
+_LARGE, _MANY = 2**17, 2**23  # numbers, and multiplications, from which on work is divided among the workers
 
 
 def fuse(chain: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The elementwise chain in one kernel. Arrays without elements go around it: MLX 0.32.4 divides by 0 on CUDA."""
+    """Compiles an elementwise chain into one kernel. Empty arrays skip it, since MLX 0.32.4 divides by 0 on CUDA."""
     compiled = cast(Callable[..., mx.array], mx.compile(chain, shapeless=True))
 
     def call(*arrays: mx.array) -> mx.array:
@@ -62,7 +62,7 @@ def fuse(chain: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def with_gradient_of(plain: Callable[..., mx.array]) -> Callable[[Callable], Callable[..., mx.array]]:
-    """Marks a fast form as equal to `plain`, whose derivative it takes."""
+    """Decorates a fast form of `plain`: its gradient is computed from `plain`."""
 
     def decorate(fast: Callable[..., mx.array]) -> Callable[..., mx.array]:
         function = mx.custom_function(fast)

@@ -1,6 +1,6 @@
-"""Steps of generation: a prompt into caches, chunk by chunk; then tokens, one by one or several with a draft model.
+"""The loops of generation: the prompt in chunks, then tokens one by one, in a batch or with a draft model.
 
-Axes: B rows of a batch, V vocabulary, n tokens so far, m of them that are drawn at once.
+Axes: B rows of a batch, V vocabulary, n tokens so far, m tokens sampled at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """limit: how many tokens to make. chunk: tokens of a prompt at a time. ahead: how many a draft model guesses.
-    progress: see read_prompt."""
+    """How tokens are generated.
+
+    Attributes:
+        sampler: chooses the next token from the logits.
+        limit: the number of tokens to generate.
+        chunk: tokens of the prompt that are read at once.
+        ahead: tokens that a draft model guesses at once.
+        logprobs: whether to compute the log-probability of each token.
+        progress: see read_prompt().
+    """
 
     sampler: Sampler
     limit: int
@@ -34,8 +42,8 @@ class Settings:
     progress: Progress | None = None
 
 
-def one_by_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
-    """(token, logprob) in turn. The next step is queued before a token is read."""
+def generate_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], settings: Settings) -> Steps:
+    """Yields (token, logprob) one by one. The next step is queued before a token is read."""
     history = mx.array(list(prompt), mx.int32)[None]
 
     def drawn(logits: mx.array, history: mx.array) -> list[mx.array]:
@@ -53,15 +61,15 @@ def one_by_one(model: CausalLM, caches: list[KVCache], prompt: Sequence[int], se
         yield _number(token), _number(score[0]) if score else None
 
 
-def together(
+def generate_batch(
     model: CausalLM,
     caches: list[KVCache],
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     ended: Callable[[int, int], bool],
 ) -> None:
-    """Decodes several prompts side by side, in caches whose padding aligns their ends. ended(row, token) is told every
-    token of each, and says whether it was the last."""
+    """Generates for several prompts at once, in caches whose padding aligns their ends. ended(row, token) is called
+    with every token of each, and says whether it was the last."""
     longest = max(map(len, prompts))
     history = mx.array([[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts], mx.int32)
     rows = list(range(len(prompts)))  # those that have not ended
@@ -84,7 +92,7 @@ def together(
             following, history = following[index], history[index]
 
 
-def with_draft(
+def generate_with_draft(
     model: CausalLM,
     caches: list[KVCache],
     draft: CausalLM,
@@ -95,7 +103,7 @@ def with_draft(
     """(token, logprob) in turn, by speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
 
     A sampler gives one token for a position and a history, and a guess is right if it is that token: what is drawn is
-    what one_by_one draws. Wrong guesses are trimmed from the caches.
+    what generate_one() samples. Wrong guesses are trimmed from the caches.
     """
     known = list(prompt)
     end = len(prompt) + settings.limit

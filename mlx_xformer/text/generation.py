@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .decoding import Progress, Settings, Steps, one_by_one, together, with_draft
+from .decoding import Progress, Settings, Steps, generate_batch, generate_one, generate_with_draft
 from .samplers import Sampler, greedy
 from .tokenizer import TextStream, Tokenizer
 
@@ -92,11 +92,11 @@ def generate(
     reader = _Reader(prompt, tokenizer, eos, stop, limit)
     settings = Settings(sampler, limit, prefill, ahead, logprobs, progress)
     if draft is None:
-        return _read(one_by_one(model, caches, prompt, settings), reader)
+        return _read(generate_one(model, caches, prompt, settings), reader)
     draft_caches = _check_caches("draft_caches", draft, draft_caches, slack)
     _check_draft(model, draft, [*caches, *draft_caches], ahead)
     _check_draft_room(draft_caches, len(prompt), limit)
-    return _read(with_draft(model, caches, draft, draft_caches, prompt, settings), reader)
+    return _read(generate_with_draft(model, caches, draft, draft_caches, prompt, settings), reader)
 
 
 def _read(steps: Steps, reader: _Reader) -> Generator[Token, None, None]:
@@ -165,7 +165,7 @@ def batch_generate(
         out[row].append(token)
         return readers[row].read(token)[1] is not None
 
-    together(model, caches, prompts, Settings(sampler, limit, prefill), ended)
+    generate_batch(model, caches, prompts, Settings(sampler, limit, prefill), ended)
     return out
 
 

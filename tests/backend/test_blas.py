@@ -38,7 +38,7 @@ ctypes.CDLL = lambda *a, **k: types.SimpleNamespace(
         ("import mlx.core", {}, "whatever served when mlx.core was imported"),
         ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "MLX's own (PyTorch is loaded"),
         ("import ctypes\ndef missing(*a, **k): raise OSError\nctypes.CDLL = missing", {}, "MLX's own (slow; install"),
-        (FAKE, {}, "OpenBLAS (libopenblas.so.0, zen, products of one row as of many)"),
+        (FAKE, {}, "OpenBLAS (libopenblas.so.0, zen, products of one row by cblas_sgemm)"),
     ],
 )
 def test_choice_of_blas(before, environment, expected):
@@ -165,7 +165,7 @@ SHOW = """
 from mlx_xformer.backend.linux import blas
 import mlx.core as mx
 x = mx.arange(5).astype(mx.float32)[None]
-print(blas.one_row, blas.words.count("as of many"), (x @ x.T).item())
+print(blas.one_row, blas.words.count("by cblas_sgemm"), (x @ x.T).item())
 """
 
 

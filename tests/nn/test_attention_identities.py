@@ -98,7 +98,7 @@ def test_causal_is_its_mask(L, S):
 
 
 def test_the_page_with_the_doubled_exponent():
-    """Document 4 steps i by 2 and doubles it again: the table of another period, far from the right one."""
+    """The teaching page steps i by 2 and doubles it again: the table of another period, far from the right one."""
     page = np.zeros((31, 16))
     for position in range(31):
         for i in range(0, 16, 2):

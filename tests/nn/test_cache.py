@@ -195,7 +195,7 @@ def test_lengths_bytes_and_emptiness(bits):
     assert (cache.nbytes, cache.length, cache.offset, cache.arrays) == (0, 0, 0, [])
 
 
-# Document 1's traps
+# llm_prep's traps
 
 
 @pytest.mark.parametrize("training", [False, True])

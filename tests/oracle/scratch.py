@@ -1,4 +1,4 @@
-"""Document 2's stack and token model as PyTorch compositions under that author's names: attention by PyTorch's own
+"""scratch's stack and token model as PyTorch compositions under that author's names: attention by PyTorch's own
 function, with keys and values of different widths; the norm by torch.std, or PyTorch's. No gain or bias is 0 or 1."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recovered fixture of document 0: what PyTorch 2.8 made of attention, with all intermediates, of a feed-forward
+"""The recovered fixture of MetalAudio: what PyTorch 2.8 made of attention, with all intermediates, of a feed-forward
 network, a layer norm and an encoder layer, within 2e-6."""
 
 import json

@@ -1,7 +1,7 @@
-"""OpenBLAS for MLX on Linux: loaded ahead of it, with products of one row by its cblas_sgemv.
+"""Loads OpenBLAS for MLX on Linux, and a small library that computes products of one row with cblas_sgemv.
 
-MLX's Linux wheel links the reference BLAS, about fifty times slower. A library loaded first, globally, wins. It must be
-imported before mlx.core, and imports nothing of it.
+MLX's Linux wheel links the reference BLAS, which is about fifty times slower. The dynamic linker takes the first
+library that defines a symbol, so this module must be imported before mlx.core. It imports nothing of MLX itself.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ _COMPILING = 30  # seconds that a compiler may take
 
 
 def _reason_not_to() -> str | None:
-    """Why OpenBLAS is not loaded, and what serves instead."""
+    """The BLAS that is used instead of OpenBLAS and why, or None where OpenBLAS should be loaded."""
     if sys.platform != "linux":
         return "Accelerate" if sys.platform == "darwin" else "MLX's own"
     if os.environ.get("MLX_XFORMER_BLAS") == "0":
         return "MLX's own (MLX_XFORMER_BLAS=0)"
     if "mlx.core" in sys.modules:
-        return "whatever served when mlx.core was imported (import mlx_xformer first to choose)"
+        return "the one found when mlx.core was imported (import mlx_xformer first to use OpenBLAS)"
     if "torch" in sys.modules:
         return "MLX's own (PyTorch is loaded, and OpenBLAS would slow it)"
     return None
 
 
 def _load() -> tuple[str, int, str, bool]:
-    """Loads OpenBLAS into the global symbol scope; returns what serves, in words, the number of workers, for which
-    processor OpenBLAS's kernels are, in lower case, and whether cblas_sgemv has products of one row.
+    """Loads OpenBLAS into the global symbol scope.
 
-    Its threads would share single products only, and all else that MLX does take one core. They are given up for as
-    many streams of MLX, each with products of its own; and for good: their number counts for the whole process and
-    changes how sums are rounded, so that one thread's choice would change another's results.
+    OpenBLAS is set to one thread. Its threads would share single products only, while everything else that MLX computes
+    would take one core; instead, several streams of MLX compute products in parallel. The number of OpenBLAS's threads
+    is never changed later: it applies to the whole process and changes how sums are rounded.
+
+    Returns:
+        A description of the BLAS in use, the number of workers (streams that compute in parallel), the processor that
+        OpenBLAS's kernels are for in lower case, and whether products of one row go to cblas_sgemv.
     """
     reason = _reason_not_to()
     if reason is not None:
@@ -52,17 +55,19 @@ def _load() -> tuple[str, int, str, bool]:
             library.openblas_get_corename.restype = ctypes.c_char_p
             kernels = library.openblas_get_corename().decode().lower()
             single = _load_one_row(library)
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)  # after what may stand before it
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)  # after the library of one_row.c, which must come first
         except (OSError, AttributeError):
             continue
-        words = f"OpenBLAS ({name}, {kernels}{'' if single else ', products of one row as of many'})"
+        words = f"OpenBLAS ({name}, {kernels}{'' if single else ', products of one row by cblas_sgemm'})"
         return words, max(1, min(threads, _MOST_WORKERS)), kernels, single
     return "MLX's own (slow; install OpenBLAS, Debian's package is libopenblas0-pthread)", 1, "", False
 
 
 def _load_one_row(library: ctypes.CDLL) -> bool:
-    """Puts one_row.c ahead of OpenBLAS; False where there is no compiler. It is compiled anew at every start, in 50 ms:
-    what is kept can be damaged, or another's."""
+    """Compiles one_row.c and loads it ahead of OpenBLAS; returns False where there is no compiler.
+
+    It is compiled at every start, in 50 ms, because a file that is kept could be damaged or replaced.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
     if compiler is None:
         return False

@@ -19,7 +19,7 @@ PREFIXES = ["cross_transformer", "", "model.0.x"]
 
 
 def names(attention_bias=True, ffn_bias=True, layers=N):
-    """Every name of the layout, written out from document 0, and its shape."""
+    """Every name of the layout, written out from MetalAudio, and its shape."""
     one = {}
     for branch in ("time", "freq"):
         for step in ("self", "cross", "ffn"):

@@ -1,4 +1,4 @@
-"""Document 2's and document 3's files of tensors: recognised by names, there and back, and what is refused."""
+"""scratch's and ferrotorch's files of tensors: recognised by names, there and back, and what is refused."""
 
 import json
 

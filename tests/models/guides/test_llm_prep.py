@@ -1,4 +1,4 @@
-"""Document 1's models: caches against the full pass, causality, padding, what they refuse, and the document's traps."""
+"""llm_prep's models: caches against the full pass, causality, padding, what they refuse, and the document's traps."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Document 2's encoder-decoder: positions, teacher forcing, loss, caches, generation; checkpoints and their proof."""
+"""scratch's encoder-decoder: positions, teacher forcing, loss, caches, generation; checkpoints and their proof."""
 
 import dataclasses
 

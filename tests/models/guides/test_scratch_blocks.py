@@ -1,4 +1,4 @@
-"""Document 2's stack against its twin and its formulas, its options and what is refused."""
+"""scratch's stack against its twin and its formulas, its options and what is refused."""
 
 import dataclasses
 import math

@@ -62,7 +62,7 @@ class Parts:
         return self.linear(f"{name}.linear2", hidden, x.shape[-1])
 
     def layer(self, at, time, freq):
-        """Document 0's six steps."""
+        """MetalAudio's six steps."""
         y = self.norm(at + "norm_time_self", time)
         time = time + self.attend(at + "self_attn_time", y, y)
         y = self.norm(at + "norm_freq_self", freq)

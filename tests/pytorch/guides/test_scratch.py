@@ -1,4 +1,4 @@
-"""Document 2's stack and encoder-decoder against PyTorch compositions: weights by the converters' tables, forward and
+"""scratch's stack and encoder-decoder against PyTorch compositions: weights by the converters' tables, forward and
 gradient of every parameter and input."""
 
 from __future__ import annotations
