@@ -35,7 +35,7 @@ ctypes.CDLL = lambda *a, **k: types.SimpleNamespace(
     ("before", "environment", "expected"),
     [
         ("", {"MLX_XFORMER_BLAS": "0"}, "MLX's own (MLX_XFORMER_BLAS=0)"),
-        ("import mlx.core", {}, "whatever served when mlx.core was imported"),
+        ("import mlx.core", {}, "the one found when mlx.core was imported"),
         ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "MLX's own (PyTorch is loaded"),
         ("import ctypes\ndef missing(*a, **k): raise OSError\nctypes.CDLL = missing", {}, "MLX's own (slow; install"),
         (FAKE, {}, "OpenBLAS (libopenblas.so.0, zen, products of one row by cblas_sgemm)"),
