@@ -22,9 +22,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
+@pytest.mark.parametrize("place", ["elsewhere", pytest.param("clone", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code):
-    answer = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_python_blocks_run(tmp_path, code, place):
+    """In any folder, and in the clone, where Python imports the package from the current folder."""
+    folder = ROOT if place == "clone" else tmp_path
+    answer = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     if "print(" in code:
         assert answer.stdout.startswith("separated/demo/vocals.flac 8.0 {'drums': 1.0, ")
