@@ -359,7 +359,8 @@ def glu(x, dim=-1):
     return mx.moveaxis(activations.glu(_last(x, dim)), -1, dim)
 
 
-def _with_affine(module, weight, bias):
+def _with_affine(module, eps, weight, bias):
+    module.eps = eps  # PyTorch's samples have some below 0, which the constructors refuse
     if weight is not None:
         module.weight = weight.flatten()
     if bias is not None:
@@ -370,11 +371,11 @@ def _with_affine(module, weight, bias):
 def layer_norm(x, normalized_shape, weight=None, bias=None, *, eps=1e-5):
     width = math.prod(normalized_shape)
     rows = x.reshape(*x.shape[: x.ndim - len(normalized_shape)], width)
-    return _with_affine(layers.LayerNorm(width, eps), weight, bias)(rows).reshape(x.shape)
+    return _with_affine(layers.LayerNorm(width), eps, weight, bias)(rows).reshape(x.shape)
 
 
 def group_norm(x, num_groups, *, weight=None, bias=None, eps=1e-5):
-    module = _with_affine(layers.GroupNorm(num_groups, x.shape[1], eps), weight, bias)
+    module = _with_affine(layers.GroupNorm(num_groups, x.shape[1]), eps, weight, bias)
     return mx.moveaxis(module(mx.moveaxis(x, 1, -1)), -1, 1)
 
 
