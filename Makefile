@@ -8,7 +8,8 @@ EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(BACKEND))
 PIP := install --quiet --disable-pip-version-check
 TORCH := .venv-torch
 DATA ?= $(MLX_XFORMER_DATA)
-PYTEST = $(BIN)/python -m pytest
+# Tests are shared by as many processes as there are cores, at most four.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 PLAIN := not torch and not real and not browser
 
 .PHONY: demo test test-nightly test-torch test-browser test-real check format dist bench bench-peers clean

@@ -95,7 +95,6 @@ def test_json(folder, capsys):
         (["--window", 9, "--keep", 4], {"window": 9, "keep": 4}),
         (["--kv-bits", 4], {"bits": 4}),
     ],
-    ids=str,
 )
 def test_options_reach_the_generation(folder, capsys, given, options):
     found = answer(capsys, folder, PROMPT, *given)["text"]

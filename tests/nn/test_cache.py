@@ -648,7 +648,6 @@ def test_rows_that_are_refused():
         (CrossCache(), {}, "a CrossCache needs a source and no value_source"),
         (CrossCache(), {"source": normal(B, 7, 17), "value_source": normal(B, 7, 17)}, "a CrossCache needs a source"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_calls_that_are_refused(cache, given, message):
     made = layer(rotary=None, kv_dim=17) if "source" in given else layer()

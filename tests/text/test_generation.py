@@ -292,7 +292,6 @@ def held(count, **options):
         ({"caches": Rule().make_caches(padding=[0, 0])}, "^caches must have one row, got 2"),
         ({"draft": Rule(), "draft_caches": held(0, padding=[2])}, "draft_caches must have one row without padding"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(options, message):
     model = Rule()

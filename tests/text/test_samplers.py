@@ -110,7 +110,6 @@ def drawn(sampler, logits, count=4000):
         ({"temperature": 1.5, "top_p": 0.8}, lambda x: cut(x / 1.5, lambda r, p: np.cumsum(p) - p < 0.8)),
         ({"temperature": 1.5, "min_p": 0.2}, lambda x: cut(x / 1.5, lambda r, p: p >= 0.2 * p[0])),
     ],
-    ids=str,
 )
 def test_frequencies(options, formula):
     """Within 4.5 standard deviations of the formula, token by token."""
