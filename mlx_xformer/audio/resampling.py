@@ -5,12 +5,15 @@ Audio is a float32 NumPy array (channels, samples) with full scale at -1 and 1.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soxr
 
 _MAX_RATE = 10_000_000  # Hz
+_HALF_POWER = math.sqrt(0.5)
 
 
 def resample(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
@@ -79,14 +82,16 @@ def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(held, axis=1)
 
 
-def convert_channels(audio: np.ndarray, channels: int) -> np.ndarray:
+def convert_channels(audio: np.ndarray, channels: int, downmix: np.ndarray | None = None) -> np.ndarray:
     """Converts audio to another number of channels.
 
-    Mono is repeated, several channels are averaged to mono, and of more channels than wanted the first are taken.
+    Mono is repeated and several channels are averaged to mono. More channels than wanted are mixed to stereo where
+    `downmix` tells how; otherwise the first are taken.
 
     Args:
         audio: (C, samples).
         channels: of the result.
+        downmix: (2, C), the weights of all channels in the left and the right one.
 
     Returns:
         (channels, samples).
@@ -97,6 +102,8 @@ def convert_channels(audio: np.ndarray, channels: int) -> np.ndarray:
     given = audio.shape[0]
     if given == channels:
         return audio
+    if downmix is not None and given > 2 >= channels:
+        return convert_channels(downmix @ audio, channels)
     if channels == 1:
         return audio.mean(axis=0, keepdims=True)
     if given == 1:
@@ -104,3 +111,30 @@ def convert_channels(audio: np.ndarray, channels: int) -> np.ndarray:
     if given < channels:
         raise ValueError(f"audio must be mono or have at least {channels} channels, got {given}")
     return audio[:channels]
+
+
+@functools.cache
+def downmix_weights(layout: str, centre: float = _HALF_POWER, surround: float = _HALF_POWER) -> np.ndarray:
+    """Returns the weights (2, C) with which FFmpeg's libswresample mixes C channels to stereo, by ITU-R BS.775.
+
+    Args:
+        layout: FFmpeg's name of the channels, as "5.1(side)", or "6c" for the usual layout of six channels.
+        centre: the weight of the centre, where a file has one of its own (AC-3).
+        surround: the weight of the surround channels, where a file has one of its own.
+
+    Raises:
+        ValueError: if there is no such mix.
+    """
+    import av
+
+    try:
+        count = av.AudioLayout(layout).nb_channels
+        units = av.AudioFrame.from_ndarray(np.eye(count, dtype=np.float32), "fltp", layout)
+        units.sample_rate = 48000
+        mixed = av.AudioResampler("fltp", "stereo", 48000).resample(units)
+        names = [channel.name for channel in av.AudioLayout(layout).channels]
+        levels = {"FC": centre, **dict.fromkeys(("SL", "SR", "BL", "BR", "BC"), surround)}
+        scale = [levels.get(name, _HALF_POWER) / _HALF_POWER for name in names]
+        return np.concatenate([part.to_ndarray() for part in mixed], axis=1) * np.array(scale, np.float32)
+    except (av.error.FFmpegError, ValueError):
+        raise ValueError(f"channels of the layout {layout!r} cannot be mixed to stereo") from None

@@ -158,7 +158,7 @@ def _list_files(
     options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool
 ) -> list[Path]:
     """The recordings to separate. What cannot be separated is reported and added to `failed`."""
-    from ..audio import recording
+    from ..audio import recording, source
 
     files: list[Path] = []
     for given in options.files:
@@ -167,7 +167,7 @@ def _list_files(
     tracks: dict[str, Path] = {}
     for file in files:
         with _report_errors(file, options, failed, quiet=quiet):
-            recording.check_readable(file)
+            source.check_readable(file)
             target = str(output.path(folder, file, "stem"))
             # On some file systems names that differ in case or in an accent's encoding are the same.
             first = tracks.setdefault(unicodedata.normalize("NFC", target).casefold(), file)

@@ -65,6 +65,7 @@ class Run:
     Attributes:
         recorded: the recording's samples per channel.
         samples: the same at the model's sample rate.
+        warnings: a line for each kind of damage of the recording that was read over.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class Run:
         self._model, self._options, self._recording = model, options, recording
         self._progress, self._cancel, self._start = progress, cancel, time.perf_counter()
         config = model.config
+        warnings: list[str] = []
         self.recorded, self.samples, self._mean, self._deviation = _measure(
-            recording, config.audio_channels, config.samplerate
+            recording, config.audio_channels, config.samplerate, warnings.append
         )
+        self.warnings = tuple(warnings)
         if not self.samples:
             raise ValueError(f"audio must last at least one sample at {config.samplerate} Hz, got less")
 
@@ -114,8 +117,10 @@ class Run:
             raise Cancelled(f"cancelled after {done} of {total} segments")
 
 
-def _measure(recording: Recording, channels: int, sample_rate: int) -> tuple[int, int, float, float]:
-    """Reads a recording once, to measure it.
+def _measure(
+    recording: Recording, channels: int, sample_rate: int, warn: Callable[[str], None]
+) -> tuple[int, int, float, float]:
+    """Reads a recording once, to measure it; calls `warn` for what is damaged.
 
     Returns its samples as recorded and at `sample_rate`, the mean of the mono mix at that rate, and its unbiased
     standard deviation plus 1e-8, accumulated in float64, block by block (Chan, Golub and LeVeque 1979).
@@ -123,13 +128,13 @@ def _measure(recording: Recording, channels: int, sample_rate: int) -> tuple[int
     recorded = samples = 0
     mean = squares = 0.0
 
-    def count_blocks() -> Iterator[np.ndarray]:
+    def count_blocks(_: object) -> Iterator[np.ndarray]:
         nonlocal recorded
-        for block in recording.blocks():
+        for block in recording.blocks(warn):
             recorded += block.shape[1]
             yield block
 
-    for block in dataclasses.replace(recording, blocks=count_blocks).convert_blocks(channels, sample_rate):
+    for block in dataclasses.replace(recording, decode=count_blocks).convert_blocks(channels, sample_rate):
         if np.abs(block).max() > _MAX_SAMPLE:
             raise ValueError(f"audio must have full scale at 1, got samples of {np.abs(block).max():g}")
         mono = block.mean(axis=0, dtype=np.float64)

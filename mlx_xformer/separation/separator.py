@@ -39,6 +39,7 @@ class Separated:
         channels: of the files.
         samples: of the files, per channel.
         gains: the factor for each stem that keeps it from clipping.
+        warnings: a line for each kind of damage of the recording that was read over.
     """
 
     files: dict[str, Path]
@@ -48,6 +49,7 @@ class Separated:
     channels: int
     samples: int
     gains: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
 
 class Separator:
@@ -147,6 +149,8 @@ class Separator:
         folder: str | Path,
         output: Output | None = None,
         *,
+        recording: Recording | None = None,
+        strict: bool = False,
         progress: Callable[[Progress], None] | None = None,
         cancel: Event | None = None,
     ) -> Separated:
@@ -156,6 +160,8 @@ class Separator:
             file: the recording.
             folder: where the files go, in folders and under names that `output` chooses.
             output: the format and names of the files, and what keeps them from clipping.
+            recording: read instead of the file, whose name still names the stems.
+            strict: refuses a damaged recording, which is otherwise read over the damage, with a warning in the result.
             progress: called with a `Progress` after each batch of segments.
             cancel: an event that ends the separation after the current batch when it is set.
 
@@ -164,13 +170,16 @@ class Separator:
             is left behind.
 
         Raises:
-            ValueError: if the file is not audio, or if the format cannot hold its stems.
+            ValueError: if the file is not audio, if the format cannot hold its stems, or, with `strict`, if it is
+                damaged.
             OSError: if a file cannot be read or written.
             Cancelled: if `cancel` was set.
         """
         file, output, start = Path(file), output or Output(), time.perf_counter()
-        recording = Recording.open(file)
+        recording = recording or Recording.open(file)
         run = Run(self.model, self.options, recording, progress, cancel)
+        if strict and run.warnings:
+            raise ValueError(f"{file}: {run.warnings[0]}")
         paths = {stem: output.path(Path(folder), file, stem) for stem in self.stems}
         config = self.model.config
         rate, channels = config.samplerate, config.audio_channels
@@ -182,7 +191,7 @@ class Separator:
                 files.write(dict(zip(paths, block, strict=True)))
             gains = files.commit()
         seconds = run.recorded / recording.sample_rate
-        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains)
+        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains, run.warnings)
 
 
 def separate(

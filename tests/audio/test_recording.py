@@ -38,7 +38,7 @@ def encode(path, x, rate, codec, video=False):
 def test_reading_what_is_not_audio(tmp_path):
     cases = {
         "text.wav": (b"this is no audio\n" * 50, "cannot be read as audio"),
-        "empty.wav": (b"", "cannot be read as audio"),
+        "empty.wav": (b"", "is empty"),
         "no_name": (b"text", "cannot be read as audio"),
         "data.raw": (b"1234" * 10, "cannot be read as audio"),
     }
@@ -86,7 +86,7 @@ def test_containers(tmp_path, name, codec, video, exact):
     encode(tmp_path / name, x, 22050, codec, video)
     back, rate = audio.read(tmp_path / name)
     assert rate == 22050 and back.dtype == np.float32 and back.shape[0] == 2
-    assert x.shape[1] <= back.shape[1] < x.shape[1] + 1024  # AAC's last frame is filled up
+    assert back.shape == x.shape
     error = np.abs(back[:, 2048 : x.shape[1] - 2048] - x[:, 2048:-2048]).max()
     assert error < (2**-14 if exact else np.abs(np.diff(x)).max() / 2), (
         error
@@ -104,9 +104,10 @@ def test_containers_without_sound(tmp_path):
         container.mux(stream.encode(None))
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/x.wav\n#EXT-X-ENDLIST\n")
     soundfile.write(tmp_path / "x.wav", noise().T, 44100)
-    for name in ("mute.mp4", "list.m3u8"):  # a playlist opens no other file
-        with pytest.raises(ValueError, match=f"{name} cannot be read as audio"):
-            audio.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"^no audio stream in .*mute\.mp4$"):
+        audio.read(tmp_path / "mute.mp4")
+    with pytest.raises(ValueError, match=r"list\.m3u8 cannot be read as audio"):  # a playlist opens no other file
+        audio.read(tmp_path / "list.m3u8")
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(48000, 2), (22050, 1), (44100, 3)])
