@@ -22,7 +22,7 @@ def ffmpeg(*arguments, check=True):
 def decode(path, channels=None, rate=None, stream=0):
     """Decodes a sound stream as ffmpeg does: float32 (channels, samples), and the sample rate in Hz."""
     change = [*(["-ac", channels] if channels else []), *(["-ar", rate] if rate else [])]
-    out = ffmpeg("-i", path, "-map", f"0:a:{stream}", *change, "-c:a", "pcm_f32le", "-f", "au", "-", check=False)
+    out = ffmpeg("-i", path, "-map", f"0:a:{stream}", *change, "-c:a", "pcm_f32be", "-f", "au", "-", check=False)
     if len(out) < 24:
         raise ValueError(f"ffmpeg cannot read {path}")
     start, _, encoding, sample_rate, count = np.frombuffer(out[4:24], ">u4")
