@@ -92,9 +92,9 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--filename",
-        default="{track}/{stem}.{ext}",
+        default="{folder}/{track}/{stem}.{ext}",
         metavar="PATTERN",
-        help="pattern of {track}, {trackext}, {stem}, {ext}",
+        help="pattern of {track}, {trackext}, {stem}, {ext}, {folder}, {artist}, {album}, {title}, {number}",
     )
     add("--report", action="store_true", help="also write an HTML page that plays and shows the stems together")
     add("--json", action="store_true", help="print a line of JSON for each recording")

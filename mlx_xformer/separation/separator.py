@@ -147,6 +147,7 @@ class Separator:
         folder: str | Path,
         output: Output | None = None,
         *,
+        below: str = "",
         progress: Callable[[Progress], None] | None = None,
         cancel: Event | None = None,
     ) -> Separated:
@@ -156,6 +157,7 @@ class Separator:
             file: the recording.
             folder: where the files go, in folders and under names that `output` chooses.
             output: the format and names of the files, and what keeps them from clipping.
+            below: what {folder} means in the files' names: the recording's folder below the one that was searched.
             progress: called with a `Progress` after each batch of segments.
             cancel: an event that ends the separation after the current batch when it is set.
 
@@ -171,7 +173,7 @@ class Separator:
         file, output, start = Path(file), output or Output(), time.perf_counter()
         recording = Recording.open(file)
         run = Run(self.model, self.options, recording, progress, cancel)
-        paths = {stem: output.path(Path(folder), file, stem) for stem in self.stems}
+        paths = {stem: output.path(Path(folder), file, stem, below=below) for stem in self.stems}
         config = self.model.config
         rate, channels = config.samplerate, config.audio_channels
         keep = output.rate == "keep" and rate != recording.sample_rate

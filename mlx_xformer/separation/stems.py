@@ -6,7 +6,9 @@ Axes: C channels, n samples of a block.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,9 +22,11 @@ import numpy as np
 from ..audio.encode import Bits, Encoding, Format
 from ..audio.files import AudioFile, defer_interrupt, prepare_target
 from ..audio.recording import BLOCK
+from ..audio.tags import Tags
 
 Clip = Literal["rescale", "joint", "clamp", "none"]
-_FIELDS = ("track", "trackext", "stem", "ext")
+_FIELDS = ("track", "trackext", "stem", "ext", "folder", "artist", "album", "title", "number")
+_MAX_TAG = 120  # bytes of a tag in a name; a name may have 255
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ class Output:
             product; "joint" divides all stems by the largest such product, so that they still add up to the mix;
             "clamp" limits samples to -0.99 and 0.99; "none" leaves them.
         rate: "model" for the model's sample rate, "keep" for the recording's own.
-        filename: a pattern of {track}, {trackext}, {stem} and {ext}, below the output folder.
+        filename: a pattern of {track}, {trackext}, {stem}, {ext}, {folder}, {artist}, {album}, {title} and {number},
+            below the output folder. {folder} is the recording's folder below the one that was searched, so that a tree
+            of recordings keeps its shape. The last four are the recording's tags: "unknown" if it has none, except that
+            {number}, which has at least two digits, is empty.
 
     Raises:
         ValueError: if a field is out of range.
@@ -48,7 +55,7 @@ class Output:
     mp3_bitrate: int | None = None
     clip: Clip = "rescale"
     rate: Literal["model", "keep"] = "model"
-    filename: str = "{track}/{stem}.{ext}"
+    filename: str = "{folder}/{track}/{stem}.{ext}"
 
     def __post_init__(self) -> None:
         _ = self.encoding  # checks its fields
@@ -72,7 +79,16 @@ class Output:
         """How samples are stored in the files."""
         return Encoding(self.format, self.bits, self.mp3_bitrate)
 
-    def path(self, folder: Path, recording: Path, stem: str, ext: str | None = None) -> Path:
+    def path(
+        self,
+        folder: Path,
+        recording: Path,
+        stem: str,
+        ext: str | None = None,
+        *,
+        below: str = "",
+        tags: Tags | None = None,
+    ) -> Path:
         """Returns the file of a recording's stem.
 
         Args:
@@ -80,15 +96,38 @@ class Output:
             recording: the recording's file, whose name gives {track} and {trackext}.
             stem: the stem's name.
             ext: the extension, by default the format's.
+            below: {folder}, a relative path.
+            tags: of the recording.
 
         Raises:
-            ValueError: if the recording's name gives no track name, as ".wav" does.
+            ValueError: if the recording's name gives no track name, as ".wav" does, or if `below` is not a folder below
+                another.
         """
         track, dot, trackext = recording.name.rpartition(".")
         track, trackext = (track, trackext) if dot else (trackext, "")
         if track in ("", ".", ".."):
             raise ValueError(f"{recording}: its name leaves none for its stems")
-        return folder / self.filename.format(track=track, trackext=trackext, stem=stem, ext=ext or self.format)
+        if Path(below).is_absolute() or ".." in Path(below).parts:
+            raise ValueError(f"below must be a relative path without '..', got {below!r}")
+        fields = {"track": track, "trackext": trackext, "stem": stem, "ext": ext or self.format, "folder": below}
+        fields |= _get_name_fields(tags or Tags())
+        # Without a number, what sets it apart from the rest goes too: "{number} - {title}" is the title.
+        pattern = self.filename if fields["number"] else re.sub(r"\{number\}(\. |[ _-])*", "", self.filename)
+        return folder / pattern.format(**fields).lstrip("/")
+
+
+def _get_name_fields(tags: Tags) -> dict[str, str]:
+    """The tags as parts of a file's name."""
+    fields = {name: _clean(getattr(tags, name)) or "unknown" for name in ("artist", "album", "title")}
+    number = _clean(tags.number.partition("/")[0])
+    return fields | {"number": number and number.zfill(2)}
+
+
+def _clean(text: str) -> str:
+    """A tag without what a file's name cannot hold: control characters, separators of folders, a dot at its start."""
+    kept = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp"))
+    kept = re.sub(r"[/\\]|^\.", "_", kept.strip())
+    return kept.encode()[:_MAX_TAG].decode(errors="ignore").strip()
 
 
 class StemFiles:
