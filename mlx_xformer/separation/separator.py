@@ -6,7 +6,7 @@ Source: demucs 4.1.0 (demucs/api.py, demucs/separate.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..audio.recording import Recording
+from ..audio.tags import read_tags
 from ..models.htdemucs import Bag, HTDemucs, InferenceMode
 from ..pretrained.loading import load
 from .options import Options, OtherMethod
@@ -39,6 +40,7 @@ class Separated:
         channels: of the files.
         samples: of the files, per channel.
         gains: the factor for each stem that keeps it from clipping.
+        stem_file: the file of the mix and all stems, if one was asked for.
     """
 
     files: dict[str, Path]
@@ -48,6 +50,7 @@ class Separated:
     channels: int
     samples: int
     gains: dict[str, float]
+    stem_file: Path | None = None
 
 
 class Separator:
@@ -173,18 +176,28 @@ class Separator:
         file, output, start = Path(file), output or Output(), time.perf_counter()
         recording = Recording.open(file)
         run = Run(self.model, self.options, recording, progress, cancel)
-        paths = {stem: output.path(Path(folder), file, stem, below=below) for stem in self.stems}
+        tags = read_tags(file)
+        paths = {stem: output.path(Path(folder), file, stem, below=below, tags=tags) for stem in self.stems}
+        stem_file = output.stem_file_path(Path(folder), file, below=below, tags=tags) if output.stem_file else None
         config = self.model.config
-        rate, channels = config.samplerate, config.audio_channels
-        keep = output.rate == "keep" and rate != recording.sample_rate
-        rate, samples = (recording.sample_rate, run.recorded) if keep else (rate, run.samples)
-        with StemFiles(paths, rate, channels, samples, output) as files:
+        channels = config.audio_channels
+        rate = output.encoding.choose_rate(recording.sample_rate if output.rate == "keep" else config.samplerate)
+        samples = {recording.sample_rate: run.recorded, config.samplerate: run.samples}.get(
+            rate, round(run.recorded * rate / recording.sample_rate)
+        )
+
+        def mix() -> Iterator[np.ndarray]:
+            blocks = (block[None] for block in recording.convert_blocks(channels, rate))
+            return (block[0] for block in resample_stems(blocks, (1, channels), rate, rate, samples))
+
+        bundle = (stem_file, mix) if stem_file else None
+        with StemFiles(paths, rate, channels, samples, output, tags=tags, stem_file=bundle) as files:
             blocks = (np.array(block) for block in run.blocks())
             for block in resample_stems(blocks, (len(paths), channels), config.samplerate, rate, samples):
                 files.write(dict(zip(paths, block, strict=True)))
             gains = files.commit()
         seconds = run.recorded / recording.sample_rate
-        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains)
+        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains, stem_file)
 
 
 def separate(

@@ -169,18 +169,18 @@ def test_older_files_survive_a_failure(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path):
-    (tmp_path / ".a.wav.dead.part").write_text("left by a kill")
-    (tmp_path / ".b.wav.dead.part").write_text("of another stem")
+    (tmp_path / ".mlx-xformer-dead1.part").write_text("left by a kill")
+    (tmp_path / ".b.wav.part").write_text("of another program")
     paths = {"a": tmp_path / "a.wav"}
     with StemFiles(paths, 44100, 2, 10, Output(clip="none")) as one:
-        assert not (tmp_path / ".a.wav.dead.part").exists() and (tmp_path / ".b.wav.dead.part").exists()
+        assert not (tmp_path / ".mlx-xformer-dead1.part").exists() and (tmp_path / ".b.wav.part").exists()
         with StemFiles(paths, 44100, 2, 10, Output(clip="none")) as other:
             other.write({"a": noise(samples=10, seed=1)})
             other.commit()
         one.write({"a": noise(samples=10, seed=2)})
         one.commit()
     assert np.abs(recording.read(paths["a"])[0] - noise(samples=10, seed=2)).max() < 2.0**-14
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.wav.dead.part", "a.wav"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.wav.part", "a.wav"]
 
 
 def test_names(tmp_path):
@@ -219,7 +219,7 @@ def test_names_of_folders_and_tags(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"format": "ogg"}, "format must be one of wav, flac, mp3, got 'ogg'"),
+        ({"format": "aac"}, "format must be one of wav, flac, mp3, ogg, opus, m4a, got 'aac'"),
         ({"clip": "tanh"}, "clip must be one of rescale, joint, clamp, none, got 'tanh'"),
         ({"rate": 48000}, 'rate must be "model" or "keep", got 48000'),
         ({"bits": 8}, "bits must be 16, 24 or 32, got 8"),
