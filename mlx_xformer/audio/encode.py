@@ -66,6 +66,8 @@ class Encoding:
             raise ValueError(f"bits must be {allowed}, got {self.bits}")
         if self.bitrate is not None and self.lossless:
             raise ValueError(f"bitrate is of lossy formats, got {self.bitrate} for {self.format}")
+        if self.format == "mp3" and None not in (given := {self.bitrate, self.mp3_bitrate}) and len(given) > 1:
+            raise ValueError(f"bitrate and mp3_bitrate must agree, got {self.bitrate} and {self.mp3_bitrate}")
         bitrates = sorted({kbps for rates in _MP3_RATES.values() for kbps in rates})
         for name, kbps in (
             ("mp3_bitrate", self.mp3_bitrate),

@@ -18,7 +18,7 @@ from .quantization import Bits, quantize
 from .tags import Cover, Tags
 
 _LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")  # of 1 to 8 channels, as FLAC orders them
-_BITEXACT = 0x400  # AVFMT_FLAG_BITEXACT: no versions, dates or random numbers in the file
+_BITEXACT, _CODEC_BITEXACT = 1 << 10, 1 << 23  # AVFMT_FLAG_ and AV_CODEC_FLAG_BITEXACT: no versions, dates or chance
 _ATTACHED_PICTURE = 1 << 10  # AV_DISPOSITION_ATTACHED_PIC
 _DEFAULT = 1  # AV_DISPOSITION_DEFAULT
 _PIXELS = {"jpeg": ("mjpeg", "yuvj420p"), "png": ("png", "rgb24")}
@@ -132,6 +132,7 @@ class ContainerEncoder:
             raise ValueError(f"FFmpeg's libraries were built without the encoder {self._codec.name}") from None
         stream.layout, stream.format = self._layout, self._codec.sample_format
         stream.time_base = Fraction(1, self._rate)
+        stream.codec_context.flags |= _CODEC_BITEXACT
         if self._codec.bitrate:
             stream.bit_rate = 1000 * self._codec.bitrate
         if name:
@@ -167,10 +168,12 @@ def _correct_mp3_padding(file: Any, samples: int, frame: int) -> None:
     """
     file.seek(0)
     head = file.read(10)
-    start = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))  # after ID3's tags
+    start = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=False))  # after ID3's tags
     file.seek(start)
     tag = bytearray(file.read(256))
     at = tag.find(b"Info")
+    if at < 0:  # a Sink that keeps an error
+        return
     frames = int.from_bytes(tag[at + 8 : at + 12], "big")
     delay = int.from_bytes(tag[at + 141 : at + 144], "big") >> 12
     tag[at + 141 : at + 144] = (delay << 12 | frames * frame - delay - samples).to_bytes(3, "big")

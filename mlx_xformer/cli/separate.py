@@ -239,9 +239,10 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
         result = {"file": str(file), "model": options.name, **dataclasses.asdict(made), "files": paths}
         result |= {"stem_file": made.stem_file and str(made.stem_file)}
         return json.dumps(result | {"report": page and str(page)})
-    names = sorted({str(path.parent) for path in made.files.values()})
+    written = [*made.files.values(), *([made.stem_file] if made.stem_file else [])]
+    names = sorted({str(path.parent) for path in written})
     lines = [
-        f"{', '.join(names)}{os.sep}: {', '.join(path.name for path in made.files.values())}",
+        f"{', '.join(names)}{os.sep}: {', '.join(path.name for path in written)}",
         f"  {made.seconds:.1f} s of audio in {made.took:.1f} s ({made.seconds / made.took:.1f} times real time)",
     ]
     quieter = {stem: gain for stem, gain in made.gains.items() if gain < 1}
