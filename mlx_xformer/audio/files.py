@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import os
 import signal
 import tempfile
@@ -16,15 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
-import soundfile
 
-from .encode import Bits, Encoding, quantize, soundfile_options
+from .encode import Encoder, Encoding, get_library_errors, open_encoder
+from .quantization import Bits
+from .sink import Sink
 
 _MAX_CHANNELS = 1024  # the most that libsndfile writes
-_SUFFIX = ".part"  # of an unfinished file
+_PREFIX, _SUFFIX = ".mlx-xformer-", ".part"  # of unfinished files; short, as a target may have a name of any length
 
 
 def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, bits: Bits = 16) -> None:
@@ -49,7 +48,7 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, bits: Bits =
     with ExitStack() as stack:
         prepare_target(path, stack)
         channels, samples = audio.shape
-        file = AudioFile(path, sample_rate, channels, samples, encoding, stack)
+        file = AudioFile(path, lambda sink: open_encoder(sink, sample_rate, channels, samples, encoding), stack)
         file.write(audio)
         file.close()
         file.move_into_place()
@@ -71,7 +70,7 @@ def check_writable(folder: Path) -> None:
 
 
 def prepare_target(path: Path, stack: ExitStack) -> None:
-    """Creates the missing folders of a file and removes what a killed process left of it.
+    """Creates the missing folders of a file and removes what killed processes left in its folder.
 
     Args:
         path: the file to be written.
@@ -85,7 +84,7 @@ def prepare_target(path: Path, stack: ExitStack) -> None:
     for missing in reversed([folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]):
         stack.callback(_remove_if_empty, missing)
         missing.mkdir(exist_ok=True)
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
+    for part in path.parent.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError), part.open("rb") as file:  # locked, and so skipped, if a process still writes it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
@@ -103,55 +102,44 @@ class AudioFile:
 
     Args:
         path: the target, in an existing folder.
-        sample_rate: in Hz.
-        channels: of the audio.
-        samples: how many samples per channel will be written: it decides between WAV and RF64.
-        encoding: the file's format.
+        open_encoder: makes what encodes the file.
         stack: what closes the file.
 
     Raises:
         OSError: if the file cannot be written; so do its methods.
     """
 
-    def __init__(
-        self, path: Path, sample_rate: int, channels: int, samples: int, encoding: Encoding, stack: ExitStack
-    ) -> None:
-        self._path, self._encoding = path, encoding
+    def __init__(self, path: Path, open_encoder: Callable[[Sink], Encoder], stack: ExitStack) -> None:
+        self._path = path
         with defer_interrupt():  # an interrupt in here would leave a file that nothing removes
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
-            self._temporary, self._sink = Path(name), _Sink(handle)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle, name = _make_temporary(path.parent)
+            self._temporary, self._sink = Path(name), Sink(os.fdopen(handle, "w+b"), path.parent)
             try:
-                size = samples * channels * encoding.bits // 8
                 with self._raising():
-                    options = soundfile_options(sample_rate, size, encoding)
-                    self._file = soundfile.SoundFile(self._sink, "w", sample_rate, channels, **options)
+                    self._encoder = open_encoder(self._sink)
             except BaseException:
                 self._delete()
                 raise
             stack.callback(self._discard)
 
-    def write(self, audio: np.ndarray) -> None:
-        """Appends (C, n) float samples."""
-        samples = np.clip(audio, -1, 1) if self._encoding.format == "mp3" else quantize(audio, self._encoding.bits)
+    def write(self, *tracks: np.ndarray) -> None:
+        """Appends (C, n) float samples to each track of the file; most files have one."""
         with self._raising():
-            self._file.write(samples.T)
+            self._encoder.write(*tracks)
 
     def close(self) -> None:
         """Finishes the file under its temporary name."""
         with self._raising():
-            self._file.close()
+            self._encoder.close()
             self._sink.file.flush()
-        if self._encoding.format == "wav" and self._encoding.bits == 32:
-            _clear_timestamp(self._temporary)
 
     def move_into_place(self) -> None:
         """Renames the finished file to its target, with the permissions that any new file gets."""
         mask = os.umask(0)
         os.umask(mask)
-        try:
+        with suppress(OSError):  # a file system without permissions
             os.chmod(self._temporary, 0o666 & ~mask)
+        try:
             os.replace(self._temporary, self._path)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
@@ -161,8 +149,8 @@ class AudioFile:
         self._path.unlink(missing_ok=True)
 
     def _discard(self) -> None:
-        with suppress(OSError, soundfile.LibsndfileError):
-            self._file.close()
+        self._sink.stop()
+        del self._encoder  # what it still writes goes nowhere
         self._delete()
 
     def _delete(self) -> None:
@@ -172,11 +160,11 @@ class AudioFile:
 
     @contextmanager
     def _raising(self) -> Iterator[None]:
-        """Raises an error of libsndfile or of the sink as an OSError that names the file."""
+        """Raises an error of the encoder's library or of the sink as an OSError that names the file."""
         failure: BaseException | None = None
         try:
             yield
-        except (soundfile.LibsndfileError, AssertionError, OSError) as error:  # soundfile asserts that all was written
+        except get_library_errors() as error:
             failure = error
         failure = self._sink.error or failure
         if isinstance(failure, Exception):
@@ -185,40 +173,15 @@ class AudioFile:
             raise failure
 
 
-class _Sink:
-    """A file object for libsndfile that keeps the first error, because libsndfile ignores some, as of a full disk."""
-
-    def __init__(self, handle: int) -> None:
-        self.file = os.fdopen(handle, "w+b")
-        self.error: BaseException | None = None
-
-    def _try(self, call: Callable[..., int], *arguments: Any) -> int:
-        try:
-            return call(*arguments) if self.error is None else 0
-        except BaseException as error:  # Ctrl-C too: no exception may pass through libsndfile's C code
-            self.error = error
-            return 0
-
-    def write(self, data: Any) -> int:
-        return self._try(self.file.write, data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._try(self.file.seek, offset, whence)
-
-    def tell(self) -> int:
-        return self._try(self.file.tell)
-
-    def read(self, size: int) -> bytes:
-        return self.file.read(size)
-
-
-def _clear_timestamp(path: Path) -> None:
-    """Zeroes the time that libsndfile writes into the PEAK chunk of float files: equal samples make equal files."""
-    with path.open("r+b") as file:
-        at = file.read(4096).find(b"PEAK")
-        if at >= 0:
-            file.seek(at + 12)  # after the chunk's name, size and version
-            file.write(bytes(4))
+def _make_temporary(folder: Path) -> tuple[int, str]:
+    """Makes a locked file: its handle and its path."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=folder)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # another process took it, not yet locked, for a leftover, and removed it
 
 
 @contextmanager

@@ -80,9 +80,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds how stems are written, and what is printed."""
     add = parser.add_argument
-    add("--format", choices=["wav", "flac", "mp3"], default="wav", help="format of the stems' files")
+    add("--format", choices=_FORMATS, default="wav", help="format of the stems' files")
     add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample of wav and flac; 32 is float wav")
-    add("--mp3-bitrate", type=int, metavar="KBPS", help="kbit/s of mp3; by default the highest, 320")
+    add("--bitrate", type=int, metavar="KBPS", help="kbit/s of mp3, ogg, opus or m4a; by default 320, 256, 192, 256")
+    add("--mp3-bitrate", type=int, metavar="KBPS", help="the same, if the format is mp3")
     add("--clip", choices=["rescale", "joint", "clamp", "none"], default="rescale", help=_CLIP)
     add(
         "--rate",
@@ -92,14 +93,16 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--filename",
-        default="{track}/{stem}.{ext}",
+        default="{folder}/{track}/{stem}.{ext}",
         metavar="PATTERN",
-        help="pattern of {track}, {trackext}, {stem}, {ext}",
+        help="pattern of {track}, {trackext}, {stem}, {ext}, {folder}, {artist}, {album}, {title}, {number}",
     )
+    add("--stem-file", action="store_true", help="also write TRACK.stem.mp4: the mix and four stems for DJ programs")
     add("--report", action="store_true", help="also write an HTML page that plays and shows the stems together")
     add("--json", action="store_true", help="print a line of JSON for each recording")
 
 
+_FORMATS = ["wav", "flac", "mp3", "ogg", "opus", "m4a"]
 _REST = "the rest with --two-stems: the sum of the other stems, the mix minus the stem, or no file"
 _CLIP = "against clipping: a gain for each stem, one gain for all (they still add up), limiting samples, or nothing"
 
@@ -133,7 +136,8 @@ def run(options: argparse.Namespace) -> int:
     # Errors that do not depend on the model come before it is loaded or downloaded.
     settings = {name: getattr(options, name) for name in _SETTINGS}
     Options(**settings)
-    output = Output(options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
+    kind = (options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
+    output = Output(*kind, bitrate=options.bitrate, stem_file=options.stem_file)
     check_writable(options.out)
     if options.device:
         device.use_device(options.device)
@@ -233,10 +237,12 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
     if options.json:
         paths = {stem: str(path) for stem, path in made.files.items()}
         result = {"file": str(file), "model": options.name, **dataclasses.asdict(made), "files": paths}
+        result |= {"stem_file": made.stem_file and str(made.stem_file)}
         return json.dumps(result | {"report": page and str(page)})
-    names = sorted({str(path.parent) for path in made.files.values()})
+    written = [*made.files.values(), *([made.stem_file] if made.stem_file else [])]
+    names = sorted({str(path.parent) for path in written})
     lines = [
-        f"{', '.join(names)}{os.sep}: {', '.join(path.name for path in made.files.values())}",
+        f"{', '.join(names)}{os.sep}: {', '.join(path.name for path in written)}",
         f"  {made.seconds:.1f} s of audio in {made.took:.1f} s ({made.seconds / made.took:.1f} times real time)",
     ]
     quieter = {stem: gain for stem, gain in made.gains.items() if gain < 1}

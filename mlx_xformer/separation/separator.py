@@ -6,7 +6,7 @@ Source: demucs 4.1.0 (demucs/api.py, demucs/separate.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..audio.recording import Recording
+from ..audio.tags import read_tags
 from ..models.htdemucs import Bag, HTDemucs, InferenceMode
 from ..pretrained.loading import load
 from .options import Options, OtherMethod
@@ -40,6 +41,7 @@ class Separated:
         samples: of the files, per channel.
         gains: the factor for each stem that keeps it from clipping.
         warnings: a line for each kind of damage of the recording that was read over.
+        stem_file: the file of the mix and all stems, if one was asked for.
     """
 
     files: dict[str, Path]
@@ -50,6 +52,7 @@ class Separated:
     samples: int
     gains: dict[str, float]
     warnings: tuple[str, ...] = ()
+    stem_file: Path | None = None
 
 
 class Separator:
@@ -151,6 +154,7 @@ class Separator:
         *,
         recording: Recording | None = None,
         strict: bool = False,
+        below: str = "",
         progress: Callable[[Progress], None] | None = None,
         cancel: Event | None = None,
     ) -> Separated:
@@ -162,6 +166,7 @@ class Separator:
             output: the format and names of the files, and what keeps them from clipping.
             recording: read instead of the file, whose name still names the stems.
             strict: refuses a damaged recording, which is otherwise read over the damage, with a warning in the result.
+            below: what {folder} means in the files' names: the recording's folder below the one that was searched.
             progress: called with a `Progress` after each batch of segments.
             cancel: an event that ends the separation after the current batch when it is set.
 
@@ -180,18 +185,29 @@ class Separator:
         run = Run(self.model, self.options, recording, progress, cancel)
         if strict and run.warnings:
             raise ValueError(f"{file}: {run.warnings[0]}")
-        paths = {stem: output.path(Path(folder), file, stem) for stem in self.stems}
+        tags = read_tags(file)
+        paths = {stem: output.path(Path(folder), file, stem, below=below, tags=tags) for stem in self.stems}
+        stem_file = output.stem_file_path(Path(folder), file, below=below, tags=tags) if output.stem_file else None
         config = self.model.config
-        rate, channels = config.samplerate, config.audio_channels
-        keep = output.rate == "keep" and rate != recording.sample_rate
-        rate, samples = (recording.sample_rate, run.recorded) if keep else (rate, run.samples)
-        with StemFiles(paths, rate, channels, samples, output) as files:
+        channels = config.audio_channels
+        rate = output.encoding.choose_rate(recording.sample_rate if output.rate == "keep" else config.samplerate)
+        samples = {recording.sample_rate: run.recorded, config.samplerate: run.samples}.get(
+            rate, round(run.recorded * rate / recording.sample_rate)
+        )
+
+        def mix() -> Iterator[np.ndarray]:
+            blocks = (block[None] for block in recording.convert_blocks(channels, rate))
+            return (block[0] for block in resample_stems(blocks, (1, channels), rate, rate, samples))
+
+        bundle = (stem_file, mix) if stem_file else None
+        with StemFiles(paths, rate, channels, samples, output, tags=tags, stem_file=bundle) as files:
             blocks = (np.array(block) for block in run.blocks())
             for block in resample_stems(blocks, (len(paths), channels), config.samplerate, rate, samples):
                 files.write(dict(zip(paths, block, strict=True)))
             gains = files.commit()
         seconds = run.recorded / recording.sample_rate
         return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains, run.warnings)
+        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains, stem_file)
 
 
 def separate(

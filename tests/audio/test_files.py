@@ -1,15 +1,21 @@
 """Audio files, read back with other readers; quantisation, permissions, what is refused."""
 
+import errno
+import gc
 import os
 import stat
+import tempfile
 import wave
+from contextlib import suppress
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
 
-from mlx_xformer.audio import files, read
+from mlx_xformer.audio import encode, files, read
+from mlx_xformer.audio.sink import Sink
 
 
 def noise(channels=2, samples=1000, seed=0, peak=0.9):
@@ -71,3 +77,84 @@ def test_check_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="no permission to write in"):
         files.check_writable(tmp_path / "a")
+
+
+def test_names_of_any_length(tmp_path):
+    """255 bytes is the most that a name may have: the temporary name is shorter."""
+    path = tmp_path / ("曲" * 83 + "é.wav")
+    assert len(os.fsencode(path.name)) == 255
+    files.write(path, noise(), 44100)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(OSError, match="name too long"):
+        files.write(tmp_path / ("曲" * 84 + "é.wav"), noise(), 44100)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav"))
+    files.write(path, noise(), 44100)
+    assert os.listdir(os.fsencode(tmp_path)) == [b"caf\xe9.wav"]
+
+
+def test_a_file_system_without_permissions(tmp_path, monkeypatch):
+    """It refuses chmod: the file is there all the same. A rename that is refused is an error, and leaves nothing."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    files.write(tmp_path / "a.wav", noise(), 44100)
+    assert soundfile.info(tmp_path / "a.wav").frames == 1000
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError, match=r"b\.wav"):
+        files.write(tmp_path / "b.wav", noise(), 44100)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_a_new_file_that_was_taken_for_a_leftover(tmp_path, monkeypatch):
+    """Another process removes it before it is locked: another is made."""
+    real, made = tempfile.mkstemp, []
+
+    def make(**options):
+        handle, name = real(**options)
+        made.append(name)
+        if len(made) < 3:
+            os.unlink(name)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", make)
+    files.write(tmp_path / "a.wav", noise(), 44100)
+    assert len(made) == 3 and [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    closed = False
+
+    def seek(self, *_):
+        return 0
+
+    tell = seek
+
+    def read(self, size):
+        return b""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("format", encode.FORMATS)
+def test_the_first_error_of_a_file_is_kept(tmp_path, format, capfd):
+    """No library prints or loses it, nor writes after it; the file is not what fails next."""
+    sink = Sink(Full(), tmp_path)
+    with suppress(*encode.get_library_errors()):
+        encoder = encode.open_encoder(sink, 48000, 2, 200_000, encode.Encoding(format))
+        for _ in range(3):
+            encoder.write(noise(samples=60_000))
+        encoder.close()
+    assert sink.error.errno == errno.ENOSPC
+    with suppress(NameError):
+        del encoder
+    gc.collect()
+    assert capfd.readouterr() == ("", "")

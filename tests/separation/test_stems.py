@@ -6,6 +6,7 @@ import pytest
 import soundfile
 
 from mlx_xformer.audio import encode, recording
+from mlx_xformer.audio.tags import Tags
 from mlx_xformer.separation.stems import Output, StemFiles
 
 
@@ -168,18 +169,18 @@ def test_older_files_survive_a_failure(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path):
-    (tmp_path / ".a.wav.dead.part").write_text("left by a kill")
-    (tmp_path / ".b.wav.dead.part").write_text("of another stem")
+    (tmp_path / ".mlx-xformer-dead1.part").write_text("left by a kill")
+    (tmp_path / ".b.wav.part").write_text("of another program")
     paths = {"a": tmp_path / "a.wav"}
     with StemFiles(paths, 44100, 2, 10, Output(clip="none")) as one:
-        assert not (tmp_path / ".a.wav.dead.part").exists() and (tmp_path / ".b.wav.dead.part").exists()
+        assert not (tmp_path / ".mlx-xformer-dead1.part").exists() and (tmp_path / ".b.wav.part").exists()
         with StemFiles(paths, 44100, 2, 10, Output(clip="none")) as other:
             other.write({"a": noise(samples=10, seed=1)})
             other.commit()
         one.write({"a": noise(samples=10, seed=2)})
         one.commit()
     assert np.abs(recording.read(paths["a"])[0] - noise(samples=10, seed=2)).max() < 2.0**-14
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.wav.dead.part", "a.wav"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.wav.part", "a.wav"]
 
 
 def test_names(tmp_path):
@@ -193,10 +194,32 @@ def test_names(tmp_path):
             Output().path(tmp_path, tmp_path / name, "bass")
 
 
+def test_names_of_folders_and_tags(tmp_path):
+    """A tree keeps its shape; a tag cannot name another folder, hide a file or be too long for a name."""
+    song = tmp_path / "01.flac"
+    assert Output().path(tmp_path, song, "bass", below="a/cd1") == tmp_path / "a" / "cd1" / "01" / "bass.wav"
+    assert Output().path(tmp_path, song, "bass", below="") == tmp_path / "01" / "bass.wav"
+    for below in ("/a", "a/../.."):
+        with pytest.raises(ValueError, match=r"below must be a relative path without '\.\.', got"):
+            Output().path(tmp_path, song, "bass", below=below)
+    tagged = Output(filename="{artist}/{album}/{number} - {title} ({stem}).{ext}")
+
+    def name(**tags):
+        return str(tagged.path(tmp_path, song, "bass", tags=Tags(**tags)).relative_to(tmp_path))
+
+    full = {"artist": "A\u3000B", "album": "曲", "title": "Song", "number": "3/12"}
+    assert name(**full) == "A\u3000B/曲/03 - Song (bass).wav"
+    assert name(**full | {"number": ""}) == "A\u3000B/曲/Song (bass).wav"
+    assert name() == "unknown/unknown/unknown (bass).wav"
+    odd = {"artist": "AC/DC\\", "album": "..", "title": " .a\x00\n\u2028\ud800b ", "number": "113"}
+    assert name(**odd) == "AC_DC_/_./113 - _ab (bass).wav"
+    assert name(title="曲" * 100) == f"unknown/unknown/{'曲' * 40} (bass).wav"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"format": "ogg"}, "format must be one of wav, flac, mp3, got 'ogg'"),
+        ({"format": "aac"}, "format must be one of wav, flac, mp3, ogg, opus, m4a, got 'aac'"),
         ({"clip": "tanh"}, "clip must be one of rescale, joint, clamp, none, got 'tanh'"),
         ({"rate": 48000}, 'rate must be "model" or "keep", got 48000'),
         ({"bits": 8}, "bits must be 16, 24 or 32, got 8"),
@@ -204,8 +227,8 @@ def test_names(tmp_path):
         ({"format": "mp3", "mp3_bitrate": 100}, "mp3_bitrate must be one of 8, 16, .*, 320 kbit/s, got 100"),
         ({"filename": "{track}.{ext}"}, r"filename must hold \{stem\} and only .*, got '\{track\}.\{ext\}'"),
         (
-            {"filename": "{stem}{album}"},
-            r"filename must hold \{stem\} and only \{track\}, \{trackext\}, \{stem\}, \{ext\}, got",
+            {"filename": "{stem}{genre}"},
+            r"filename must hold \{stem\} and only \{track\}, .* \{number\}, got",
         ),
         ({"filename": "{stem"}, "filename must hold"),
         ({"filename": "{}{stem}"}, "filename must hold"),
