@@ -13,7 +13,6 @@ from typing import IO, Literal
 from warnings import warn as warn_user
 
 import numpy as np
-import soundfile
 
 from . import containers, pcm
 from .pcm import BLOCK, clock
@@ -23,8 +22,6 @@ from .source import Source
 Downmix = Literal["standard", "front"]
 _UNKNOWN = 2**62  # the samples that libsndfile gives for a FLAC file without a length, as one written to a pipe
 _MAX_CHANNELS = 64  # an array with more has probably its axes swapped
-_CONTAINERS = {".m4a", ".aac", ".mp4", ".mov", ".mkv", ".webm", ".wma", ".m4b", ".mka", ".avi", ".ac3", ".ape", ".wv"}
-SUFFIXES = _CONTAINERS | {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
 Warn = Callable[[str], None]
 
 
@@ -202,18 +199,6 @@ def read(path: str | Path, *, strict: bool = False) -> tuple[np.ndarray, int]:
             raise ValueError(f"{path}: {message}")
         warn_user(f"{path}: {message}", stacklevel=2)
     return audio, recording.sample_rate
-
-
-def list_recordings(folder: Path) -> list[Path]:
-    """Returns the files of a folder that are recordings by their extensions, sorted.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
-    if not found:
-        raise ValueError(f"{folder} holds no recordings")
-    return found
 
 
 def _open(source: Source, stream: int, downmix: Downmix) -> Recording:

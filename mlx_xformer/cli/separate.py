@@ -162,12 +162,12 @@ def _list_files(
     options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool
 ) -> list[Path]:
     """The recordings to separate. What cannot be separated is reported and added to `failed`."""
-    from ..audio import recording, source
+    from ..audio import folders, source
 
     files: list[Path] = []
     for given in options.files:
         with _report_errors(given, options, failed, quiet=quiet):
-            files += recording.list_recordings(given) if given.is_dir() else [given]
+            files += folders.list_recordings(given) if given.is_dir() else [given]
     tracks: dict[str, Path] = {}
     for file in files:
         with _report_errors(file, options, failed, quiet=quiet):

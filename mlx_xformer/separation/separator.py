@@ -206,8 +206,8 @@ class Separator:
                 files.write(dict(zip(paths, block, strict=True)))
             gains = files.commit()
         seconds = run.recorded / recording.sample_rate
-        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains, run.warnings)
-        return Separated(paths, seconds, time.perf_counter() - start, rate, channels, samples, gains, stem_file)
+        took = time.perf_counter() - start
+        return Separated(paths, seconds, took, rate, channels, samples, gains, run.warnings, stem_file)
 
 
 def separate(

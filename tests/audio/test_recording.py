@@ -118,12 +118,3 @@ def test_converted_blocks_are_the_whole_conversion(tmp_path, rate, channels):
     blocks = list(recording.convert_blocks(2, 44100))
     assert {b.shape[1] for b in blocks[:-1]} == {audio.BLOCK} and blocks[0].shape[0] == 2
     assert (np.concatenate(blocks, axis=1) == whole).all()
-
-
-def test_list_recordings(tmp_path):
-    for name in ("b.wav", "a.M4A", "c.txt", ".hidden.wav", "d.opus"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "e.wav").mkdir()
-    assert [p.name for p in audio.list_recordings(tmp_path)] == ["a.M4A", "b.wav", "d.opus"]
-    with pytest.raises(ValueError, match=r"e\.wav holds no recordings"):
-        audio.list_recordings(tmp_path / "e.wav")

@@ -170,11 +170,11 @@ def test_memory_does_not_grow_with_the_track(tmp_path, monkeypatch):
 
     def peak(seconds):
         def recording(level):
-            def blocks():
+            def decode(warn):
                 for _ in range(seconds):
                     yield np.full((1, 8000), level, np.float32)
 
-            return Recording(8000, 1, 8000 * seconds, blocks)
+            return Recording(8000, 1, 8000 * seconds, decode)
 
         tracemalloc.start()
         write_report(tmp_path / "r.html", recording(0.5), {"a": recording(0.25)}, title="long", facts={})
