@@ -112,6 +112,7 @@ class _Cut:
             frame.layout,
             frame.format,
         )
+        self.side_data = frame.side_data
         self._frame = frame
 
     def to_ndarray(self) -> np.ndarray:
