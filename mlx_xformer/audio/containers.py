@@ -11,13 +11,13 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .frames import Loss, decode_packets, flush, resample_frame, to_array
 from .pcm import clock
-from .source import Source
+from .source import FileForC, Source
 
 _TIMED = {"mov", "mp4", "matroska", "asf", "flac", "wv", "ape", "tta", "aiff", "caf", "w64", "au"}  # tell their length
 LATE = 0.25  # seconds that may miss from a promised length
@@ -188,7 +188,7 @@ def _open(source: Source, stream: int, start: int = 0, end: int | None = None) -
     # FFmpeg gets an open file and may use no protocol, so that a playlist cannot make it open other files.
     with source.open(start, end) as file:
         try:
-            container = av.open(_File(file), mode="r", options={"protocol_whitelist": "none"})
+            container = av.open(FileForC(file), mode="r", options={"protocol_whitelist": "none"})
         except (av.error.FFmpegError, UnicodeDecodeError):
             raise ValueError(
                 f"{source.name} cannot be read as audio: it is damaged, incomplete or of an unknown kind"
@@ -230,16 +230,3 @@ def _promised_mp3(source: Source, sample_rate: int) -> float | None:
     if at < 0 or len(frame) < at + 12 or not frame[at + 7] & 1:
         return None
     return struct.unpack(">I", frame[at + 8 : at + 12])[0] * (1152 if sample_rate >= 32000 else 576) / sample_rate
-
-
-class _File:
-    """A file for PyAV whose seek() returns -1 instead of raising: PyAV prints exceptions that it cannot pass on."""
-
-    def __init__(self, file: BinaryIO):
-        self.read, self.tell, self._seek = file.read, file.tell, file.seek
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        try:
-            return self._seek(offset, whence)
-        except (OSError, ValueError):
-            return -1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from .source import Source
+from .source import FileForC, Source
 
 BLOCK = 2**16  # samples of a block
 _FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC"}
@@ -50,7 +50,7 @@ class PCM:
 def inspect(source: Source) -> PCM | None:
     """Looks at a file; returns None if libsndfile is not to read it."""
     try:
-        with source.open() as file, soundfile.SoundFile(file) as found:
+        with source.open() as file, soundfile.SoundFile(FileForC(file)) as found:
             subtype = found.subtype
             pcm = PCM(found.format, found.samplerate, found.channels, found.frames)
     except (soundfile.LibsndfileError, TypeError):
@@ -68,7 +68,7 @@ def read_blocks(source: Source, pcm: PCM) -> Iterator[np.ndarray]:
         subtype, endian = pcm.layout
         rate, channels = pcm.sample_rate, pcm.channels
         options = {"format": "RAW", "subtype": subtype, "endian": endian, "samplerate": rate, "channels": channels}
-    with source.open(pcm.start or 0) as raw, soundfile.SoundFile(raw, **options) as file:
+    with source.open(pcm.start or 0) as raw, soundfile.SoundFile(FileForC(raw), **options) as file:
         while left:  # its blocks() would add zeros to a truncated file
             try:
                 block = file.read(min(BLOCK, left), dtype="float32", always_2d=True)

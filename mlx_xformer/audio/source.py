@@ -113,6 +113,24 @@ class _Part(io.RawIOBase):
         return self._at
 
 
+class FileForC:
+    """A file for a C library. Its seek() returns -1 instead of raising, since an exception would only be printed.
+
+    Args:
+        file: the file.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.tell, self._seek = file.read, file.tell, file.seek
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Moves to a position and returns it; stays and returns -1 where there is none."""
+        try:
+            return self._seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+
 def check_readable(path: Path) -> None:
     """Checks that a file exists, before any work is done.
 
