@@ -1,0 +1,81 @@
+"""The .yaml that Music-Source-Separation-Training keeps beside a checkpoint of HTDemucs, which is a plain state dict.
+
+Source: ZFTurbo/Music-Source-Separation-Training, models/demucs4ht.py (get_model) and configs/config_*_htdemucs.yaml.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from ...storage.messages import shorten
+from .yaml_file import read_yaml
+
+_SECTION = "htdemucs"
+_OTHERS = {"hdemucs": "Hybrid Demucs", "demucs": "Demucs"}
+_TRAINING = {  # option of HTDemucs -> its name in the section `training`
+    "sources": "instruments",
+    "audio_channels": "channels",
+    "samplerate": "samplerate",
+    "segment": "segment",
+}
+_SUFFIXES = (".yaml", ".yml")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as OmegaConf does, and Python's tuples of plain values as lists."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple",
+    lambda loader, node: loader.construct_sequence(cast(yaml.SequenceNode, node), deep=True),
+)
+
+
+def is_training_config(path: Path) -> bool:
+    """Whether a file is the configuration of a training run, of whatever model."""
+    if path.suffix not in _SUFFIXES or not path.is_file():
+        return False
+    try:
+        content = read_yaml(path, _Loader)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and isinstance(content.get("training"), dict) and "models" not in content
+
+
+def find_training_config(file: Path) -> Path | None:
+    """The configuration beside a checkpoint: of the same name, or else the one config*.yaml of an HTDemucs.
+
+    ValueError if there are several.
+    """
+    for suffix in _SUFFIXES:
+        if is_training_config(own := file.with_suffix(suffix)):
+            return own
+    beside = sorted(path for path in file.absolute().parent.glob("config*") if path.suffix in _SUFFIXES)
+    found = [path for path in beside if is_training_config(path) and _SECTION in read_yaml(path, _Loader)]
+    if len(found) > 1:
+        names = shorten(", ".join(path.name for path in found))
+        raise ValueError(f"one configuration must be beside it, got {names}: name it by --set config=FILE")
+    return file.parent / found[0].name if found else None
+
+
+def read_training_config(path: Path) -> dict[str, Any]:
+    """The options of HTDemucs in a configuration. ValueError or FileNotFoundError begins with the path."""
+    content = read_yaml(path, _Loader)
+    if not isinstance(content, dict) or not isinstance(content.get(_SECTION), dict):
+        keys = content if isinstance(content, dict) else {}
+        other = next((f": {what} is not supported" for key, what in _OTHERS.items() if key in keys), "")
+        raise ValueError(f"{path}: must have a section {_SECTION}, as configurations of HTDemucs do{other}")
+    training = content.get("training")
+    training = training if isinstance(training, dict) else {}
+    given = {option: training[name] for option, name in _TRAINING.items() if training.get(name) is not None}
+    options = {str(key): value for key, value in content[_SECTION].items()}
+    if twice := sorted(given.keys() & options.keys()):
+        raise ValueError(f"{path}: {', '.join(twice)} must stand in one of training and {_SECTION}")
+    return {**given, **options}
