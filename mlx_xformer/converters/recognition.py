@@ -48,6 +48,8 @@ def recognize(source: Path, settings: Mapping[str, Any]) -> tuple[Converter, Ori
         return htdemucs.BAG if location.is_bag else htdemucs.MODEL, complete_original(original, settings)
     except ValueError as error:
         raise ValueError(f"{original.path}: {error}") from None
+    except (ArithmeticError, TypeError, LookupError) as error:  # of settings that nothing has checked
+        raise ValueError(f"{original.path}: makes no model ({type(error).__name__}, {shorten(error)})") from None
 
 
 def _by_model_type(folder: Path, model_type: Any) -> Converter:

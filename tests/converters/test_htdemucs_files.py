@@ -162,6 +162,40 @@ def test_the_best_state_of_a_training_run(tmp_path, expected):
     assert check(expected, tmp_path / "checkpoint.th", tmp_path / "out").reason.startswith("from its best_state, ")
 
 
+def conf(value):
+    """A value as OmegaConf holds it."""
+    if isinstance(value, dict):
+        return omega("dictconfig", "DictConfig", _content={key: conf(x) for key, x in value.items()})
+    if isinstance(value, list):
+        return omega("listconfig", "ListConfig", _content=[conf(x) for x in value])
+    return omega("nodes", "AnyNode", _val=value)
+
+
+def test_the_arguments_of_a_training_run(tmp_path, expected):
+    """demucs/train.py makes the model of its arguments: of dset, of model_segment, and of the section htdemucs."""
+    state, storages = pickle_state(STATE)
+    own = {name: x for name, x in TINY.items() if name not in (*OWN, "audio_channels")}
+    dataset = {"sources": TINY["sources"], "channels": 2, "samplerate": TINY["samplerate"], "segment": 9}
+    segment = float(CONFIG.segment)
+    args = {"model": "htdemucs", "dset": dataset, "model_segment": segment, "htdemucs": own, "optim": {"lr": 0.1}}
+
+    def write(**changes):
+        run = {"state": state, "best_state": state, "args": conf(args | changes)}
+        write_torch_zip(tmp_path / "checkpoint.th", pickle_program(run), storages)
+
+    write()
+    report = check(expected, tmp_path / "checkpoint.th", tmp_path / "out")
+    assert report.reason == "from its best_state, options from its args" and not report.warnings
+    write(model_segment=None, dset=dataset | {"segment": segment / 4})
+    check(expected, tmp_path / "checkpoint.th", tmp_path / "out")
+    write(model="hdemucs")
+    with pytest.raises(ValueError, match="training run is one of Hybrid Demucs, which is not supported"):
+        convert(tmp_path / "checkpoint.th", tmp_path / "again")
+    write(htdemucs=None)  # another fork's arguments: they tell nothing
+    with pytest.raises(ValueError, match="must be given sources"):
+        convert(tmp_path / "checkpoint.th", tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -405,6 +439,8 @@ def test_settings_come_before_the_configuration(tmp_path):
     convert(tmp_path / "a.ckpt", tmp_path / "out", settings={"use_train_segment": False, "segment": "3/2"})
     config = HTDemucsConfig.from_dict(read_checkpoint(tmp_path / "out").config)
     assert config == dataclasses.replace(CONFIG, multi_freqs=(), use_train_segment=False, segment=Fraction(3, 2))
+    with pytest.raises(ValueError, match=r"a\.ckpt: makes no model \(TypeError"):
+        convert(tmp_path / "a.ckpt", tmp_path / "again", settings={"t_lr": {1}})
 
 
 @pytest.mark.parametrize(
@@ -428,11 +464,14 @@ def test_what_is_missing_is_named(tmp_path, expected, capsys):
     command = ["convert", f"{tmp_path / 'a.ckpt'}", f"{tmp_path / 'out'}"]
     assert cli.main(command) == 1
     line = capsys.readouterr().err.strip()
-    assert "\n" not in line and "missing: sources (3 names), samplerate, segment, t_heads: set them by --set" in line
+    assert (
+        "\n" not in line
+        and "must be given sources (3 names), samplerate, segment, t_heads: set them by convert --set" in line
+    )
     sources = ",".join(TINY["sources"])
     for setting in (f"sources={sources}", "samplerate=8000", "t_heads=3"):
         command += ["--set", setting]
-    assert cli.main(command) == 1 and "missing: segment: set them" in capsys.readouterr().err
+    assert cli.main(command) == 1 and "must be given segment: set" in capsys.readouterr().err
     done = cli.main([*command, "--set", f"segment={TINY['segment']}"])
     shown = capsys.readouterr()
     assert done == 0, shown.err
@@ -449,6 +488,27 @@ def test_what_is_missing_is_named(tmp_path, expected, capsys):
     with pytest.raises(ValueError, match=r"whole HTDemucs: 'encoder\.0\.conv\.weight' is missing"):
         save_torch(tmp_path / "c.th", {name: x for name, x in STATE.items() if name != "encoder.0.conv.weight"})
         convert(tmp_path / "c.th", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"nosuch": 1}, "no option named nosuch"),
+        ({"sources": 3}, "sources must be of type"),
+        ({"sources": "one,two"}, "do not fit the model"),
+        ({"segment": "long"}, "segment must be a number of seconds"),
+        ({"t_heads": 0}, "t_heads must be above 0"),
+        ({"growth": 1e300}, "growth must be at most 1000"),
+        ({"t_lr": {1}}, "t_lr must be of type float"),
+        ({"config": 3}, "config must be the name of a .yaml file, got 3"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(tmp_path, setting, reason):
+    save_torch(tmp_path / "a.ckpt", STATE)
+    with pytest.raises(ValueError, match=reason) as error:
+        convert(tmp_path / "a.ckpt", tmp_path / "out", settings={**OWN, "t_heads": 3} | setting)
+    assert str(error.value).startswith(f"{tmp_path / 'a.ckpt'}: ") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -13,7 +13,7 @@ from ...models.htdemucs import HTDemucsConfig
 from ...storage.messages import shorten
 from ..converter import Original
 from ..formats.demucs_values import encode_value
-from ..formats.training_config import find_training_config, read_training_config
+from ..formats.training_config import find_training_config, read_training_args, read_training_config
 from .htdemucs import KLASS, find_naming
 from .htdemucs_options import count_sources, infer_options, list_hidden
 
@@ -111,30 +111,43 @@ def _find_prefix(names: Iterable[str]) -> str | None:
 def _describe_state(original: Original, settings: Mapping[str, Any]) -> tuple[Values, list[str], str]:
     """Values of a state dict that has none, lines for the report, and where the options are from."""
     given = _read_settings(settings)
-    config = _find_config(original.path, given.pop(_CONFIG, None))
-    lines: list[str] = []
+    told = _find_options(original, given.pop(_CONFIG, None))
+    options, source = told or (_infer(original), "options from the shapes and settings")
+    options = options | given
     needed = [*_NEEDED]
-    if config is not None:
-        options = read_training_config(config) | given
-        source = f"options from {config.name}"
-    else:
-        options = _infer(original) | given
+    if told is None:
         needed += ["t_heads"] if options["t_layers"] else []
         needed += ["nfft"] if "nfft" not in options else []
-        source = "options from the shapes and settings"
     if missing := [name for name in needed if options.get(name) is None]:
         words = [f"sources ({count_sources(original.tensors)} names)" if n == "sources" else n for n in missing]
         naming = "the naming is {}: {}".format(*find_naming(original.tensors))
         raise ValueError(
-            f"the tensors alone do not tell the configuration ({naming}); missing: {', '.join(words)}: set them by "
-            "--set NAME=VALUE, or put the config.yaml of Music-Source-Separation-Training beside the file"
+            f"must be given {', '.join(words)}: set them by convert --set NAME=VALUE, or put the config.yaml of "
+            "Music-Source-Separation-Training beside the file; the tensors alone do not tell the configuration "
+            f"({naming})"
         )
-    if config is None:
-        values = {field.name: field.default for field in dataclasses.fields(HTDemucsConfig)} | options
-        taken = [f"{name}={json.dumps(values[name])}" for name in list_hidden(options) if name not in given]
-        lines.append(f"not shown by the tensors, taken by default: {', '.join(taken)}")
+    lines = [] if told else [_list_taken(options, given)]
     text = json.dumps({name: encode_value(x) for name, x in options.items()})
     return {"klass": KLASS, "args": "[]", "kwargs": text}, lines, source
+
+
+def _find_options(original: Original, named: Any) -> tuple[Values, str] | None:
+    """The options that a training program has kept, and where; `named` is the file that the user names."""
+    if named is None and "training" in original.values:
+        own = read_training_args(original.values["training"])
+        if own is not None:
+            return own, "options from its args"
+    if named is not None and not isinstance(named, (str, Path)):
+        raise ValueError(f"{_CONFIG} must be the name of a .yaml file, got {shorten(named)}")
+    config = find_training_config(original.path) if named is None else Path(named)
+    return None if config is None else (read_training_config(config), f"options from {config.name}")
+
+
+def _list_taken(options: Values, given: Values) -> str:
+    """A line with the options that nothing tells and that change the output."""
+    values = {field.name: field.default for field in dataclasses.fields(HTDemucsConfig)} | options
+    taken = [f"{name}={json.dumps(values[name])}" for name in list_hidden(options) if name not in given]
+    return f"not shown by the tensors, taken by default: {', '.join(taken)}"
 
 
 def _read_settings(settings: Mapping[str, Any]) -> Values:
@@ -143,14 +156,6 @@ def _read_settings(settings: Mapping[str, Any]) -> Values:
     if isinstance(sources := given.get("sources"), str):
         given["sources"] = [name.strip() for name in sources.split(",")]
     return given
-
-
-def _find_config(file: Path, named: Any) -> Path | None:
-    if named is None:
-        return find_training_config(file)
-    if not isinstance(named, (str, Path)):
-        raise ValueError(f"{_CONFIG} must be the name of a .yaml file, got {shorten(named)}")
-    return Path(named)
 
 
 def _infer(original: Original) -> Values:

@@ -17,6 +17,7 @@ from .torch_values import Opaque, Symbol, View, describe_value
 
 _PACKAGE = {"klass", "args", "kwargs", "state"}
 _BEST = "best_state"
+_RUN = ("model", "model_segment", "dset", "htdemucs")  # what tells the model in the arguments of demucs' training run
 _WRAPPERS = ("state_dict", "model_state_dict", "state", "model")  # names under which programs save a state dict
 _MODULE_WRAPPERS = ("module", "_orig_mod")  # the one child of DataParallel, and of what torch.compile makes
 _MAX_WRAPPERS = 4
@@ -33,16 +34,18 @@ def read_contents(value: Any) -> tuple[dict[str, View], dict[str, str]]:
 
     Returns:
         The tensors, and metadata: `klass`, `args` and `kwargs` of a package or a model of demucs, in JSON text as
-        demucs/hf.py has them; `place`, the name under which the tensors are, where it is not the only one.
+        demucs/hf.py has them; `place`, the name under which the tensors are, if they are not all; `training`, of a
+        training run of demucs the arguments that tell the model, in JSON text.
 
     Raises:
         ValueError: There are no named tensors, or several names that may be meant.
     """
     names: list[str] = []
+    run = _describe_run(value) if isinstance(value, dict) and _BEST in value else {}
     while (name := _find_wrapper(value)) is not None and len(names) < _MAX_WRAPPERS:
         names.append(name)
         value = value[name]
-    metadata = {"place": ".".join(names)} if names else {}
+    metadata = run | ({"place": ".".join(names)} if names else {})
     if isinstance(value, dict) and value.keys() >= _PACKAGE:
         if not isinstance(value["klass"], Symbol):
             raise ValueError("a demucs package must hold a class, a tuple and a dict as klass, args and kwargs")
@@ -132,6 +135,20 @@ def _describe_module(module: Opaque) -> dict[str, str]:
         case (tuple() | list() as args, dict(kwargs)):
             return _describe(module.name, args, kwargs)
     return {}
+
+
+def _describe_run(run: dict[str, Any]) -> dict[str, str]:
+    """The arguments of a training run of demucs that tell its model, if they are plain values."""
+    args = run.get("args")
+    if isinstance(args, Opaque) and args.name.startswith("omegaconf.") and isinstance(args.state, dict):
+        args = args.state.get("_content")
+    if not isinstance(args, dict):
+        return {}
+    try:
+        told = {key: _make_plain(args[key], [_MAX_NODES], _MAX_DEPTH) for key in _RUN if key in args}
+    except ValueError:
+        return {}
+    return {"training": json.dumps(told)}
 
 
 def _describe(klass: str, args: Any, kwargs: Any) -> dict[str, str]:

@@ -1,10 +1,13 @@
-"""The .yaml that Music-Source-Separation-Training keeps beside a checkpoint of HTDemucs, which is a plain state dict.
+"""The options of HTDemucs where training keeps them: in the .yaml of Music-Source-Separation-Training, beside a plain
+state dict, or in the arguments of a training run of demucs, in its own file.
 
-Source: ZFTurbo/Music-Source-Separation-Training, models/demucs4ht.py (get_model) and configs/config_*_htdemucs.yaml.
+Sources: ZFTurbo/Music-Source-Separation-Training, models/demucs4ht.py (get_model) and configs/config_*_htdemucs.yaml;
+demucs/train.py (get_model).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -79,3 +82,20 @@ def read_training_config(path: Path) -> dict[str, Any]:
     if twice := sorted(given.keys() & options.keys()):
         raise ValueError(f"{path}: {', '.join(twice)} must stand in one of training and {_SECTION}")
     return {**given, **options}
+
+
+def read_training_args(text: str) -> dict[str, Any] | None:
+    """The options in the arguments of a training run of demucs, in JSON text; None if they do not tell them.
+
+    ValueError if they are those of another model.
+    """
+    args = json.loads(text)
+    if (other := args.get("model")) in _OTHERS:
+        raise ValueError(f"the training run is one of {_OTHERS[other]}, which is not supported")
+    dataset, section = args.get("dset"), args.get(_SECTION)
+    if args.get("model") != _SECTION or not isinstance(dataset, dict) or not isinstance(section, dict):
+        return None
+    given = {"sources": "sources", "audio_channels": "channels", "samplerate": "samplerate"}
+    options = {option: dataset[name] for option, name in given.items() if name in dataset}
+    segment = args.get("model_segment") or (4 * dataset["segment"] if "segment" in dataset else None)
+    return {**options, **({} if segment is None else {"segment": segment}), **section}
