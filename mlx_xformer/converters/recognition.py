@@ -13,7 +13,7 @@ from .families import CONVERTERS, causal_lm_gguf, htdemucs
 from .families.htdemucs_source import complete_original
 from .formats import ctranslate2, demucs, gguf, hugging_face
 from .formats.source import SUFFIXES, open_source
-from .formats.training_config import find_training_config
+from .formats.training_config import list_training_configs
 
 
 def recognize(source: Path, settings: Mapping[str, Any]) -> tuple[Converter, Original]:
@@ -91,5 +91,5 @@ def list_files(source: Path) -> list[Path]:
         files = ["config.json", *EXTRAS]
         return [*(source / name for name in files if (source / name).is_file()), file]
     location = demucs.find_model(source)
-    described = [location.path] if location.bag is not None else [find_training_config(location.path)]
-    return [*filter(None, described), *dict.fromkeys(location.files)]
+    described = list_training_configs(location.path) if location.bag is None else [location.path]
+    return [*described, *dict.fromkeys(location.files)]

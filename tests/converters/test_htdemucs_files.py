@@ -413,6 +413,7 @@ def test_where_the_configuration_is_found(tmp_path, expected):
     assert "options from config_vocals.yml" in check(expected, tmp_path / "a.ckpt", tmp_path / "out").reason
     assert list_files(tmp_path / "a.ckpt") == [tmp_path / "config_vocals.yml", tmp_path / "a.ckpt"]
     write_yaml(tmp_path / "config_two.yaml")
+    assert [path.name for path in list_files(tmp_path / "a.ckpt")] == ["config_two.yaml", "config_vocals.yml", "a.ckpt"]
     with pytest.raises(ValueError, match=r"got config_two\.yaml, config_vocals\.yml: name it by --set config=FILE"):
         convert(tmp_path / "a.ckpt", tmp_path / "out")
     named = write_yaml(tmp_path / "named.yaml")

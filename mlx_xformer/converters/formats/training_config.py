@@ -52,20 +52,22 @@ def is_training_config(path: Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("training"), dict) and "models" not in content
 
 
-def find_training_config(file: Path) -> Path | None:
-    """The configuration beside a checkpoint: of the same name, or else the one config*.yaml of an HTDemucs.
-
-    ValueError if there are several.
-    """
+def list_training_configs(file: Path) -> list[Path]:
+    """The configurations beside a checkpoint: the one of the same name, or else every config*.yaml of an HTDemucs."""
     for suffix in _SUFFIXES:
         if is_training_config(own := file.with_suffix(suffix)):
-            return own
-    beside = sorted(path for path in file.absolute().parent.glob("config*") if path.suffix in _SUFFIXES)
-    found = [path for path in beside if is_training_config(path) and _SECTION in read_yaml(path, _Loader)]
+            return [own]
+    beside = sorted(path for path in file.parent.glob("config*") if is_training_config(path))
+    return [path for path in beside if _SECTION in read_yaml(path, _Loader)]
+
+
+def find_training_config(file: Path) -> Path | None:
+    """The configuration beside a checkpoint, if there is one. ValueError if there are several."""
+    found = list_training_configs(file)
     if len(found) > 1:
         names = shorten(", ".join(path.name for path in found))
         raise ValueError(f"one configuration must be beside it, got {names}: name it by --set config=FILE")
-    return file.parent / found[0].name if found else None
+    return found[0] if found else None
 
 
 def read_training_config(path: Path) -> dict[str, Any]:
