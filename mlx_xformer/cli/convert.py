@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint file, a GGUF file, a folder, or the .yaml of a bag of models (averaged outputs)",
     )
     argument("out", type=Path, metavar="OUT", help="the folder to write")
-    argument("--to", choices=["mlx", "pytorch"], default="mlx", help="the layout to write")
+    argument(
+        "--to",
+        choices=["mlx", "pytorch"],
+        default="mlx",
+        help="the layout to write; pytorch: the original one, of demucs also as .th",
+    )
     argument("--family", metavar="F", help="refuse a source of another family")
     quantize = "bits of a language model's quantized matrices (routers stay floats); 0 converts them to floats"
     argument("--quantize", type=int, choices=[0, 4, 8], help=quantize)
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set",
         action="append",
         metavar="NAME=VALUE",
-        help="a setting that the source does not have, such as num_heads=8; may be repeated",
+        help="a setting that the source does not have, such as num_heads=8 or sources=vocals,other; may be repeated",
     )
     argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
 

@@ -33,8 +33,8 @@ def convert(
     for others.
 
     Args:
-        source: A file of tensors (.safetensors, .th, .pt, .pth, .bin, .npz), the .yaml of a bag of demucs, a GGUF
-            file, a folder of Hugging Face or CTranslate2, or a folder that holds one model file; with
+        source: A file of tensors (.safetensors, .th, .pt, .pth, .ckpt, .bin, .npz), the .yaml of a bag of demucs, a
+            GGUF file, a folder of Hugging Face or CTranslate2, or a folder that holds one model file; with
             `to="pytorch"`, a checkpoint folder.
         out: The folder to write: new, empty or, for `to="mlx"`, an older checkpoint.
         family: Refuses sources of other families than this.
@@ -44,7 +44,8 @@ def convert(
         quantize: Of a language model only: 4 or 8 packs matrices in as many bits, 0 makes floats of packed ones.
         group_size: How many numbers share a scale: 32, 64 or 128.
         dtype: Of a language model only: float32, float16 or bfloat16, for its floats.
-        settings: What a file of tensors leaves open about its model, such as num_heads.
+        settings: What a file of tensors leaves open about its model, such as num_heads; of a state dict of HTDemucs
+            also `config`, the .yaml of Music-Source-Separation-Training that tells it.
         progress: Called as progress(done, total) with numbers of tensors, before each is written and at the end.
 
     Returns:

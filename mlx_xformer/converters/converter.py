@@ -41,8 +41,9 @@ class Original:
     warnings: tuple[str, ...] = ()
 
 
-# The files that a checkpoint becomes on the way back, by name: the content of a text; or of a .safetensors file the
-# prefix of the tensors in it, which they lose, and the file's metadata.
+# The files that a checkpoint becomes on the way back, by name: the content of a text; or of a .safetensors file, or a
+# .th of demucs, the prefix of the tensors in it, which they lose, and the file's metadata. A .th gets the first digits
+# of its SHA-256 into its name.
 OriginalFiles = dict[str, str | tuple[str, dict[str, str]]]
 
 

@@ -22,7 +22,8 @@ from ..storage.messages import describe_misfits, find_misfits, shorten
 from .converter import Converter, Original
 from .families import CONVERTERS
 from .formats import hugging_face
-from .precision import Precision, Repacking, unpack_tensors
+from .formats.torch_package import write_package
+from .precision import Precision, Repacking, round_doubles, unpack_tensors
 from .report import Report, make_rows, totals
 from .rules import Move, apply_rules, inverse_shapes, invert, plan
 from .stored import StoredTensor, make_blanks, open_safetensors
@@ -50,10 +51,10 @@ def convert_to_mlx(
         raise ValueError(f"{original.path}: {error}") from None
     except _NO_MODEL as error:
         raise ValueError(f"{original.path}: makes no model ({type(error).__name__}, {shorten(error)})") from None
-    warnings = list(original.warnings)
+    warnings = [*original.warnings, *conversion.warnings]
     config = conversion.target.to_dict()
     if not dry_run:
-        arrays = conversion.stream(original.tensors, warnings)
+        arrays = conversion.stream(warnings)
         save_checkpoint(
             out,
             conversion.written,
@@ -67,7 +68,13 @@ def convert_to_mlx(
         source=source,
         out=out,
         family=converter.family,
-        rows=make_rows(conversion.rules, make_blanks(original.tensors), conversion.made, written=conversion.written),
+        rows=make_rows(
+            conversion.rules,
+            make_blanks(conversion.tensors),
+            conversion.made,
+            read=make_blanks(original.tensors),
+            written=conversion.written,
+        ),
         files=("config.json", _WEIGHTS, *original.extras),
         written=not dry_run,
         parameters=parameter_count(converter.family, config),
@@ -84,26 +91,27 @@ class _Conversion:
         config: The configuration of the original.
         target: That of the checkpoint, which may be packed otherwise.
         rules: The table from the original's names.
+        tensors: Those of the original; float64, which MLX cannot store, is rounded to float32.
         made: What the rules make of the tensors, as lazy arrays that are never computed.
         written: The tensors of the checkpoint, likewise.
+        warnings: Lines for the report.
     """
 
     def __init__(self, converter: Converter, original: Original, precision: Precision):
-        self.config = converter.config(original.values, original.tensors)
-        self.rules = converter.rules(self.config, original.tensors)
+        self.tensors, self.warnings = round_doubles(original.tensors)
+        self.config = converter.config(original.values, self.tensors)
+        self.rules = converter.rules(self.config, self.tensors)
         self._shapes = parameter_shapes(converter.family, self.config.to_dict())
-        self.made = apply_rules(self.rules, make_blanks(original.tensors), self._shapes)
+        self.made = apply_rules(self.rules, make_blanks(self.tensors), self._shapes)
         self.target, self._repack = _choose_precision(converter, self.config, precision)
-        self._moves = plan(self.rules, original.tensors)[0]
-        self.written = dict(self.stream(as_blanks(original.tensors)))
+        self._moves = plan(self.rules, self.tensors)[0]
+        self.written = dict(stream_moves(self._moves, as_blanks(self.tensors), self._shapes, self._repack))
         if problems := find_misfits(self.written, parameter_shapes(converter.family, self.target.to_dict())):
             raise ValueError(describe_misfits(problems))
 
-    def stream(
-        self, tensors: Mapping[str, StoredTensor], warnings: list[str] | None = None
-    ) -> Iterator[tuple[str, mx.array]]:
+    def stream(self, warnings: list[str]) -> Iterator[tuple[str, mx.array]]:
         """The tensors of the checkpoint, see stream_moves."""
-        return stream_moves(self._moves, tensors, self._shapes, self._repack, warnings)
+        return stream_moves(self._moves, self.tensors, self._shapes, self._repack, warnings)
 
 
 def _choose_precision(converter: Converter, config: Any, precision: Precision) -> tuple[Any, Repacking | None]:
@@ -158,20 +166,17 @@ def convert_to_original(source: Path, out: Path, *, family: str | None, dry_run:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     extras = {name: (source / name).read_bytes() for name in EXTRAS if (source / name).is_file()}
+    names = list(files)
     if not dry_run:
         with new_folder(out, replace=False) as fresh:
-            for name, content in files.items():
-                if isinstance(content, str):
-                    (fresh / name).write_text(content, "utf-8")
-                else:
-                    back.write(fresh / name, *content)
+            names = [back.write(fresh / name, content).name for name, content in files.items()]
             write_extras(fresh, extras)
     return Report(
         source,
         out,
         checkpoint.family,
         make_rows(back.rules, make_blanks(tensors), back.made, read=make_blanks(stored)),
-        (*files, *extras),
+        (*names, *extras),
         not dry_run,
         *totals(back.made),
     )
@@ -233,12 +238,20 @@ class _Reversal:
         except (ValueError, *_NO_MODEL):
             return None
 
-    def write(self, path: Path, prefix: str, metadata: Mapping[str, str]) -> None:
-        """Writes the tensors under a prefix, without it."""
+    def write(self, path: Path, content: str | tuple[str, dict[str, str]]) -> Path:
+        """Writes a file of OriginalFiles; the path that it has then."""
+        if isinstance(content, str):
+            path.write_text(content, "utf-8")
+            return path
+        prefix, metadata = content
         moves = [move for move in self._moves if move.targets[0].startswith(prefix)]
         made = {name.removeprefix(prefix): self.made[name] for move in moves for name in move.targets}
-        arrays = stream_moves(moves, self.tensors, self._expected)
-        write_safetensors(path, made, metadata, ((name.removeprefix(prefix), x) for name, x in arrays))
+        stream = stream_moves(moves, self.tensors, self._expected)
+        arrays = ((name.removeprefix(prefix), x) for name, x in stream)
+        if path.suffix == ".th":
+            return write_package(path, made, metadata, arrays)
+        write_safetensors(path, made, metadata, arrays)
+        return path
 
 
 def _reader(move: Move, index: int, tensors: Mapping[str, StoredTensor]) -> Callable[[], mx.array]:

@@ -119,3 +119,21 @@ def unpack_tensors(tensors: Mapping[str, StoredTensor], quantization: Quantizati
         return unpack({leaf: tensors[leaf].read() for leaf in sorted(leaves)})[name]
 
     return {name: StoredTensor(x.dtype, x.shape, functools.partial(read, name)) for name, x in unpacked.items()}
+
+
+def round_doubles(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors with those of float64, which MLX cannot store, rounded to float32 when they are read.
+
+    The second value is a line for the report, if there are any.
+    """
+    doubles = {name for name, x in tensors.items() if x.dtype == mx.float64}
+
+    def read(x: StoredTensor) -> mx.array:
+        return x.read().astype(mx.float32, stream=mx.cpu)  # the one device that has float64
+
+    rounded = {
+        name: StoredTensor(mx.float32, x.shape, functools.partial(read, x)) if name in doubles else x
+        for name, x in tensors.items()
+    }
+    lines = [f"{len(doubles)} tensors of float64 are rounded to float32, which MLX can store"] if doubles else []
+    return rounded, lines

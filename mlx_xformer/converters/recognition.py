@@ -10,8 +10,10 @@ from ..storage.checkpoint import EXTRAS
 from ..storage.messages import shorten
 from .converter import Converter, Original
 from .families import CONVERTERS, causal_lm_gguf, htdemucs
+from .families.htdemucs_source import complete_original
 from .formats import ctranslate2, demucs, gguf, hugging_face
 from .formats.source import SUFFIXES, open_source
+from .formats.training_config import list_training_configs
 
 
 def recognize(source: Path, settings: Mapping[str, Any]) -> tuple[Converter, Original]:
@@ -19,7 +21,7 @@ def recognize(source: Path, settings: Mapping[str, Any]) -> tuple[Converter, Ori
 
     Args:
         source: A file of tensors, a bag's .yaml, a GGUF file, or a folder.
-        settings: What a file of tensors leaves open, such as num_heads.
+        settings: What a file of tensors leaves open, such as num_heads or sources.
 
     Raises:
         FileNotFoundError: There is nothing to convert.
@@ -36,12 +38,18 @@ def recognize(source: Path, settings: Mapping[str, Any]) -> tuple[Converter, Ori
         return converter, original
     if found := _by_tensors(source, settings):
         return found
-    if settings:
-        raise ValueError(f"{source}: settings are for files of tensors of a known kind, got {', '.join(settings)}")
     if file := gguf.find_file(source):
+        if settings:
+            raise ValueError(f"{source}: settings are for files of tensors of a known kind, got {', '.join(settings)}")
         return causal_lm_gguf.CONVERTER, gguf.open_file(file)
     location = demucs.find_model(source)
-    return htdemucs.BAG if location.is_bag else htdemucs.MODEL, demucs.open_model(location)
+    original = demucs.open_model(location)
+    try:
+        return htdemucs.BAG if location.is_bag else htdemucs.MODEL, complete_original(original, settings)
+    except ValueError as error:
+        raise ValueError(f"{original.path}: {error}") from None
+    except (ArithmeticError, TypeError, LookupError) as error:  # of settings that nothing has checked
+        raise ValueError(f"{original.path}: makes no model ({type(error).__name__}, {shorten(error)})") from None
 
 
 def _by_model_type(folder: Path, model_type: Any) -> Converter:
@@ -83,4 +91,5 @@ def list_files(source: Path) -> list[Path]:
         files = ["config.json", *EXTRAS]
         return [*(source / name for name in files if (source / name).is_file()), file]
     location = demucs.find_model(source)
-    return [*([] if location.bag is None else [location.path]), *dict.fromkeys(location.files)]
+    described = list_training_configs(location.path) if location.bag is None else [location.path]
+    return [*described, *dict.fromkeys(location.files)]

@@ -75,7 +75,7 @@ def write_safetensors(
             like, begin = tensors[name], 8 + len(text) + header[name]["data_offsets"][0]
             if (x.shape, x.dtype) != (like.shape, like.dtype) or file.tell() != begin:
                 raise ValueError(f"{name} must be {like.shape} {like.dtype} and in its turn, got {x.shape} {x.dtype}")
-            file.write(_bytes_of(x))
+            file.write(bytes_of(x))
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -83,7 +83,8 @@ def write_safetensors(
         raise OSError(f"{path.name} could not be written whole: {error}") from None
 
 
-def _bytes_of(x: mx.array) -> memoryview:
+def bytes_of(x: mx.array) -> memoryview:
+    """The elements of an array in row-major order, as bytes."""
     cpu = mx.cpu  # the one device that has float64
     flat = mx.contiguous(x, stream=cpu).reshape(-1, stream=cpu)
     return memoryview(cast(Any, mx.view(flat, mx.uint8, stream=cpu)))

@@ -637,8 +637,8 @@ def test_the_wrong_folder(tmp_path):
     (tmp_path / "hf/config.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     reason = (
-        "holds neither a bag (.yaml), a model file (.safetensors, .th, .pt, .pth, .bin, .npz) nor a language model "
-        "(config.json with a model_type beside .safetensors, or one .gguf)"
+        "holds neither a bag (.yaml), a model file (.safetensors, .th, .pt, .pth, .ckpt, .bin, .npz) nor a "
+        "language model (config.json with a model_type beside .safetensors, or one .gguf)"
     )
     for folder in (tmp_path / "hf", tmp_path / "empty"):
         for given in ({}, {"quantize": 8}):

@@ -245,7 +245,7 @@ def hostile(marker):
         "INST": (Opcodes(MARK + opcodes(command) + b"ios\nsystem\n"), "INST"),
         "OBJ": (
             Opcodes(MARK + pickle_global("os", "system") + opcodes(command) + b"o"),
-            "os.system",
+            "OBJ",
         ),
         "OBJ of a known class": (
             Opcodes(MARK + pickle_global("fractions", "Fraction") + opcodes("1") + b"o"),
@@ -272,7 +272,7 @@ def hostile(marker):
         "calling a string": (pickle_call(opcodes("os.system"), command), "calls str"),
         "calling a call": (
             pickle_call(pickle_call(pickle_global("collections", "OrderedDict")), command),
-            "calls _Ordered",
+            "calls Ordered",
         ),
         "calling with a list": (
             Opcodes(pickle_global("collections", "OrderedDict") + opcodes([]) + b"R"),
@@ -285,13 +285,15 @@ def hostile(marker):
         "numpy scalars": (pickle_global("numpy.core.multiarray", "scalar"), "numpy.core.multiarray.scalar"),
         "omegaconf": (pickle_global("omegaconf.dictconfig", "DictConfig"), "omegaconf.dictconfig.DictConfig"),
         "a byte array": (Opcodes(b"\x96" + struct.pack("<Q", 2**40)), "no whole pickle"),
-        "a set": (Opcodes(b"\x8f"), "EMPTY_SET"),
+        "a set": (Opcodes(b"\x8f"), "set, which weights do not need"),
+        "an object of a class": (Opcodes(pickle_global("os", "system") + opcodes((command,)) + b"\x81"), "os.system"),
+        "a result that is called": (pickle_call(pickle_call(pickle_global("os", "system"), command), 1), "os.system"),
         "a text integer": (Opcodes(b"I" + b"9" * 5000 + b"\n"), "no whole pickle"),
     }
 
 
 @pytest.mark.parametrize("name", sorted(hostile("x")))
-@pytest.mark.parametrize("place", ["top", "state", "training_args"])
+@pytest.mark.parametrize("place", ["top", "state", "kwargs"])
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, monkeypatch, name, place):
     monkeypatch.chdir(tmp_path)
     marker = tmp_path / "ran"
@@ -299,12 +301,33 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, monkeypatch, name
     package = {
         "klass": KLASS,
         "args": (),
-        "kwargs": {},
+        "kwargs": {"x": payload} if place == "kwargs" else {},
         "state": {"w": payload if place == "state" else GOOD},
-        "training_args": payload if place == "training_args" else None,
     }
     pickle = pickle_program(payload if place == "top" else package)
     refused(write_torch_zip(tmp_path / "a.th", pickle, DATA), reason)
+    assert not marker.exists() and [p.name for p in tmp_path.iterdir()] == ["a.th"]
+
+
+# What no torch.save writes is refused wherever it stands.
+NEVER_WRITTEN = {
+    *("INST", "OBJ", "OBJ of a known class", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"),
+    *("BUILD on a class", "BUILD with attributes", "calling a string", "calling a call", "calling with a list"),
+    *("OrderedDict of pairs", "a byte array", "a text integer"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(hostile("x")))
+def test_hostile_training_arguments_run_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path / "ran"
+    payload, reason = hostile(marker)[name]
+    package = {"klass": KLASS, "args": (), "kwargs": {}, "state": {"w": GOOD}, "training_args": payload}
+    path = write_torch_zip(tmp_path / "a.th", pickle_program(package), DATA)
+    if name in NEVER_WRITTEN:
+        refused(path, reason)
+    else:
+        assert bits(read_source(path).tensors["w"]).tobytes() == DATA["0"]
     assert not marker.exists() and [p.name for p in tmp_path.iterdir()] == ["a.th"]
 
 
@@ -437,7 +460,7 @@ def test_zip_files_that_are_not_as_torch_writes_them(tmp_path):
     path.write_bytes(pickle)
     refused(path, "must be a zip")
     path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.more")
-    refused(path, "older format", "save it again")
+    refused(path, "no whole pickle")
     write_torch_zip(path, pickle, DATA, order=b"x")
     assert read_source(path).tensors.keys() == {"w"}
 

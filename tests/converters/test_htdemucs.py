@@ -148,9 +148,10 @@ def test_a_bag_there_and_back(tmp_path):
     assert isinstance(bag, Bag) and bag.config.members == tuple(configs)
     assert bag.config.weights == tuple(map(tuple, weights)) and bag.config.segment == 1.125
     convert(tmp_path / "mlx", tmp_path / "back", to="pytorch")
-    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == [
-        *(f"sig{n}.safetensors" for n in range(3)),
-        "three.yaml",
+    packages = sorted((tmp_path / "back").glob("*.th"))
+    assert [p.name[:5] for p in packages] == ["sig0-", "sig1-", "sig2-"]
+    assert sorted(set((tmp_path / "back").iterdir()) - set(packages)) == [
+        tmp_path / "back" / name for name in (*(f"sig{n}.safetensors" for n in range(3)), "three.yaml")
     ]
     for n in range(3):
         first, second = (read_source(f / f"sig{n}.safetensors") for f in (tmp_path, tmp_path / "back"))
@@ -214,7 +215,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert not report.written and "dry run" in str(report) and not (tmp_path / "out").exists()
     convert(tmp_path, tmp_path / "out")
     report = convert(tmp_path / "out", tmp_path / "back", to="pytorch", dry_run=True)
-    assert report.files == ("sig.safetensors", "out.yaml") and not (tmp_path / "back").exists()
+    assert report.files == ("sig.safetensors", "sig.th", "out.yaml") and not (tmp_path / "back").exists()
 
 
 def change(folder, edit, **metadata):
@@ -392,7 +393,7 @@ def test_a_signature_in_the_provenance_is_no_path(tmp_path):
     content["provenance"] = {}
     (tmp_path / "mlx" / "config.json").write_text(json.dumps(content))
     files = convert(tmp_path / "mlx", tmp_path / "back", to="pytorch").files
-    assert files[1] == "mlx.yaml" and len(files[0]) == len("01234567.safetensors")
+    assert files[2] == "mlx.yaml" and len(files[0]) == len("01234567.safetensors")
 
 
 @pytest.mark.real

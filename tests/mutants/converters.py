@@ -27,6 +27,8 @@ BY_T5 = tests(
     "tests/models/test_t5.py::test_each_tensor_has_its_place",
     "tests/models/test_t5.py::test_there_and_back",
 )
+FILES = "tests/converters/test_htdemucs_files.py::"
+FORMATS = "converters.formats."
 FUSED_EXPERTS_MIXTRAL = tests("tests/converters/test_causal_lm_moe.py::test_fused_experts[mixtral]")
 ABSENT_KEYS_MIXTRAL = tests("tests/converters/test_causal_lm.py::test_absent_keys[mixtral]")
 
@@ -110,5 +112,89 @@ BUGS = [
         '"rope_theta": 1e6, "sliding_window": None, **causal_lm_moe',
         '"sliding_window": None, **causal_lm_moe',
         ABSENT_KEYS_MIXTRAL,
+    ),
+    Bug(
+        "the last state of a training run",
+        FORMATS + "torch_contents",
+        "        return _BEST\n",
+        '        return "state"\n',
+        tests(FILES + "test_the_best_state_of_a_training_run"),
+    ),
+    Bug(
+        "objects of known calls",
+        FORMATS + "torch_pickle",
+        " or made.name in CALLS",
+        "",
+        tests("tests/converters/test_formats.py::test_hostile_training_arguments_run_nothing"),
+    ),
+    Bug(
+        "numbers of NumPy backwards",
+        FORMATS + "torch_values",
+        'f"<{code}"',
+        'f">{code}"',
+        tests(FILES + "test_arguments_of_the_model_in_other_forms[2]"),
+    ),
+    Bug(
+        "storages with their lengths",
+        FORMATS + "torch_legacy",
+        "places[storage.key] = position + 8",
+        "places[storage.key] = position",
+        tests(FILES + "test_the_older_format"),
+    ),
+    Bug(
+        "1e-3 is a text",
+        FORMATS + "training_config",
+        "[eE][-+]?[0-9]+$",
+        "[eE][+]?[0-9]+$",
+        tests(FILES + "test_state_dicts_and_their_wrappers[state.th]"),
+    ),
+    Bug(
+        "the first of several configurations",
+        FORMATS + "training_config",
+        "if len(found) > 1:",
+        "if False:",
+        tests(FILES + "test_where_the_configuration_is_found"),
+    ),
+    Bug(
+        "a segment of a quarter",
+        FORMATS + "training_config",
+        '4 * dataset["segment"]',
+        'dataset["segment"]',
+        tests(FILES + "test_the_arguments_of_a_training_run"),
+    ),
+    Bug(
+        "any option may be dropped",
+        "converters.families.htdemucs_source",
+        "if x is None or name in _NEUTRAL}",
+        "}",
+        tests(FILES + "test_options_that_htdemucs_does_not_have"),
+    ),
+    Bug(
+        "heads are guessed",
+        "converters.families.htdemucs_source",
+        '["t_heads"] if options["t_layers"] else []',
+        "[]",
+        tests(FILES + "test_what_is_missing_is_named"),
+    ),
+    Bug(
+        "doubles are rounded in silence",
+        "converters.precision",
+        "if doubles else []",
+        "if not doubles else []",
+        tests(FILES + "test_float64_is_rounded_and_said"),
+    ),
+    Bug(
+        "strides of a package",
+        FORMATS + "torch_package",
+        "strides.append(strides[-1] * size)",
+        "strides.append(size)",
+        tests(FILES + "test_a_package_for_demucs"),
+    ),
+    Bug(
+        "digits of another file",
+        FORMATS + "torch_package",
+        "hash_file(path)[:_DIGITS]",
+        "hash_file(path)[-_DIGITS:]",
+        tests(FILES + "test_a_package_for_demucs"),
     ),
 ]

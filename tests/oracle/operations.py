@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import read_repository, write_checkpoints
 from demucs import transformer
 from demucs.apply import BagOfModels, apply_model
 from demucs.htdemucs import HTDemucs
@@ -279,4 +280,6 @@ OPS = {
     "function": function,
     "load": load,
     "package": package,
+    "write_checkpoints": write_checkpoints,
+    "read_repository": read_repository,
 }

@@ -533,12 +533,35 @@ def write_torch_zip(
     return path
 
 
-def save_torch(path: Path, arrays: dict[str, np.ndarray], package: dict | None = None) -> Path:
-    """What torch.save writes for a dict of tensors or, given klass, args and kwargs, for a demucs package."""
+def pickle_state(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Opcodes], dict[str, bytes]]:
+    """The tensors of a state dict by name, and the storages that they fill."""
     state, storages = {}, {}
     for key, (name, array) in enumerate(arrays.items()):
         strides = [s // array.itemsize for s in np.ascontiguousarray(array).reshape(array.shape).strides]
         stored = pickle_storage(str(key), array.size, _STORAGES[array.dtype.str[1:]])
         state[name] = pickle_tensor(stored, array.shape, strides)
         storages[str(key)] = array.tobytes()
+    return state, storages
+
+
+def save_torch(path: Path, arrays: dict[str, np.ndarray], package: dict | None = None) -> Path:
+    """What torch.save writes for a dict of tensors or, given klass, args and kwargs, for a demucs package."""
+    state, storages = pickle_state(arrays)
     return write_torch_zip(path, pickle_program(state if package is None else {**package, "state": state}), storages)
+
+
+def save_torch_legacy(
+    path: Path, arrays: dict[str, np.ndarray], value=None, *, version: int = 1001, cut: int = 0
+) -> Path:
+    """What torch.save wrote before version 1.6, and writes with _use_new_zipfile_serialization=False.
+
+    value: makes of the tensors what the file holds.
+    """
+    state, storages = pickle_state(arrays)
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    parts = (0x1950A86A20F9469CFC6C, version, system, state if value is None else value(state), list(storages))
+    content = b"".join(map(pickle_program, parts))
+    for array, data in zip(arrays.values(), storages.values(), strict=True):
+        content += struct.pack("<q", array.size) + data
+    path.write_bytes(content[: len(content) - cut])
+    return path

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from fractions import Fraction
 from typing import Any
 
 from ...models.htdemucs import BagConfig, HTDemucsConfig
@@ -18,6 +17,7 @@ from ...models.htdemucs.config import levels
 from ...storage.messages import shorten
 from ..converter import Converter, Original
 from ..formats.demucs import lay_out_checkpoint
+from ..formats.demucs_values import decode_values, encode_value
 from ..layouts import Permute, Squeeze
 from ..rules import Rule, prefixed
 from ..stored import Tensors
@@ -138,7 +138,7 @@ def config(metadata: Mapping[str, str], tensors: Tensors | None = None) -> HTDem
             if what
             else f"klass must be {KLASS}, got {shorten(klass)}"
         )
-    args, kwargs = (_decoded(key, metadata[key]) for key in ("args", "kwargs"))
+    args, kwargs = (decode_values(key, metadata[key]) for key in ("args", "kwargs"))
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise ValueError("args must be a JSON array and kwargs an object")
     names = [field.name for field in dataclasses.fields(HTDemucsConfig)]
@@ -150,32 +150,10 @@ def config(metadata: Mapping[str, str], tensors: Tensors | None = None) -> HTDem
         raise ValueError(f"args and kwargs must make a model: {type(error).__name__}, {shorten(error)}") from None
 
 
-def _decoded(key: str, text: str) -> Any:
-    try:
-        return json.loads(text, object_hook=_fraction)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{key} must be JSON as demucs writes it ({shorten(error)})") from None
-
-
-def _fraction(value: dict[str, Any]) -> Any:
-    if value.get("_type") != "fraction":
-        return value
-    numerator, denominator = value.get("numerator"), value.get("denominator")
-    if type(numerator) is not int or type(denominator) is not int or not denominator:
-        raise ValueError("a fraction must have two whole numbers")
-    return Fraction(numerator, denominator)
-
-
 def metadata(config: HTDemucsConfig) -> dict[str, str]:
     """The inverse of `config`: every option as a keyword."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {"klass": KLASS, "args": "[]", "kwargs": json.dumps({k: _encoded(v) for k, v in values.items()})}
-
-
-def _encoded(value: Any) -> Any:
-    if isinstance(value, Fraction):
-        return {"_type": "fraction", "numerator": value.numerator, "denominator": value.denominator}
-    return value
+    return {"klass": KLASS, "args": "[]", "kwargs": json.dumps({k: encode_value(v) for k, v in values.items()})}
 
 
 def bag_config(values: Mapping[str, Any], tensors: Tensors) -> BagConfig:

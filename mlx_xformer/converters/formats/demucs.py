@@ -19,11 +19,11 @@ from ...storage.files import hash_file
 from ...storage.messages import shorten
 from ..converter import Original, OriginalFiles
 from .source import SUFFIXES, check_plain_name, open_source
+from .training_config import is_training_config
+from .yaml_file import read_yaml
 
 _BAGS = (".yaml", ".yml")
 _SIGNED = re.compile(r"(.+)-([0-9a-f]{8,64})")
-_MAX_YAML = 1 << 16
-_MAX_BRACKETS = 1000
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,16 @@ def find_model(source: Path) -> Location:
     if source.is_dir():
         source = _only_model(source)
     if source.suffix in _BAGS:
+        if is_training_config(source):
+            raise ValueError(f"{source}: the configuration of a training run: name the checkpoint beside it instead")
         bag = read_bag(source)
         files = tuple(find_member(source.parent, signature) for signature in bag.signatures)
         return Location(bag.signatures, files, source, bag)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     signed = _SIGNED.fullmatch(source.stem) if source.suffix == ".th" else None
-    return Location((signed[1] if signed else source.stem,), (source,), source)
+    name = signed[1] if signed else source.stem
+    return Location((re.sub(r"^[.-]|[^A-Za-z0-9_.-]", "_", name)[:128],), (source,), source)
 
 
 def _only_model(folder: Path) -> Path:
@@ -78,7 +81,7 @@ def _only_model(folder: Path) -> Path:
     if is_checkpoint(folder):
         raise ValueError(f"{folder}: this is a checkpoint already (converting to pytorch leads back)")
     for suffixes in (_BAGS, SUFFIXES):
-        found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and not is_training_config(p))
         if len(found) == 1:
             return found[0]
         if found:
@@ -127,12 +130,17 @@ def open_model(location: Location) -> Original:
 
 
 def lay_out_checkpoint(values: Mapping[str, Any], checkpoint: Checkpoint, folder: Path) -> OriginalFiles:
-    """The files of a model or a bag, as demucs/hf.py has them: a .safetensors a member, and the bag's .yaml."""
+    """The files of a model or a bag.
+
+    They are a .safetensors a member and the bag's .yaml, as demucs/hf.py has them, and a .th a member, so that
+    `demucs --repo FOLDER` finds the model (demucs/repo.py).
+    """
     members = values.get("members", [values])
     name, signatures = _choose_names(checkpoint, folder, len(members))
     files: OriginalFiles = {}
     for n, (signature, metadata) in enumerate(zip(signatures, members, strict=True)):
-        files[f"{signature}.safetensors"] = f"models.{n}." if "members" in values else "", dict(metadata)
+        prefix = f"models.{n}." if "members" in values else ""
+        files |= {f"{signature}{suffix}": (prefix, dict(metadata)) for suffix in (".safetensors", ".th")}
     bag: dict[str, Any] = {"models": signatures}
     if values.get("weights") is not None:
         bag["weights"] = [list(row) for row in values["weights"]]
@@ -157,19 +165,7 @@ def _choose_names(checkpoint: Checkpoint, folder: Path, count: int) -> tuple[str
 def read_bag(path: str | Path) -> BagFile:
     """Reads `<name>.yaml`: a mapping of models, weights and segment. Signatures are plain names, never paths."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size > _MAX_YAML:
-        raise ValueError(f"{path}: a bag must be at most {_MAX_YAML} bytes, got {path.stat().st_size}")
-    try:
-        text = path.read_text("utf-8")
-        if text.count("[") + text.count("{") > _MAX_BRACKETS:
-            raise ValueError("too many brackets")  # the time that nested ones take grows with their square
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("aliases are refused")  # a few lines of them can stand for a value without end
-        bag = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not plain YAML ({shorten(error)})") from None
+    bag = read_yaml(path)
     if not isinstance(bag, dict) or not all(isinstance(key, str) for key in bag):
         raise ValueError(f"{path}: a bag must be a mapping, got a {type(bag).__name__}")
     if unknown := sorted(set(bag) - {"models", "weights", "segment"}):

@@ -1,4 +1,4 @@
-"""Reads files of tensors: .safetensors, PyTorch's .th, .pt, .pth and .bin, CTranslate2's .bin, and .npz.
+"""Reads files of tensors: .safetensors, PyTorch's .th, .pt, .pth, .ckpt and .bin, CTranslate2's .bin, and .npz.
 
 Tensors come bit for bit in their stored dtype. PyTorch is not needed, and nothing is ever unpickled. Every problem with
 a file is one ValueError that begins with its path.
@@ -35,7 +35,7 @@ _NUMPY = {
 }
 _MAX_NPZ = 32 << 30
 _LARGE = 1000.0
-TORCH_SUFFIXES = (".th", ".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".th", ".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
 

@@ -1,18 +1,17 @@
-"""PyTorch's zip files (.th, .pt, .bin) without PyTorch: the archive, its tensors, and demucs' packages.
+"""PyTorch's files (.th, .pt, .pth, .ckpt, .bin) without PyTorch: the archive, and the tensors in it.
 
-Format: torch/serialization.py (a zip of stored entries: data.pkl, byteorder, data/0, data/1, ...) and
-demucs/states.py (a package is {klass, args, kwargs, state, training_args}).
+Format: torch/serialization.py (a zip of stored entries: data.pkl, byteorder, data/0, data/1, ...).
 """
 
 from __future__ import annotations
 
 import functools
-import json
+import io
 import math
 import re
 import struct
 import zipfile
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +21,66 @@ import numpy as np
 from ...storage.files import DTYPES
 from ...storage.messages import shorten
 from ..stored import RawTensor, StoredTensor, check_booleans
-from .torch_pickle import Symbol, View, read_pickle
+from .torch_contents import read_contents
+from .torch_legacy import open_legacy
+from .torch_pickle import MAX_PICKLE, read_pickle
+from .torch_values import Storage, View
 
-_MAX_PICKLE = 16 << 20
 _MAX_ENTRIES = 200_000
-_MAX_NODES = 10_000  # values in the arguments of a model
 _MAX_SHARING = 4  # bytes of tensors for each byte of the file: tied weights share storage
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _DAMAGES = (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError, RuntimeError)
-_PACKAGE = {"klass", "args", "kwargs", "state"}
 
 
 def open_torch(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a state dict or of a demucs package, each read when it is asked for, and metadata.
-
-    The metadata of a package are its class and arguments: JSON text in the encoding of demucs/hf.py.
+    """The tensors of a file, each read when it is asked for, and metadata: see torch_contents.read_contents.
 
     Raises:
         ValueError: The file is refused, and why. The message does not name the file.
     """
     with path.open("rb") as file:
-        head = file.read(len(_LEGACY))
-    if head == _LEGACY:
-        raise ValueError(
-            "this is PyTorch's older format, from before 1.6: load it with PyTorch and save it again with torch.save"
-        )
-    if not head.startswith(b"PK"):
-        raise ValueError(f"not a PyTorch file: it must be a zip, it begins with {head[:4]!r}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = path.stat().st_size
-            prefix, entries = _entries(archive, size)
-            start = f"{prefix}/data/"
-            keys = {name.removeprefix(start): n for name, n in entries.items() if name.startswith(start)}
-            value = read_pickle(archive.read(f"{prefix}/data.pkl"), keys)
-    except _DAMAGES as error:
-        raise ValueError(f"the zip is truncated or damaged ({shorten(error)})") from None
-    state, metadata = _package(value)
-    total = sum(view.storage.width * math.prod(view.shape) for view in state.values())
+        head = file.read(4)
+    if head.startswith(b"PK"):
+        value, read = _open_zip(path)
+    elif head.startswith(b"\x80"):
+        value, read = open_legacy(path)
+    else:
+        raise ValueError(f"not a PyTorch file: it must be a zip, it begins with {head!r}")
+    state, metadata = read_contents(value)
+    total, size = sum(view.storage.width * math.prod(view.shape) for view in state.values()), path.stat().st_size
     if total > _MAX_SHARING * size:
         raise ValueError(f"the tensors must share storage at most {_MAX_SHARING} times, got {total} bytes in {size}")
-    storages = _Storages(path, start)
+    storages = _Storages(read)
     tensors = {
         name: StoredTensor(DTYPES[view.storage.dtype], view.shape, functools.partial(storages.read, name, view))
         for name, view in state.items()
     }
     return tensors, metadata
+
+
+def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytes]]:
+    """The value of an archive, and a function that reads a storage by its key."""
+    try:
+        archive = zipfile.ZipFile(path)  # kept open, since a file has hundreds of storages
+        prefix, entries = _entries(archive, path.stat().st_size)
+        pickle = archive.read(f"{prefix}/data.pkl")
+    except _DAMAGES as error:
+        raise ValueError(f"the zip is truncated or damaged ({shorten(error)})") from None
+
+    def register(storage: Storage) -> None:
+        held = entries.get(f"{prefix}/data/{storage.key}")
+        if held is None:
+            raise ValueError(f"the pickle names storage {shorten(storage.key)}, which the zip does not hold")
+        if held != storage.numel * storage.width:
+            raise ValueError(f"storage {storage.key} must be {storage.numel} x {storage.width} bytes, got {held}")
+
+    def read(key: str) -> bytes:
+        try:
+            return archive.read(f"{prefix}/data/{key}")
+        except (*_DAMAGES, KeyError) as error:
+            raise ValueError(f"the zip is truncated or damaged ({shorten(error)})") from None
+
+    return read_pickle(io.BytesIO(pickle), register), read
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
@@ -85,8 +97,8 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
     pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
         raise ValueError(f"the zip must hold one folder with a data.pkl, got {len(pickles)}")
-    if entries[pickles[0]] > _MAX_PICKLE:
-        raise ValueError(f"data.pkl must be at most {_MAX_PICKLE} bytes, got {entries[pickles[0]]}")
+    if entries[pickles[0]] > MAX_PICKLE:
+        raise ValueError(f"data.pkl must be at most {MAX_PICKLE} bytes, got {entries[pickles[0]]}")
     prefix = pickles[0].removesuffix("/data.pkl")
     order = archive.read(f"{prefix}/byteorder") if f"{prefix}/byteorder" in entries else b"little"
     if order != b"little":
@@ -94,66 +106,19 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
     return prefix, entries
 
 
-def _package(value: Any) -> tuple[dict[str, View], dict[str, str]]:
-    """The named tensors, and a package's class and arguments."""
-    if not isinstance(value, dict):
-        raise ValueError(f"must hold a dict of tensors or a demucs package, got a {type(value).__name__}")
-    metadata = {}
-    if value.keys() >= _PACKAGE:
-        klass, args, kwargs = value["klass"], value["args"], value["kwargs"]
-        if not isinstance(klass, Symbol) or not isinstance(args, tuple) or not isinstance(kwargs, dict):
-            raise ValueError("a demucs package must hold a class, a tuple and a dict as klass, args and kwargs")
-        budget = [_MAX_NODES]
-        metadata = {
-            "klass": klass.name,
-            "args": json.dumps(_plain(list(args), budget, 8)),
-            "kwargs": json.dumps(_plain(kwargs, budget, 8)),
-        }
-        value = value["state"]
-    if isinstance(value, dict) and value.get("__quantized"):
-        raise ValueError("weights quantised with DiffQ are not supported")
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError("the state must be a dict from names to tensors")
-    others = [name for name, entry in value.items() if not isinstance(entry, View)]
-    if others or not value:
-        raise ValueError(f"every value must be a tensor, got {shorten(', '.join(sorted(others)) or 'nothing at all')}")
-    return value, metadata
-
-
-def _plain(value: Any, budget: list[int], depth: int) -> Any:
-    """A value as JSON holds it. The budget and the depth bound values that share or contain themselves."""
-    budget[0] -= 1
-    if budget[0] < 0 or depth == 0:
-        raise ValueError("the arguments of the model are nested too deep or too many")
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item, budget, depth - 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, budget, depth - 1) for item in value]
-    if isinstance(value, Fraction):
-        return {"_type": "fraction", "numerator": value.numerator, "denominator": value.denominator}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"the arguments of the model hold a {type(value).__name__}, not plain values")
-
-
 class _Storages:
-    """Reads tensors of an archive. The storage read last is kept, since tensors that share one follow each other."""
+    """Reads tensors of a file. The storage read last is kept, since tensors that share one follow each other."""
 
-    def __init__(self, path: Path, start: str):
-        self._path, self._start = path, start
-        self._archive: zipfile.ZipFile | None = None
-        self._key, self._bytes = "", b""
+    def __init__(self, read: Callable[[str], bytes]):
+        self._read = read
+        self._key: str | None = None
+        self._bytes = b""
 
     def read(self, name: str, view: View) -> mx.array:
         """A view as an array of its own strides."""
         storage = view.storage
         if storage.key != self._key:
-            try:
-                if self._archive is None:  # kept open, since a file has hundreds of storages
-                    self._archive = zipfile.ZipFile(self._path)
-                self._bytes = self._archive.read(self._start + storage.key)
-            except (*_DAMAGES, KeyError) as error:
-                raise ValueError(f"the zip is truncated or damaged ({shorten(error)})") from None
+            self._bytes = self._read(storage.key)
             self._key = storage.key
         flat = np.frombuffer(self._bytes, _BITS[storage.width])
         check_booleans(name, storage.dtype, flat)
