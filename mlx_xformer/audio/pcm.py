@@ -1,4 +1,4 @@
-"""Uncompressed files and FLAC, read by libsndfile: WAV, RF64, W64, AIFF, CAF, AU.
+"""Uncompressed files and FLAC, read by libsndfile: WAV, RF64, W64, AIFF, CAF.
 
 What libsndfile does not read to the end is left to FFmpeg's libraries (see containers.py).
 """
@@ -16,7 +16,8 @@ import soundfile
 from .source import FileForC, Source
 
 BLOCK = 2**16  # samples of a block
-_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC"}
+# Not AU: its header often has a size that is wrong, and FFmpeg reads to the end of the file.
+_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "FLAC"}
 _BYTES = {  # of one sample
     **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
