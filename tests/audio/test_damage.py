@@ -136,13 +136,13 @@ def test_a_download_cut_short(tmp_path, name):
 def test_one_wrong_byte_in_flac(tmp_path):
     data = bytearray(encode(tmp_path, "x.flac"))
     whole, _, _ = read(keep(tmp_path, "whole.flac", data))
-    data[len(data) // 2] ^= 255
+    data[len(data) * 9 // 10] ^= 255
     path = keep(tmp_path, "byte.flac", data)
     ours, rate, warnings = read(path)
     theirs, _ = decode(path)
     assert differ(ours, theirs) == 0
     assert (ours != whole).any(axis=0).sum() <= 2 * 4608
-    assert len(warnings) == 1 and ("lost" in warnings[0] or "damaged between 0:0" in warnings[0])
+    assert len(warnings) == 1 and ("lost" in warnings[0] or "damaged between 0:01." in warnings[0])
 
 
 @pytest.mark.parametrize("counted", [1, 40_000, 92_600])
