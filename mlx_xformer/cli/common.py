@@ -22,8 +22,8 @@ def describe_error(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of options that have one."""
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have one, and examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         hidden = action.default is None or action.default is False or action.default == []
