@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .progress import show_progress
 from .songs import Song, list_songs, pass_over_own_stems, refuse_same_targets, select_share
 
 if TYPE_CHECKING:
+    from ..audio.recording import Recording
     from ..separation.separator import Separated, Separator
     from ..separation.stems import Output
     from ..separation.targets import Targets
@@ -45,11 +47,14 @@ def run(options: argparse.Namespace) -> int:
     Options(**settings)
     kind = (options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
     output = Output(*kind, bitrate=options.bitrate, stem_file=options.stem_file)
+    _check_files(options)
     check_writable(options.out)
     if options.device:
         device.use_device(options.device)
     group = device.process_group()
     rank, size = (group.rank(), group.size()) if group else (0, 1)
+    if size > 1 and Path("-") in options.files:
+        raise ValueError(f"files must not be standard input where {size} processes divide them, got -")
     messages = Messages(options.json, quiet=rank > 0)
     folder = options.out / _model_folder(options.name)
     songs = list_songs(options, (options.out, folder), messages)
@@ -72,6 +77,30 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(device.total(len(messages.failed), group)))
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """Checks what part of which file is read, and where stems go."""
+    if options.out == Path("-"):
+        raise ValueError("--out must be a folder, as stems are several files, got -")
+    if options.end is not None and options.end <= options.start:
+        raise ValueError(f"--end must be after --start, {options.start:g} s, got {options.end:g} s")
+    if options.stream < 0:
+        raise ValueError(f"--stream must be at least 0, got {options.stream}")
+
+
+def _open_recording(song: Song, options: argparse.Namespace) -> Recording:
+    """Opens a song, or standard input, or the part of it that is wanted."""
+    from ..audio.recording import Recording
+
+    if song.piped:
+        if sys.stdin.isatty():
+            raise ValueError("standard input is a terminal, and no recording is read from it")
+        recording = Recording.spool(sys.stdin.buffer, stream=options.stream, downmix=options.downmix)
+    else:
+        recording = Recording.open(song.path, stream=options.stream, downmix=options.downmix)
+    whole = options.start == 0 and options.end is None
+    return recording if whole else recording.cut(options.start, options.end)
+
+
 def _model_folder(name: str) -> str:
     """The name of the folder for a model's stems: that of its folder or file, or its name with "_" for "/"."""
     path = Path(name)
@@ -84,23 +113,36 @@ def _separate_song(
     separator: Separator, song: Song, folder: Path, output: Output, options: argparse.Namespace, messages: Messages
 ) -> str:
     """Separates one recording, or passes over it; returns the lines to print."""
-    from ..audio.recording import Recording
     from ..separation.targets import are_whole, list_targets
 
+    recording = _open_recording(song, options)
     targets = list_targets(output, folder, song.path, separator.stems, song.below)
-    page = output.path(folder, song.path, "report", "html", below=song.below) if options.report else None
+    page = None
+    if options.report:
+        page = output.path(folder, song.path, "report", "html", below=song.below, tags=targets.tags)
     wanted = [*targets.files, *([page] if page else [])]
-    there = [path for path in wanted if path.exists()]
+    there = [path for path in wanted if path.is_file()]
     if options.skip_existing and there == wanted:
         config = separator.model.config
-        if are_whole(targets, Recording.open(song.path), config.samplerate, config.audio_channels, output):
+        if are_whole(targets, recording, config.samplerate, config.audio_channels, output):
             return _describe_skipped(song, targets, page, options)
     if there:
-        messages.say(f"{song.path}: replacing {len(there)} files, such as {there[0]}")
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        messages.say(f"{song.path}: will replace {there[0]}{more}")
     with show_progress(song.path, options.progress) as progress:
-        made = separator.separate_file(song.path, folder, output, below=song.below, progress=progress)
+        made = separator.separate_file(
+            song.path,
+            folder,
+            output,
+            below=song.below,
+            recording=recording,
+            strict=options.strict,
+            progress=progress,
+        )
+    for warning in made.warnings:
+        messages.say(f"{song.path}: {warning}")
     if page:
-        _write_report(song.path, folder, made, output, options, song.below)
+        _write_report(song, recording, folder, made, page, options)
     return _describe(song, made, page, options)
 
 
@@ -150,8 +192,8 @@ def _name_folders(files: Iterable[Path]) -> str:
 
 
 def _write_report(
-    file: Path, folder: Path, made: Separated, output: Output, options: argparse.Namespace, below: str
-) -> Path:
+    song: Song, mix: Recording, folder: Path, made: Separated, page: Path, options: argparse.Namespace
+) -> None:
     from ..separation.report.page import write_report
 
     facts = {
@@ -162,6 +204,4 @@ def _write_report(
         "Seed": options.seed,
         "Clip": options.clip,
     }
-    page = output.path(folder, file, "report", "html", below=below)
-    write_report(page, file, made.files, title=file.name, facts=facts)
-    return page
+    write_report(page, mix, made.files, title=song.path.name, facts=facts)

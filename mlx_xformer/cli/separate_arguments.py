@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +50,21 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="recordings (wav, flac, mp3, m4a, mp4 ...), or folders of them, searched through all levels",
+        help="recordings (wav, flac, mp3, m4a, mp4 ...), folders of them, searched through all levels, or - for "
+        "standard input, whose stems are named as those of a file stdin",
     )
     add("--no-recursive", dest="recursive", action="store_false", help="do not search the folders below a folder")
     add("--skip-existing", action="store_true", help="pass over recordings whose stems are all there and complete")
+    add("--start", type=_parse_time, default=0, metavar="TIME", help="separate from here: seconds, m:ss or h:mm:ss")
+    add("--end", type=_parse_time, metavar="TIME", help="separate up to here; by default all")
+    add("--stream", type=int, default=0, metavar="N", help="which sound track of a film, the first being 0")
+    add(
+        "--downmix",
+        choices=["standard", "front"],
+        default="standard",
+        help="how 5.1 and more become stereo: by the standard, with the centre, or the two front channels alone",
+    )
+    add("--strict", action="store_true", help="refuse damaged recordings, which are otherwise read with a warning")
 
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
@@ -135,6 +147,17 @@ def _add_message_arguments(group: argparse._ArgumentGroup) -> None:
         default="bar",
         help="on standard error: a bar, if it is a terminal, or lines of JSON",
     )
+
+
+def _parse_time(text: str) -> float:
+    """The seconds of "90.5", "1:30.5" or "0:01:30.5"."""
+    found = re.fullmatch(r"(\d+:[0-5]?\d:[0-5]?\d|\d+:[0-5]?\d|\d+)(\.\d+)?", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be seconds, m:ss or h:mm:ss, got {text!r}")
+    seconds = 0
+    for part in found[1].split(":"):
+        seconds = 60 * seconds + int(part)
+    return seconds + float(found[2] or 0)
 
 
 def _parse_names(text: str) -> tuple[str, ...]:

@@ -20,11 +20,13 @@ class Song:
         path: its file.
         below: what {folder} stands for in its stems' names.
         named: whether the file was named on the command line; otherwise it was found in a folder.
+        piped: whether it is standard input, whose file is called "stdin".
     """
 
     path: Path
     below: str = ""
     named: bool = True
+    piped: bool = False
 
 
 def list_songs(options: argparse.Namespace, skip: Sequence[Path], messages: Messages) -> list[Song]:
@@ -41,13 +43,16 @@ def list_songs(options: argparse.Namespace, skip: Sequence[Path], messages: Mess
     prefixes = name_folders([given for given in options.files if given.is_dir()])
     for given in options.files:
         with messages.catch(given):
-            if given in prefixes:
+            if given == Path("-"):
+                found = [Song(Path("stdin"), piped=True)]
+            elif given in prefixes:
                 found = _search(given, prefixes[given], options.recursive, skip, messages)
             else:
                 found = [Song(given)]
             for song in found:
                 with messages.catch(song.path):
-                    check_readable(song.path)
+                    if not song.piped:
+                        check_readable(song.path)
                     songs.setdefault(song.path.parent.resolve() / song.path.name, song)
     return list(songs.values())
 
@@ -129,7 +134,7 @@ def pass_over_own_stems(songs: list[Song], targets: Callable[[Song], list[Path]]
     """
     from ..separation.targets import identify
 
-    by_file = {identify(song.path): song for song in songs}
+    by_file = {identify(song.path): song for song in songs if not song.piped}
     by_file.pop(None, None)
     stems: set[Song] = set()
     kept: list[Song] = []

@@ -23,10 +23,12 @@ class Targets:
     Args:
         stems: the file of each stem.
         stem_file: the file of the mix and all stems, if one is asked for.
+        tags: of the recording, if names hold them.
     """
 
     stems: dict[str, Path]
     stem_file: Path | None = None
+    tags: Tags | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -55,7 +57,7 @@ def list_targets(
         tags = read_tags(recording)
     paths = {stem: output.path(folder, recording, stem, below=below, tags=tags) for stem in stems}
     stem_file = output.stem_file_path(folder, recording, below=below, tags=tags) if output.stem_file else None
-    targets = Targets(paths, stem_file)
+    targets = Targets(paths, stem_file, tags)
     own = identify(recording)
     for path in targets.files:
         if own and identify(path) == own:
