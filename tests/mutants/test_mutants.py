@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mutants import (
     backend,
+    cli,
     converters,
     models,
     models_causal_lm,
@@ -22,6 +23,7 @@ from mutants.runner import Bug, Outcomes
 
 TABLES = [
     backend,
+    cli,
     converters,
     models,
     models_causal_lm,
