@@ -6,7 +6,7 @@ import argparse
 import os
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .messages import Messages
@@ -53,7 +53,9 @@ def list_songs(options: argparse.Namespace, skip: Sequence[Path], messages: Mess
                 with messages.catch(song.path):
                     if not song.piped:
                         check_readable(song.path)
-                    songs.setdefault(song.path.parent.resolve() / song.path.name, song)
+                    key = Path("-") if song.piped else song.path.parent.resolve() / song.path.name
+                    known = songs.get(key, song)
+                    songs[key] = replace(known, named=known.named or song.named)
     return list(songs.values())
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def make_library(music):
         artist = ODD[n % len(ODD)]
         places.append(music / "part" / artist if n < 10 else music / artist / f"album {n}" / ODD[(3 * n) % len(ODD)])
     names = [name for name in ODD if len(name) < 200] + ["w" * 120]
+    if sys.platform == "linux":
+        names.append(os.fsdecode(b"caf\xe9"))
     for n in range(SONGS):
         place = places[n % FOLDERS]
         place.mkdir(parents=True, exist_ok=True)

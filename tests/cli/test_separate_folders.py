@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from support.audio import TINY_RATE as RATE
 from support.audio import write_noise
+from support.ffmpeg import ffmpeg
 from support.models import FAST, STEMS, checkpoint
 from support.processes import run_command
 
@@ -108,6 +109,24 @@ def test_two_songs_of_one_name(separate, tmp_path, names, given, remedy):
     assert err.count("\n") == 1 and "its stems would overwrite those of" in err and err.strip().endswith(remedy)
 
 
+def test_names_of_tags(separate, tmp_path):
+    """They tell songs apart whose files have one name; the report goes where the stems go."""
+    for number, title in ((1, "One"), (2, "Two")):
+        folder = songs(tmp_path / "music" / title, "song.wav")
+        given = {"artist": "A/B", "album": "Album", "title": title, "track": f"{number}/9"}
+        tags = [word for name, text in given.items() for word in ("-metadata", f"{name}={text}")]
+        ffmpeg("-i", folder / "song.wav", *tags, folder / "song.flac")
+        (folder / "song.wav").unlink()
+    pattern = "{artist}/{album}/{number} {title} ({stem}).{ext}"
+    given = [tmp_path / "music", "-o", tmp_path / "out", "--filename", pattern, "--report"]
+    assert separate(*given)[::2] == (0, "")
+    expected = set()
+    for name in ("01 One", "02 Two"):
+        expected |= {f"tiny/A_B/Album/{name} ({stem}).wav" for stem in STEMS} | {f"tiny/A_B/Album/{name} (report).html"}
+    assert set(files(tmp_path / "out")) >= expected
+    assert separate(*given, "--skip-existing")[1].count("skipped") == 2
+
+
 # What is passed over
 
 
@@ -196,8 +215,9 @@ def test_no_stem_overwrites_another_input(separate, tmp_path):
     assert separate(tmp_path / "a.wav", "-o", tmp_path / "out")[0] == 0
     stem = tmp_path / "out" / "tiny" / "a" / "drums.wav"
     before = digest(stem)
-    code, out, err = separate(tmp_path / "a.wav", stem, "-o", tmp_path / "out")
-    assert code == 1 and out.count("times real time") == 1 and err.count("\n") == 1
+    folder = tmp_path / "out" / "tiny" / "a"  # in which it is found as well
+    code, out, err = separate(tmp_path / "a.wav", folder, stem, "-o", tmp_path / "out")
+    assert code == 1 and out.count("times real time") == 3 and err.count("\n") == 1
     assert f"a.wav: its stems would overwrite the recording {stem}: choose another --out or --filename" in err
     assert digest(stem) == before and (tmp_path / "out" / "tiny" / "drums").is_dir()
 
@@ -250,7 +270,7 @@ def speed_up(path):
     soundfile.write(path, samples, 2 * RATE)
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "ogg", "opus", "m4a"])
 def test_skip_existing(separate, tmp_path, kind):
     """Songs whose stems are whole are passed over, others are made again; the files are those of one run."""
     music = songs(tmp_path / "music", "a.wav", "b/c.flac", samples=3001)
@@ -265,7 +285,7 @@ def test_skip_existing(separate, tmp_path, kind):
         f"{place / 'a'}{os.sep}: skipped {music / 'a.wav'}, all stems are there",
         f"{place / 'b' / 'c'}{os.sep}: skipped {music / 'b' / 'c.flac'}, all stems are there",
     ]
-    for harm in (cut, remove, empty, spoil, *([] if kind == "mp3" else [shorten, speed_up])):
+    for harm in (cut, remove, empty, spoil, *([shorten, speed_up] if kind in ("wav", "flac") else [])):
         harm(place / "b" / "c" / f"voice.{kind}")
         code, out, err = separate(*given)
         more = 1 if harm is remove else 2
@@ -287,6 +307,19 @@ def test_skip_existing_sees_other_rates_and_lengths(separate, tmp_path):
     assert "skipped" in separate(*given, "--report", "--rate", "keep")[1]
 
 
+def test_skip_existing_sees_the_stem_file(tmp_path):
+    model = checkpoint(tmp_path / "four", segment="1/1", sources=["drums", "bass", "other", "vocals"], **FAST)
+    song = songs(tmp_path, "a.wav", samples=3001) / "a.wav"
+    given = [song, "-n", model, "-o", tmp_path / "out", "--shifts", 0, "--skip-existing", "--format", "opus"]
+    made = tmp_path / "out" / "four" / "a" / "a.stem.mp4"
+    assert "skipped" not in run_command("separate", *given)[1] and not made.exists()
+    code, out, err = run_command("separate", *given, "--stem-file", "--rate", "keep")
+    assert code == 0 and "skipped" not in out and made.exists() and "and 3 more" in err
+    assert json.loads(run_command("separate", *given, "--stem-file", "--json")[1])["stem_file"] == str(made)
+    cut(made)
+    assert "and 4 more" in run_command("separate", *given, "--stem-file")[2]
+
+
 def test_skip_existing_in_json(separate, tmp_path):
     song = songs(tmp_path, "a.wav") / "a.wav"
     given = [song, "-o", tmp_path / "out", "--skip-existing", "--json"]
@@ -296,6 +329,25 @@ def test_skip_existing_in_json(separate, tmp_path):
 
 
 # Names that terminals or codecs cannot show
+
+
+def test_a_name_that_is_not_utf8(model, tmp_path):
+    song = songs(tmp_path, "a.wav") / "a.wav"
+    odd = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    try:
+        song.rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    for given in ([odd], [tmp_path, "--json"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            arguments = ["separate", *map(str, given), "-n", str(model), "-o", str(tmp_path / "out"), "--shifts", "0"]
+            assert main(arguments) == 0
+    assert sorted(os.listdir(tmp_path / "out" / "tiny" / os.fsdecode(b"caf\xe9"))) == sorted(f"{s}.wav" for s in STEMS)
+    out.flush()
+    last = json.loads(out.buffer.getvalue().splitlines()[-1])
+    assert os.fsencode(last["file"]) == os.fsencode(odd)
 
 
 def test_a_terminal_that_cannot_show_a_title(model, tmp_path):

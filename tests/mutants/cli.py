@@ -45,8 +45,8 @@ BUGS = [
     Bug(
         "an input overwritten",
         TARGETS,
-        "if identify(path) == own:",
-        "if path == recording:",
+        "identify(path) == own",
+        "path == recording",
         folders("test_an_input_is_never_overwritten"),
     ),
     Bug(
@@ -88,8 +88,8 @@ BUGS = [
     Bug(
         "cut files skipped",
         "audio.inspection",
-        "or _is_cut(path)",
-        "",
+        "if _is_cut(file):",
+        "if False:",
         tests("tests/audio/test_inspection.py::test_complete_and_cut_files"),
     ),
     Bug(
