@@ -29,8 +29,6 @@ DEMO_NOTE = (
     f"{DEMO_MODEL} is a small model for demonstrations, trained on rendered music; for real songs use "
     "-n htdemucs (downloaded on first use, 84 MB)"
 )
-
-
 _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two_stems", "other_method")
 
 

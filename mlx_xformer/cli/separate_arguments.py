@@ -48,7 +48,7 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "files",
         nargs="+",
-        type=Path,
+        type=_parse_path,
         metavar="FILE",
         help="recordings (wav, flac, mp3, m4a, mp4 ...), folders of them, searched through all levels, or - for "
         "standard input, whose stems are named as those of a file stdin",
@@ -120,7 +120,7 @@ def _add_stem_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_file_arguments(group: argparse._ArgumentGroup) -> None:
     """Adds where and how stems are written."""
     add = group.add_argument
-    add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="the output folder")
+    add("-o", "--out", type=_parse_path, default=Path("separated"), metavar="DIR", help="the output folder")
     add("--filename", default="{folder}/{track}/{stem}.{ext}", metavar="PATTERN", help=_FILENAME)
     formats = ["wav", "flac", "mp3", "ogg", "opus", "m4a"]
     add("--format", choices=formats, default="wav", help="format of the stems' files")
@@ -147,6 +147,12 @@ def _add_message_arguments(group: argparse._ArgumentGroup) -> None:
         default="bar",
         help="on standard error: a bar, if it is a terminal, or lines of JSON",
     )
+
+
+def _parse_path(text: str) -> Path:
+    """A path; "-" alone stands for standard input, and "./-" for a file of that name."""
+    path = Path(text)
+    return path.absolute() if path == Path("-") and text != "-" else path
 
 
 def _parse_time(text: str) -> float:

@@ -135,6 +135,13 @@ def test_standard_input(run, model, tmp_path, monkeypatch):
     assert len(list((tmp_path / "both/tiny").iterdir())) == 2 * len(STEMS)
 
 
+def test_a_file_that_is_called_as_standard_input(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "-", RATE, format="WAV")
+    assert run("./-")[::2] == (0, "")
+    check_stems(model, tmp_path / "out/tiny/-", soundfile.read(tmp_path / "-", dtype="float32")[0].T)
+
+
 def test_standard_input_that_is_no_audio(run, tmp_path, monkeypatch):
     for data in (b"", b"no audio at all"):
         pipe(monkeypatch, data)
