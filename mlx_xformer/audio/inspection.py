@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 import soundfile
 
+from .source import FileForC
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -38,7 +40,7 @@ def measure_file(path: Path) -> Measured | None:
                 return None
             if path.suffix in (".m4a", ".mp4"):
                 return _measure_container(file)
-            with soundfile.SoundFile(file) as found:
+            with soundfile.SoundFile(FileForC(file)) as found:
                 found.seek(found.frames - 1)
                 if not len(found.read(1)):
                     return None
@@ -52,7 +54,7 @@ def _measure_container(file: BinaryIO) -> Measured | None:
     import av
 
     try:
-        with av.open(file, options={"protocol_whitelist": "none"}) as container:
+        with av.open(FileForC(file), mode="r", options={"protocol_whitelist": "none"}) as container:
             stream = container.streams.audio[0]
             if stream.duration is None or stream.time_base is None:
                 return None
