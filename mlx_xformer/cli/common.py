@@ -22,9 +22,9 @@ def describe_error(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of options that have one."""
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have one, and examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or action.default is False or action.default == []
+        hidden = action.default in (None, []) or isinstance(action.default, bool)
         return action.help if hidden else super()._get_help_string(action)

@@ -7,122 +7,28 @@ import dataclasses
 import json
 import math
 import os
-import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..backend import device
-from .common import FAILURES, describe_error, print_error
+from .messages import Messages
+from .progress import show_progress
+from .songs import Song, list_songs, pass_over_own_stems, refuse_same_targets, select_share
 
 if TYPE_CHECKING:
-    from ..separation.run import Progress
+    from ..audio.recording import Recording
     from ..separation.separator import Separated, Separator
     from ..separation.stems import Output
+    from ..separation.targets import Targets
 
 DEMO_MODEL = "htdemucs_mini"
 DEMO_NOTE = (
     f"{DEMO_MODEL} is a small model for demonstrations, trained on rendered music; for real songs use "
     "-n htdemucs (downloaded on first use, 84 MB)"
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    add = parser.add_argument
-    add(
-        "files",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="recordings, or folders of them: wav, flac, mp3, m4a, mp4 ...",
-    )
-    add("-n", "--name", default="htdemucs", metavar="NAME|DIR", help="model name, checkpoint folder or file")
-    add("--list-models", action=_ListModels, help="list the models that have a name, and exit")
-    add("-o", "--out", type=Path, default=Path("separated"), metavar="DIR", help="the output folder")
-    _add_model_arguments(parser)
-    _add_file_arguments(parser)
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how the model is applied."""
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--stems",
-        type=_parse_names,
-        metavar="A,B",
-        help="only these stems; a bag (several models, outputs averaged) runs only the models that they need",
-    )
-    what.add_argument("--two-stems", metavar="STEM", help="this stem, and the rest as --other-method makes it")
-    add("--other-method", choices=["add", "minus", "none"], default="add", help=_REST)
-    add(
-        "--shifts",
-        type=int,
-        default=1,
-        metavar="N",
-        help="how many passes, each shifted by a random part of 0.5 s, are averaged",
-    )
-    add("--overlap", type=float, default=0.25, metavar="F", help="part of a segment shared with the next")
-    add("--segment", type=float, metavar="S", help="seconds per segment; at most, and by default, the model's own")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the random shifts")
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="how many segments run at once; by default as many as suit device and memory",
-    )
-    add("--device", choices=["cpu", "gpu"], help="the device to compute on; by default the GPU if there is one")
-
-
-def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how stems are written, and what is printed."""
-    add = parser.add_argument
-    add("--format", choices=_FORMATS, default="wav", help="format of the stems' files")
-    add("--bits", type=int, choices=[16, 24, 32], default=16, help="bits per sample of wav and flac; 32 is float wav")
-    add("--bitrate", type=int, metavar="KBPS", help="kbit/s of mp3, ogg, opus or m4a; by default 320, 256, 192, 256")
-    add("--mp3-bitrate", type=int, metavar="KBPS", help="the same, if the format is mp3")
-    add("--clip", choices=["rescale", "joint", "clamp", "none"], default="rescale", help=_CLIP)
-    add(
-        "--rate",
-        choices=["model", "keep"],
-        default="model",
-        help="sample rate of the stems: the model's, or the recording's",
-    )
-    add(
-        "--filename",
-        default="{folder}/{track}/{stem}.{ext}",
-        metavar="PATTERN",
-        help="pattern of {track}, {trackext}, {stem}, {ext}, {folder}, {artist}, {album}, {title}, {number}",
-    )
-    add("--stem-file", action="store_true", help="also write TRACK.stem.mp4: the mix and four stems for DJ programs")
-    add("--report", action="store_true", help="also write an HTML page that plays and shows the stems together")
-    add("--json", action="store_true", help="print a line of JSON for each recording")
-
-
-_FORMATS = ["wav", "flac", "mp3", "ogg", "opus", "m4a"]
-_REST = "the rest with --two-stems: the sum of the other stems, the mix minus the stem, or no file"
-_CLIP = "against clipping: a gain for each stem, one gain for all (they still add up), limiting samples, or nothing"
-
-
-def _parse_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-class _ListModels(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from ..pretrained.summary import available
-
-        for name, where in available().items():
-            print(f"{name:15} {where}")
-        parser.exit()
-
-
 _SETTINGS = ("shifts", "overlap", "segment", "seed", "batch_size", "stems", "two_stems", "other_method")
 
 
@@ -132,86 +38,65 @@ def run(options: argparse.Namespace) -> int:
     from ..separation.options import Options
     from ..separation.separator import Separator
     from ..separation.stems import Output
+    from ..separation.targets import list_targets
 
     # Errors that do not depend on the model come before it is loaded or downloaded.
     settings = {name: getattr(options, name) for name in _SETTINGS}
     Options(**settings)
     kind = (options.format, options.bits, options.mp3_bitrate, options.clip, options.rate, options.filename)
     output = Output(*kind, bitrate=options.bitrate, stem_file=options.stem_file)
+    _check_files(options)
     check_writable(options.out)
     if options.device:
         device.use_device(options.device)
     group = device.process_group()
     rank, size = (group.rank(), group.size()) if group else (0, 1)
-    failed: list[Path] = []
+    if size > 1 and Path("-") in options.files:
+        raise ValueError(f"files must not be standard input where {size} processes divide them, got -")
+    messages = Messages(options.json, quiet=rank > 0)
     folder = options.out / _model_folder(options.name)
-    files = _list_files(options, folder, output, failed, quiet=rank > 0)
+    songs = list_songs(options, (options.out, folder), messages)
+
+    def targets(song: Song, stems: Iterable[str]) -> list[Path]:
+        return list_targets(output, folder, song.path, stems, song.below).files
+
+    songs = refuse_same_targets(songs, lambda song: targets(song, ["stem"])[0], output.filename, messages)
     done = 0
-    if files:
+    if songs:
         separator = Separator(options.name, **settings)
-        for file in _select_share(files, rank, size):
-            with _report_errors(file, options, failed):
-                print(_separate_file(separator, file, folder, output, options), flush=True)
+        songs = pass_over_own_stems(songs, lambda song: targets(song, separator.stems), messages)
+        messages.quiet = False
+        for song in select_share(songs, rank, size):
+            with messages.catch(song.path):
+                print(_separate_song(separator, song, folder, output, options, messages), flush=True)
                 done += 1
     if done and rank == 0 and options.name == DEMO_MODEL and not options.json:
         print(f"Note: {DEMO_NOTE}.")
-    return int(bool(device.total(len(failed), group)))
+    return int(bool(device.total(len(messages.failed), group)))
 
 
-def _list_files(
-    options: argparse.Namespace, folder: Path, output: Output, failed: list[Path], *, quiet: bool
-) -> list[Path]:
-    """The recordings to separate. What cannot be separated is reported and added to `failed`."""
-    from ..audio import folders, source
-
-    files: list[Path] = []
-    for given in options.files:
-        with _report_errors(given, options, failed, quiet=quiet):
-            files += folders.list_recordings(given) if given.is_dir() else [given]
-    tracks: dict[str, Path] = {}
-    for file in files:
-        with _report_errors(file, options, failed, quiet=quiet):
-            source.check_readable(file)
-            target = str(output.path(folder, file, "stem"))
-            # On some file systems names that differ in case or in an accent's encoding are the same.
-            first = tracks.setdefault(unicodedata.normalize("NFC", target).casefold(), file)
-            if first != file:
-                raise ValueError(f"its stems would overwrite those of {first}")
-    return list(tracks.values())
+def _check_files(options: argparse.Namespace) -> None:
+    """Checks what part of which file is read, and where stems go."""
+    if options.out == Path("-"):
+        raise ValueError("--out must be a folder, as stems are several files, got -")
+    if options.end is not None and options.end <= options.start:
+        raise ValueError(f"--end must be after --start, {options.start:g} s, got {options.end:g} s")
+    if options.stream < 0:
+        raise ValueError(f"--stream must be at least 0, got {options.stream}")
 
 
-def _select_share(files: list[Path], rank: int, size: int) -> list[Path]:
-    """The files that this process, one of several, separates.
+def _open_recording(song: Song, options: argparse.Namespace) -> Recording:
+    """Opens a song, or standard input, or the part of it that is wanted."""
+    from ..audio.recording import Recording
 
-    Each file, largest first, goes to the process with the fewest bytes so far.
-    """
-    if size == 1:
-        return files
-    loads, mine = [0] * size, []
-    for file in sorted(files, key=lambda f: (-f.stat().st_size, f)):
-        least = loads.index(min(loads))
-        loads[least] += file.stat().st_size
-        mine += [file] if least == rank else []
-    return mine
-
-
-@contextmanager
-def _report_errors(
-    file: Path, options: argparse.Namespace, failed: list[Path], *, quiet: bool = False
-) -> Iterator[None]:
-    """Reports an error with one file in a line, so that the other files are still separated."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except FAILURES as error:
-        failed.append(file)
-        reason = describe_error(error)
-        if quiet:
-            return
-        if options.json:
-            print(json.dumps({"file": str(file), "error": reason}), flush=True)
-        print_error(reason if str(file) in reason else f"{file}: {reason}")
+    if song.piped:
+        if sys.stdin.isatty():
+            raise ValueError("standard input is a terminal, and no recording is read from it")
+        recording = Recording.spool(sys.stdin.buffer, stream=options.stream, downmix=options.downmix)
+    else:
+        recording = Recording.open(song.path, stream=options.stream, downmix=options.downmix)
+    whole = options.start == 0 and options.end is None
+    return recording if whole else recording.cut(options.start, options.end)
 
 
 def _model_folder(name: str) -> str:
@@ -222,27 +107,57 @@ def _model_folder(name: str) -> str:
     return path.resolve().name if path.is_dir() else name.replace("/", "_")
 
 
-def _separate_file(separator: Separator, file: Path, folder: Path, output: Output, options: argparse.Namespace) -> str:
-    """Separates one recording; returns the lines to print."""
-    from tqdm import tqdm
+def _separate_song(
+    separator: Separator, song: Song, folder: Path, output: Output, options: argparse.Namespace, messages: Messages
+) -> str:
+    """Separates one recording, or passes over it; returns the lines to print."""
+    from ..separation.targets import are_whole, list_targets
 
-    with tqdm(desc=file.name, unit="segment", leave=False, disable=None) as bar:
+    recording = _open_recording(song, options)
+    targets = list_targets(output, folder, song.path, separator.stems, song.below)
+    page = None
+    if options.report:
+        page = output.path(folder, song.path, "report", "html", below=song.below, tags=targets.tags)
+    wanted = [*targets.files, *([page] if page else [])]
+    there = [path for path in wanted if path.is_file()]
+    if options.skip_existing and there == wanted:
+        config = separator.model.config
+        if are_whole(targets, recording, config.samplerate, config.audio_channels, output):
+            return _describe_skipped(song, targets, page, options)
+    if there:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        messages.say(f"{song.path}: will replace {there[0]}{more}")
+    with show_progress(song.path, options.progress) as progress:
+        made = separator.separate_file(
+            song.path,
+            folder,
+            output,
+            below=song.below,
+            recording=recording,
+            strict=options.strict,
+            progress=progress,
+        )
+    for warning in made.warnings:
+        messages.say(f"{song.path}: {warning}")
+    if page:
+        _write_report(song, recording, folder, made, page, options)
+    return _describe(song, made, page, options)
 
-        def progress(now: Progress) -> None:
-            bar.total = now.total
-            bar.update(now.done - bar.n)
 
-        made = separator.separate_file(file, folder, output, progress=progress)
-    page = _write_report(file, folder, made, output, options) if options.report else None
+def _describe_skipped(song: Song, targets: Targets, page: Path | None, options: argparse.Namespace) -> str:
+    """The line on a recording that was passed over."""
     if options.json:
-        paths = {stem: str(path) for stem, path in made.files.items()}
-        result = {"file": str(file), "model": options.name, **dataclasses.asdict(made), "files": paths}
-        result |= {"stem_file": made.stem_file and str(made.stem_file)}
-        return json.dumps(result | {"report": page and str(page)})
+        return _to_json(song, options, {"skipped": True}, targets.stems, targets.stem_file, page)
+    return f"{_name_folders(targets.files)}: skipped {song.path}, all stems are there"
+
+
+def _describe(song: Song, made: Separated, page: Path | None, options: argparse.Namespace) -> str:
+    """The lines on a recording that was separated."""
+    if options.json:
+        return _to_json(song, options, dataclasses.asdict(made), made.files, made.stem_file, page)
     written = [*made.files.values(), *([made.stem_file] if made.stem_file else [])]
-    names = sorted({str(path.parent) for path in written})
     lines = [
-        f"{', '.join(names)}{os.sep}: {', '.join(path.name for path in written)}",
+        f"{_name_folders(written)}: {', '.join(path.name for path in written)}",
         f"  {made.seconds:.1f} s of audio in {made.took:.1f} s ({made.seconds / made.took:.1f} times real time)",
     ]
     quieter = {stem: gain for stem, gain in made.gains.items() if gain < 1}
@@ -252,7 +167,31 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
     return "\n".join([*lines, f"  {page}"] if page else lines)
 
 
-def _write_report(file: Path, folder: Path, made: Separated, output: Output, options: argparse.Namespace) -> Path:
+def _to_json(
+    song: Song,
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+    stems: dict[str, Path],
+    stem_file: Path | None,
+    page: Path | None,
+) -> str:
+    """The line of JSON on a recording."""
+    files = {
+        "files": {stem: str(path) for stem, path in stems.items()},
+        "stem_file": stem_file and str(stem_file),
+        "report": page and str(page),
+    }
+    return json.dumps({"file": str(song.path), "model": options.name, **facts, **files})
+
+
+def _name_folders(files: Iterable[Path]) -> str:
+    """The folders of files, in a line."""
+    return ", ".join(sorted({str(path.parent) for path in files})) + os.sep
+
+
+def _write_report(
+    song: Song, mix: Recording, folder: Path, made: Separated, page: Path, options: argparse.Namespace
+) -> None:
     from ..separation.report.page import write_report
 
     facts = {
@@ -263,6 +202,4 @@ def _write_report(file: Path, folder: Path, made: Separated, output: Output, opt
         "Seed": options.seed,
         "Clip": options.clip,
     }
-    page = output.path(folder, file, "report", "html")
-    write_report(page, file, made.files, title=file.name, facts=facts)
-    return page
+    write_report(page, mix, made.files, title=song.path.name, facts=facts)

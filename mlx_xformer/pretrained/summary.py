@@ -13,6 +13,9 @@ from ..storage.messages import find_misfits
 from .hub import NAMESPACE, find_kept, name_repository
 from .loading import EMBEDDED, NAMES, resolve
 
+# What is known of the licence of the weights that demucs' authors released; see README.md.
+LICENCE = "the code is MIT; the released HTDemucs weights carry no clear licence"
+_RELEASED = ("955717e8", "f7e0c4bc", "d12395a8", "92cfc3b6", "04573f0d", "5c90dfd2")  # how their files' names begin
 # The fields of configurations that count layers, encoders first; an attention layer alone has none.
 _COUNTS = (
     *("num_layers", "num_stack", "encoder_layers", "num_encoder_layers"),
@@ -51,7 +54,16 @@ def describe(path_or_name: str | Path) -> str:
         lines.append(f"  from        {source.get('file')} (SHA-256 {source.get('sha256')})")
     if repository := checkpoint.provenance.get("repository"):
         lines.append(f"  repository  {repository} at {checkpoint.provenance.get('revision')}")
+    if _is_released(checkpoint.provenance):
+        lines.append(f"  licence     {LICENCE}")
     return "\n".join(lines)
+
+
+def _is_released(provenance: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds weights that demucs' authors released."""
+    names = [str(source.get("file")) for source in provenance.get("sources", [])]
+    hub = str(provenance.get("repository", "")).startswith(f"{NAMESPACE}/")
+    return hub or any(name.startswith(_RELEASED) for name in names)
 
 
 def _describe_layers(config: Mapping[str, Any]) -> str:

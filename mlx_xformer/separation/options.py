@@ -97,6 +97,11 @@ class Options:
         other = {"add": [f"no_{self.two_stems}"], "minus": [f"minus_{self.two_stems}"], "none": []}
         return [self.two_stems, *other[self.other_method]]
 
+    def subtracts(self, sources: tuple[str, ...]) -> bool:
+        """Whether the rest of `two_stems` is the mix minus the stem; of a single source there are no others to add."""
+        adds = self.other_method == "add" and len(sources) > 1
+        return self.two_stems is not None and self.other_method != "none" and not adds
+
     def batch(self, config: HTDemucsConfig) -> int:
         """How many segments run at once: batch_size, or by default as many as suit the device and its memory."""
         if not config.use_train_segment and self.segment is None:

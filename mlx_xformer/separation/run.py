@@ -87,8 +87,12 @@ class Run:
         if not self.samples:
             raise ValueError(f"audio must last at least one sample at {config.samplerate} Hz, got less")
 
-    def blocks(self) -> Iterator[mx.array]:
-        """Yields (S, C, n) at the model's sample rate, in order, for the stems that the options name."""
+    def blocks(self, *, rest: bool = True) -> Iterator[mx.array]:
+        """Yields (S, C, n) at the model's sample rate, in order, for the stems that the options name.
+
+        Args:
+            rest: whether the rest of `two_stems` is among them.
+        """
         config, options = self._model.config, self._options
         recorded = self._recording.convert_blocks(config.audio_channels, config.samplerate)
         track = Track(recorded, config.audio_channels, self.samples, self._mean, self._deviation)
@@ -96,19 +100,60 @@ class Run:
         for block in stream_stems(self._model, track, options, self._report):
             stems = track.denormalize(block)
             start, done = done, done + block.shape[-1]
-            yield stems if options.two_stems is None else self._two_stems(stems, track, start, done)
+            if options.two_stems is not None:
+                stems = self._two_stems(stems, track.read(start, done) if rest else None)
+            yield stems
 
-    def _two_stems(self, stems: mx.array, track: Track, start: int, end: int) -> mx.array:
-        """(S, C, n) of the wanted sources, from `start` to `end` of the track -> the chosen one and the rest."""
+    def _two_stems(self, stems: mx.array, mix: np.ndarray | None) -> mx.array:
+        """(S, C, n) of the wanted sources, and the mix (C, n) or None -> the chosen one, and with a mix the rest."""
         sources, options = self._model.config.sources, self._options
         chosen = [sources[i] for i in options.wanted(sources)].index(str(options.two_stems))
         parts = [stems[chosen : chosen + 1]]
-        if options.other_method == "add":
+        if mix is None or options.other_method == "none":
+            return parts[0]
+        if options.subtracts(sources):
+            parts.append(mx.array(mix) - parts[0])
+        else:
             others = [stem for i, stem in enumerate(stems) if i != chosen]
             parts.append(sum(others[1:], others[0])[None])
-        elif options.other_method == "minus":
-            parts.append(mx.array(track.read(start, end)) - stems[chosen : chosen + 1])
         return mx.concatenate(parts)
+
+    def count_samples(self, sample_rate: int) -> int:
+        """Returns how many samples per channel the stems have at a sample rate."""
+        rate = self._recording.sample_rate
+        known = {rate: self.recorded, self._model.config.samplerate: self.samples}
+        return known.get(sample_rate, round(self.recorded * sample_rate / rate))
+
+    def resampled_blocks(self, sample_rate: int) -> Iterator[np.ndarray]:
+        """Yields (S, C, n) at any sample rate, in order.
+
+        Where that is not the model's, a mix minus a stem is taken from the recording itself: the two add up to it, and
+        keep the frequencies that the model's sample rate does not hold.
+        """
+        config, options = self._model.config, self._options
+        if sample_rate == config.samplerate:
+            yield from (np.array(block) for block in self.blocks())
+            return
+        channels, subtracts = config.audio_channels, options.subtracts(config.sources)
+        count = 1 if subtracts else len(options.names(config.sources))
+        blocks = (np.array(block) for block in self.blocks(rest=not subtracts))
+        samples = self.count_samples(sample_rate)
+        stems = resample_stems(blocks, (count, channels), config.samplerate, sample_rate, samples)
+        if not subtracts:
+            yield from stems
+            return
+        mix, done = Track(self.mix_blocks(sample_rate), channels, samples), 0
+        for block in stems:
+            start, done = done, done + block.shape[-1]
+            yield np.concatenate([block, mix.read(start, done) - block])
+            mix.discard(done)
+
+    def mix_blocks(self, sample_rate: int) -> Iterator[np.ndarray]:
+        """Yields the recording, (C, n), at a sample rate and in the model's channels; it is as long as the stems."""
+        channels = self._model.config.audio_channels
+        blocks = (block[None] for block in self._recording.convert_blocks(channels, sample_rate))
+        samples = self.count_samples(sample_rate)
+        return (block[0] for block in resample_stems(blocks, (1, channels), sample_rate, sample_rate, samples))
 
     def _report(self, done: int, total: int) -> None:
         if self._progress is not None:

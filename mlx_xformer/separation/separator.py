@@ -20,9 +20,10 @@ from ..audio.tags import read_tags
 from ..models.htdemucs import Bag, HTDemucs, InferenceMode
 from ..pretrained.loading import load
 from .options import Options, OtherMethod
-from .run import Progress, Run, resample_stems
+from .run import Progress, Run
 from .segments import get_members
 from .stems import Output, StemFiles
+from .targets import list_targets
 
 Audio = TypeVar("Audio", np.ndarray, mx.array)
 Mode = InferenceMode | Literal["full", "time_only"]
@@ -146,6 +147,35 @@ class Separator:
         mx.eval(stems)  # so that another thread may read them
         return cast("dict[str, Audio]", dict(zip(self.stems, stems, strict=True)))
 
+    def stream(
+        self,
+        file: str | Path | Recording,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        cancel: Event | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Separates a recording and gives out each stretch of its stems when it is finished, for example to play it.
+
+        The recording is first read from end to end, to measure its level. The first stretch follows after the first
+        segments. The memory needed does not grow with its length.
+
+        Args:
+            file: a file, or a recording that was opened already.
+            progress: called with a `Progress` after each batch of segments.
+            cancel: an event that ends the separation after the current batch when it is set.
+
+        Returns:
+            An iterator over the stretches, in order: for each stem, float32 (channels, n) at the model's sample rate.
+            Joined together they are the samples that `separate_file` writes with `Output(bits=32, clip="none")`.
+
+        Raises:
+            ValueError: if the file is not audio.
+            OSError: if it cannot be read.
+            Cancelled: while iterating, if `cancel` was set.
+        """
+        run = Run(self.model, self.options, Recording.open(file), progress, cancel)
+        return (dict(zip(self.stems, np.array(block), strict=True)) for block in run.blocks())
+
     def separate_file(
         self,
         file: str | Path,
@@ -175,39 +205,30 @@ class Separator:
             is left behind.
 
         Raises:
-            ValueError: if the file is not audio, if the format cannot hold its stems, or, with `strict`, if it is
-                damaged.
+            ValueError: if the file is not audio, if the format cannot hold its stems, if a stem would overwrite it, or,
+                with `strict`, if it is damaged.
             OSError: if a file cannot be read or written.
             Cancelled: if `cancel` was set.
         """
         file, output, start = Path(file), output or Output(), time.perf_counter()
         recording = recording or Recording.open(file)
+        tags = read_tags(file)
+        targets = list_targets(output, Path(folder), file, self.stems, below, tags)
         run = Run(self.model, self.options, recording, progress, cancel)
         if strict and run.warnings:
             raise ValueError(f"{file}: {run.warnings[0]}")
-        tags = read_tags(file)
-        paths = {stem: output.path(Path(folder), file, stem, below=below, tags=tags) for stem in self.stems}
-        stem_file = output.stem_file_path(Path(folder), file, below=below, tags=tags) if output.stem_file else None
         config = self.model.config
         channels = config.audio_channels
         rate = output.encoding.choose_rate(recording.sample_rate if output.rate == "keep" else config.samplerate)
-        samples = {recording.sample_rate: run.recorded, config.samplerate: run.samples}.get(
-            rate, round(run.recorded * rate / recording.sample_rate)
-        )
-
-        def mix() -> Iterator[np.ndarray]:
-            blocks = (block[None] for block in recording.convert_blocks(channels, rate))
-            return (block[0] for block in resample_stems(blocks, (1, channels), rate, rate, samples))
-
-        bundle = (stem_file, mix) if stem_file else None
-        with StemFiles(paths, rate, channels, samples, output, tags=tags, stem_file=bundle) as files:
-            blocks = (np.array(block) for block in run.blocks())
-            for block in resample_stems(blocks, (len(paths), channels), config.samplerate, rate, samples):
-                files.write(dict(zip(paths, block, strict=True)))
+        samples = run.count_samples(rate)
+        bundle = (targets.stem_file, lambda: run.mix_blocks(rate)) if targets.stem_file else None
+        with StemFiles(targets.stems, rate, channels, samples, output, tags=tags, stem_file=bundle) as files:
+            for block in run.resampled_blocks(rate):
+                files.write(dict(zip(targets.stems, block, strict=True)))
             gains = files.commit()
         seconds = run.recorded / recording.sample_rate
         took = time.perf_counter() - start
-        return Separated(paths, seconds, took, rate, channels, samples, gains, run.warnings, stem_file)
+        return Separated(targets.stems, seconds, took, rate, channels, samples, gains, run.warnings, targets.stem_file)
 
 
 def separate(

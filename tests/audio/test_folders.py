@@ -37,6 +37,7 @@ def test_links_are_followed_once(tmp_path):
     """To folders above and beside, to one another, and out of the tree; songs keep their real paths."""
     music, shelf = make(tmp_path / "music", "z/1.wav", "z/deep/2.wav"), make(tmp_path / "shelf", "3.wav")
     (music / "a").symlink_to(music / "z")
+    (music / "zz").symlink_to(music / "z")
     (music / "z" / "up").symlink_to(music)
     (music / "z" / "deep" / "self").symlink_to(music / "z" / "deep")
     (music / "shelf").symlink_to(shelf)

@@ -490,7 +490,7 @@ def test_options_that_cannot_be(checkpoint, song, tmp_path, capsys, given, messa
 
 def test_shared_out_files():
     """Every file goes to exactly one process, and the bytes are spread."""
-    from mlx_xformer.cli.separate import _select_share
+    from mlx_xformer.cli.songs import Song, select_share
 
     class File:
         def __init__(self, size):
@@ -502,8 +502,8 @@ def test_shared_out_files():
         def __lt__(self, other):
             return id(self) < id(other)
 
-    files = [File(size) for size in (7, 50, 20, 31, 11, 40)]
-    shares = [_select_share(files, rank, 3) for rank in range(3)]
+    files = [Song(File(size)) for size in (7, 50, 20, 31, 11, 40)]
+    shares = [select_share(files, rank, 3) for rank in range(3)]
     assert sorted(map(id, itertools.chain(*shares))) == sorted(map(id, files))
-    assert max(sum(f.st_size for f in share) for share in shares) == 57
-    assert _select_share(files, 0, 1) == files
+    assert max(sum(song.path.st_size for song in share) for share in shares) == 57
+    assert select_share(files, 0, 1) == files

@@ -6,6 +6,7 @@ import pytest
 from mutants import (
     audio_reading,
     backend,
+    cli,
     converters,
     models,
     models_causal_lm,
@@ -24,6 +25,7 @@ from mutants.runner import Bug, Outcomes
 TABLES = [
     audio_reading,
     backend,
+    cli,
     converters,
     models,
     models_causal_lm,
