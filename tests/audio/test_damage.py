@@ -141,7 +141,7 @@ def test_one_wrong_byte_in_flac(tmp_path):
     ours, rate, warnings = read(path)
     theirs, _ = decode(path)
     assert differ(ours, theirs) == 0
-    assert (ours != whole).any(axis=0).sum() <= 2 * 4608
+    assert (ours[:, :70_000] == whole[:, :70_000]).all()
     assert len(warnings) == 1 and ("lost" in warnings[0] or "damaged between 0:01." in warnings[0])
 
 
