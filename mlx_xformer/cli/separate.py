@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -226,6 +227,7 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
     """Separates one recording; returns the lines to print."""
     from tqdm import tqdm
 
+    start = time.perf_counter()
     with tqdm(desc=file.name, unit="segment", leave=False, disable=None) as bar:
 
         def progress(now: Progress) -> None:
@@ -234,6 +236,7 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
 
         made = separator.separate_file(file, folder, output, progress=progress)
     page = _write_report(file, folder, made, output, options) if options.report else None
+    made = dataclasses.replace(made, took=time.perf_counter() - start)  # the report included
     if options.json:
         paths = {stem: str(path) for stem, path in made.files.items()}
         result = {"file": str(file), "model": options.name, **dataclasses.asdict(made), "files": paths}
@@ -253,6 +256,10 @@ def _separate_file(separator: Separator, file: Path, folder: Path, output: Outpu
 
 
 def _write_report(file: Path, folder: Path, made: Separated, output: Output, options: argparse.Namespace) -> Path:
+    """Writes the page of one song and adds it to the index of the output folder; returns the page."""
+    from tqdm import tqdm
+
+    from ..separation.report.index import INDEX, add_song
     from ..separation.report.page import write_report
 
     facts = {
@@ -264,5 +271,16 @@ def _write_report(file: Path, folder: Path, made: Separated, output: Output, opt
         "Clip": options.clip,
     }
     page = output.path(folder, file, "report", "html")
-    write_report(page, file, made.files, title=file.name, facts=facts)
+    with tqdm(desc=f"{file.name}: report", unit="section", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        index = options.out / INDEX
+        song = write_report(page, file, made.files, title=file.name, facts=facts, index=index, progress=progress)
+    try:
+        add_song(options.out, song, folder.name)
+    except FileExistsError as error:  # a page of the user's, which is kept
+        print_error(str(error))
     return page

@@ -237,9 +237,11 @@ class Browser:
         found = self.send("POST", "/element", using="css selector", value=selector)
         self.send("POST", f"/element/{next(iter(found.values()))}/click")
 
-    def press(self, key: str) -> None:
+    def press(self, key: str, *, shift: bool = False) -> None:
         """A key, to whatever has the focus."""
         keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        if shift:
+            keys = [{"type": "keyDown", "value": "\ue008"}, *keys, {"type": "keyUp", "value": "\ue008"}]
         self.send("POST", "/actions", actions=[{"type": "key", "id": "keyboard", "actions": keys}])
 
     def look(self, width: int, height: int, *, dark: bool, path: Path | None = None) -> bytes:
