@@ -19,7 +19,7 @@ from ...audio.resampling import rechunk
 SECTION = 10  # seconds of a section
 MARGIN = 0.1  # seconds of the neighbouring sections on both sides, where compressed audio is not exact
 COLUMNS = 1200  # of the envelope
-FRAMES, BANDS, WINDOW = 600, 112, 4096  # columns and rows of the spectrogram; samples of a frame
+FRAMES, BANDS, WINDOW = 512, 112, 4096  # columns and rows of the spectrogram; samples of a frame
 BATCH = 32  # frames that are transformed together: few enough for the processor's cache
 LOWEST, HIGHEST, FLOOR, CEILING = 40.0, 20000.0, -88.0, -20.0  # Hz, Hz; dB, a full-scale sine being 0
 
@@ -134,16 +134,21 @@ class Measure:
         return 10 * math.log10(self.energy / (self.channels * self.samples)) if self.energy else -math.inf
 
     def add(self, audio: np.ndarray) -> None:
-        """Adds the next (C, n) samples."""
-        self.peak = max(self.peak, float(np.abs(audio).max()))
-        square = np.square(audio, dtype=np.float64).mean(axis=0)
-        self.energy += float(square.sum()) * self.channels
+        """Adds the next (C, n) samples. ValueError if some are not finite."""
+        low, high = audio.min(axis=0), audio.max(axis=0)
+        peak = float(max(high.max(), -low.min()))
+        if not math.isfinite(peak):
+            raise ValueError("audio must be finite, got NaN or infinite samples")
+        self.peak = max(self.peak, peak)
+        square = np.einsum("cn,cn->n", audio, audio)
         first, last = np.searchsorted(self.edges, (self.done, self.done + audio.shape[1] - 1), side="right") - 1
         starts = np.maximum(self.edges[first : last + 1] - self.done, 0)
         at = slice(first, last + 1)
-        self.low[at] = np.minimum(self.low[at], np.minimum.reduceat(audio.min(axis=0), starts))
-        self.high[at] = np.maximum(self.high[at], np.maximum.reduceat(audio.max(axis=0), starts))
-        self.square[at] += np.add.reduceat(square, starts)
+        self.low[at] = np.minimum(self.low[at], np.minimum.reduceat(low, starts))
+        self.high[at] = np.maximum(self.high[at], np.maximum.reduceat(high, starts))
+        squares = np.add.reduceat(square, starts, dtype=np.float64)
+        self.square[at] += squares / self.channels
+        self.energy += float(squares.sum())
         self.done += audio.shape[1]
         self._spectrum(audio)
 
