@@ -1,5 +1,6 @@
 """The command line as users meet it: stems where they belong, one line for a mistake, nothing half written."""
 
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
+import tqdm
 from mlx.utils import tree_flatten
 from support.harness import draw
 from support.models import options
@@ -304,6 +306,19 @@ def test_reports_are_listed_in_an_index(checkpoint, song, tmp_path, capsys):
     assert run("separate", song, "-n", checkpoint, "-o", out, "--report") == 0
     assert "index.html is not an index of separated songs: it is kept as it is" in capsys.readouterr().err
     assert (out / "index.html").read_text() == "mine"
+
+
+def test_a_bar_shows_how_far_the_report_is(checkpoint, song, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **given):
+            super().__init__(**given | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out", "--report") == 0
+    assert [(bar.desc, bar.n, bar.total) for bar in bars][1:] == [("song.wav: report", 1, 1)]
 
 
 def test_the_time_of_a_song_includes_its_report(checkpoint, song, tmp_path, capsys, monkeypatch):

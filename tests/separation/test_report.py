@@ -1,6 +1,7 @@
 """The page of a separated track: its numbers, its safety, its memory. A browser plays it in test_report_browser.py."""
 
 import base64
+import dataclasses
 import hashlib
 import os
 import re
@@ -96,6 +97,17 @@ def test_a_report_says_what_the_index_needs(tmp_path):
     found = [level for t in song.tracks for level in (t.peak_db, t.rms_db)]
     np.testing.assert_allclose(found, levels[:-2], atol=1e-3)
     assert isinstance(song.tracks[0], Levels)
+
+
+def test_stems_may_have_lengths_that_only_reading_tells(tmp_path):
+    mix, stems = tones(0.5)
+    known = made(tmp_path, mix, stems)
+    values = Page(known).values
+    unknown = {
+        name: dataclasses.replace(Recording.from_array(stem, RATE), samples=None) for name, stem in stems.items()
+    }
+    write_report(known, Recording.from_array(mix, RATE), unknown, title="", facts={})
+    assert Page(known).values == values
 
 
 def test_everything_is_read_once_and_progress_is_told(tmp_path):

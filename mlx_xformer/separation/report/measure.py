@@ -40,17 +40,14 @@ class Tracks:
     def __init__(self, mix: Recording, stems: Mapping[str, Recording]):
         if not stems:
             raise ValueError("stems must name at least one track, got none")
-        first = next(iter(stems.values()))
-        for name, stem in stems.items():
-            got, want = (
-                (stem.sample_rate, stem.channels, stem.samples),
-                (first.sample_rate, first.channels, first.samples),
-            )
+        shapes = {name: (stem.sample_rate, stem.channels, _count_samples(stem)) for name, stem in stems.items()}
+        want = next(iter(shapes.values()))
+        for name, got in shapes.items():
             if got != want:
                 raise ValueError(f"stems must agree in rate, channels and samples: {name} has {got}, others {want}")
-        if not first.samples:
+        self.rate, self.channels, self.samples = want
+        if not self.samples:
             raise ValueError("stems must hold samples, got none")
-        self.rate, self.channels, self.samples = first.sample_rate, first.channels, first.samples
         self.seconds = self.samples / self.rate
         self.sections = -(-self.samples // (SECTION * self.rate))
         self.margin = round(MARGIN * self.rate)  # samples
@@ -89,6 +86,13 @@ class Tracks:
             left -= SECTION * self.rate
             if left <= 0:
                 return
+
+
+def _count_samples(recording: Recording) -> int:
+    """The samples per channel, for which a recording that does not tell is read."""
+    if recording.samples is not None:
+        return recording.samples
+    return sum(block.shape[1] for block in recording.blocks())
 
 
 class Measure:
