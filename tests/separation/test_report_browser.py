@@ -288,6 +288,19 @@ def test_setting_b_while_playing_goes_back_to_a(browser, page):
 
 
 @pytest.mark.browser
+def test_a_link_opens_the_file_beside_the_page(browser, page):
+    opened(browser, page)
+    before = browser.send("GET", "/window/handles")
+    browser.click(".file")
+    new = browser.wait_for(lambda: set(browser.send("GET", "/window/handles")) - set(before))
+    assert browser.send("GET", "/url") == page.resolve().as_uri()
+    browser.send("POST", "/window", handle=new.pop())
+    assert browser.wait("return location.href") == (page.parent / "0.wav").resolve().as_uri()
+    browser.send("DELETE", "/window")
+    browser.send("POST", "/window", handle=before[0])
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("values", [(2, 44100, 96), (1, 44100, 32), (1, 32000, 20)])
 def test_what_sounds_is_where_the_picture_shows_it(browser, tmp_path, monkeypatch, values):
     click = np.zeros((2, 2 * RATE), np.float32)
