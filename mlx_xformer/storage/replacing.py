@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 _PREFIX, _SUFFIX = ".unfinished-", ".part"
+_NEW = 60  # seconds: a younger file may belong to a process that has not locked it yet
 
 
 @contextmanager
@@ -32,7 +34,8 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
     for part in path.parent.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError), part.open("rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+            if time.time() - os.fstat(left.fileno()).st_mtime > _NEW:
+                part.unlink()
     handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=path.parent)
     try:
         with open(handle, "wb") as out:

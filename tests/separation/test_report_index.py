@@ -2,11 +2,13 @@
 test_report_browser.py."""
 
 import base64
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -115,7 +117,15 @@ def test_writers_wait_for_one_another(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / ".unfinished-abc.part").write_bytes(b"half")
+    left = tmp_path / ".unfinished-abc.part"
+    left.write_bytes(b"half")
+    add_song(tmp_path, song(tmp_path, "a"), "model")
+    assert left.exists()  # for a minute it may be another process's
+    os.utime(left, (time.time() - 100,) * 2)
+    with left.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        add_song(tmp_path, song(tmp_path, "a"), "model")
+        assert left.exists()
     index = add_song(tmp_path, song(tmp_path, "a"), "model")
     assert sorted(os.listdir(tmp_path)) == ["index.html", "model"]
     found = Page(index).texts["script", "mlx-xformer-songs"]
