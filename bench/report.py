@@ -13,6 +13,7 @@ TITLES = {
     "attention": "Attention, 8 heads of 64",
     "cache": "One layer's cache (8 heads over 2, of width 64): 256 appends; 512 and 16 x 1 queries at 8k",
     "mixture": "8 experts, two a token (width 256, hidden 512, gated); runs of 1000, 40, 3 and 1 passes, or 3 steps",
+    "pages": "A recording of 30 s: its separation into four stems, and its report page",
     "parts": "Parts, at their official sizes",
     "peers": "One official segment of 7.8 s (htdemucs, float32)",
     "bag": "One stem of a bag of four, a track of 12 s",

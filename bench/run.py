@@ -7,6 +7,7 @@
     python bench/run.py --cache [--cases append]                  appends at 1k and 4k; 8 bits against float16 at 8k
     python bench/run.py --language [--cases decode]               generation by a Llama against mlx-lm
     python bench/run.py --mixture [--cases training]              a mixture of experts against mlx-lm, a dense network
+    python bench/run.py --pages                                   the report page against the separation of 30 s
     python bench/run.py --seq2seq                                 64 tokens of an encoder-decoder by what it keeps
 
 Times are medians over the rounds after a warm-up run in each process. Only figures of one run are comparable.
@@ -27,6 +28,7 @@ OPTIONS = {  # suite: (rounds, help)
     "cache": (5, "one layer's cache: appends, and 8 bits against float16"),
     "language": (5, "generation by a random Llama against mlx-lm"),
     "mixture": (15, "a mixture of experts against mlx-lm"),
+    "pages": (3, "the report page against the separation of 30 s"),
     "peers": (5, "a whole segment against PyTorch demucs and demucs-mlx"),
     "seq2seq": (5, "an encoder-decoder with caches and without"),
 }
@@ -64,6 +66,19 @@ def run_cache(settings: Settings) -> None:
     finish("cache", found, settings)
 
 
+def run_pages(settings: Settings) -> None:
+    """Measures the report page of 30 seconds of audio, and the separations that it follows."""
+    from cases.pages import CASES
+
+    with tempfile.TemporaryDirectory() as folder:
+        cases = []
+        for name, function in settings.choose(CASES).items():
+            own = Path(folder) / function
+            own.mkdir()
+            cases.append(Case(name, "pages", function, folder=own))
+        finish("pages", measure(cases, Path(folder), settings), settings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     suites = parser.add_mutually_exclusive_group()
@@ -84,6 +99,8 @@ def main() -> None:
         run_pairs(suite, settings)
     elif suite == "bag":
         run_bag(settings)
+    elif suite == "pages":
+        run_pages(settings)
     elif suite == "cache":
         run_cache(settings)
     else:

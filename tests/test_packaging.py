@@ -15,7 +15,8 @@ DATA = {
     "mlx_xformer/data/demo.flac",
     "mlx_xformer/data/htdemucs_mini/config.json",
     "mlx_xformer/data/htdemucs_mini/model.safetensors",
-    *(f"mlx_xformer/separation/report/data/{name}" for name in ("page.html", "script.js", "style.css")),
+    *(f"mlx_xformer/separation/report/data/{name}" for name in ("base.css", "page.css", "page.html", "page.js")),
+    *(f"mlx_xformer/separation/report/data/{name}" for name in ("index.css", "index.html")),
 }
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,7 @@ def _separate_song(
     if there:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         messages.say(f"{song.path}: will replace {there[0]}{more}")
+    start = time.perf_counter()
     with show_progress(song.path, options.progress) as progress:
         made = separator.separate_file(
             song.path,
@@ -140,7 +142,8 @@ def _separate_song(
     for warning in made.warnings:
         messages.say(f"{song.path}: {warning}")
     if page:
-        _write_report(song, recording, folder, made, page, options)
+        _write_report(song, recording, folder, made, page, options, messages)
+        made = dataclasses.replace(made, took=time.perf_counter() - start)  # the report included
     return _describe(song, made, page, options)
 
 
@@ -190,8 +193,18 @@ def _name_folders(files: Iterable[Path]) -> str:
 
 
 def _write_report(
-    song: Song, mix: Recording, folder: Path, made: Separated, page: Path, options: argparse.Namespace
+    song: Song,
+    mix: Recording,
+    folder: Path,
+    made: Separated,
+    page: Path,
+    options: argparse.Namespace,
+    messages: Messages,
 ) -> None:
+    """Writes the page of one song and adds it to the index of the output folder."""
+    from tqdm import tqdm
+
+    from ..separation.report.index import INDEX, add_song
     from ..separation.report.page import write_report
 
     facts = {
@@ -202,4 +215,15 @@ def _write_report(
         "Seed": options.seed,
         "Clip": options.clip,
     }
-    write_report(page, mix, made.files, title=song.path.name, facts=facts)
+    with tqdm(desc=f"{song.path.name}: report", unit="section", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        index = options.out / INDEX
+        listed = write_report(page, mix, made.files, title=song.path.name, facts=facts, index=index, progress=progress)
+    try:
+        add_song(options.out, listed, folder.name)
+    except FileExistsError as error:  # a page of the user's, which is kept
+        messages.say(str(error))

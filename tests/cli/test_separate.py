@@ -1,5 +1,6 @@
 """The command line as users meet it: stems where they belong, one line for a mistake, nothing half written."""
 
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
+import tqdm
 from mlx.utils import tree_flatten
 from support.harness import draw
 from support.models import options
@@ -287,6 +289,45 @@ def test_report(checkpoint, song, tmp_path, capsys):
     page = (tmp_path / "out" / "tiny" / "song" / "report.html").read_text()
     assert "song.wav" in page and "<td>5</td>" in page.replace("<dd>5</dd>", "<td>5</td>")
     assert "report.html" in capsys.readouterr().out
+    assert 'href="../../index.html"' in page and 'href="drums.wav"' in page
+
+
+def test_reports_are_listed_in_an_index(checkpoint, song, tmp_path, capsys):
+    """Of the output folder: later runs add to it, and a page of the user's is kept."""
+    out = tmp_path / "out"
+    other = write(tmp_path / "other song.wav", seed=3)
+    for file in (song, other):
+        assert run("separate", file, "-n", checkpoint, "-o", out, "--report") == 0
+    index = (out / "index.html").read_text()
+    for href in ("tiny/song/report.html", "tiny/song/rest.wav", "tiny/other%20song/report.html"):
+        assert f'href="{href}"' in index
+    (out / "index.html").write_text("mine")
+    capsys.readouterr()
+    assert run("separate", song, "-n", checkpoint, "-o", out, "--report") == 0
+    assert "index.html is not an index of separated songs: it is kept as it is" in capsys.readouterr().err
+    assert (out / "index.html").read_text() == "mine"
+
+
+def test_a_bar_shows_how_far_the_report_is(checkpoint, song, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **given):
+            super().__init__(**given | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out", "--report") == 0
+    assert [(bar.desc, bar.n, bar.total) for bar in bars][1:] == [("song.wav: report", 1, 1)]
+
+
+def test_the_time_of_a_song_includes_its_report(checkpoint, song, tmp_path, capsys, monkeypatch):
+    from mlx_xformer.separation.report import page
+
+    honest = page.write_report
+    monkeypatch.setattr(page, "write_report", lambda *given, **named: time.sleep(0.5) or honest(*given, **named))
+    assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out", "--report", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["took"] > 0.5
 
 
 def stream_of(path):
@@ -375,8 +416,9 @@ def test_joint_keeps_the_sum_of_all_stems(checkpoint, tmp_path):
 def test_stems_and_names_of_files(checkpoint, song, tmp_path):
     given = ["--stems", "rest,drums", "--filename", "{stem}/{track}-{trackext}.{ext}", "--bits", 32, "--clip", "clamp"]
     assert run("separate", song, "-n", checkpoint, "-o", tmp_path / "out", *given, "--report") == 0
-    found = {str(p.relative_to(tmp_path / "out" / "tiny")) for p in (tmp_path / "out").rglob("*.*")}
-    assert found == {"rest/song-wav.wav", "drums/song-wav.wav", "report/song-wav.html"}
+    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
+    stems = {"tiny/rest/song-wav.wav", "tiny/drums/song-wav.wav"}
+    assert found == {*stems, "tiny/report/song-wav.html", "index.html"}
     whole = expected(checkpoint, song)
     written, _ = soundfile.read(tmp_path / "out/tiny/drums/song-wav.wav", dtype="float32")
     assert np.abs(written.T - np.clip(whole["drums"], -0.99, 0.99)).max() < 1e-6

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,10 +224,14 @@ class Browser:
 
     def wait(self, script: str, seconds: float = 20) -> object:
         """The first true value of a function body."""
+        return self.wait_for(lambda: self.run(script), seconds, script)
+
+    def wait_for(self, ask: Callable[[], object], seconds: float = 20, about: str = "") -> object:
+        """The first true value of a function."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not (value := ask()):
             if time.monotonic() > end:
-                raise RuntimeError(f"still not true after {seconds} s: {script}")
+                raise RuntimeError(f"still not true after {seconds} s: {about}")
             time.sleep(0.05)
         return value
 
@@ -237,9 +241,11 @@ class Browser:
         found = self.send("POST", "/element", using="css selector", value=selector)
         self.send("POST", f"/element/{next(iter(found.values()))}/click")
 
-    def press(self, key: str) -> None:
+    def press(self, key: str, *, shift: bool = False) -> None:
         """A key, to whatever has the focus."""
         keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        if shift:
+            keys = [{"type": "keyDown", "value": "\ue008"}, *keys, {"type": "keyUp", "value": "\ue008"}]
         self.send("POST", "/actions", actions=[{"type": "key", "id": "keyboard", "actions": keys}])
 
     def look(self, width: int, height: int, *, dark: bool, path: Path | None = None) -> bytes:

@@ -6,6 +6,7 @@ Axes: K tracks (mix, stems, residual), C channels, N samples, W columns, F bands
 from __future__ import annotations
 
 import base64
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
@@ -16,8 +17,10 @@ from ...audio.recording import BLOCK, Recording
 from ...audio.resampling import rechunk
 
 SECTION = 10  # seconds of a section
-MARGIN = 0.1  # seconds of the neighbouring sections on both sides, which hide the edges of the MP3 encoding
-COLUMNS, BANDS, WINDOW = 1200, 112, 4096
+MARGIN = 0.1  # seconds of the neighbouring sections on both sides, where compressed audio is not exact
+COLUMNS = 1200  # of the envelope
+FRAMES, BANDS, WINDOW = 512, 112, 4096  # columns and rows of the spectrogram; samples of a frame
+BATCH = 32  # frames that are transformed together: few enough for the processor's cache
 LOWEST, HIGHEST, FLOOR, CEILING = 40.0, 20000.0, -88.0, -20.0  # Hz, Hz; dB, a full-scale sine being 0
 
 
@@ -37,40 +40,39 @@ class Tracks:
     def __init__(self, mix: Recording, stems: Mapping[str, Recording]):
         if not stems:
             raise ValueError("stems must name at least one track, got none")
-        first = next(iter(stems.values()))
-        for name, stem in stems.items():
-            got, want = (
-                (stem.sample_rate, stem.channels, stem.samples),
-                (first.sample_rate, first.channels, first.samples),
-            )
+        shapes = {name: (stem.sample_rate, stem.channels, _count_samples(stem)) for name, stem in stems.items()}
+        want = next(iter(shapes.values()))
+        for name, got in shapes.items():
             if got != want:
                 raise ValueError(f"stems must agree in rate, channels and samples: {name} has {got}, others {want}")
-        if not first.samples:
+        self.rate, self.channels, self.samples = want
+        if not self.samples:
             raise ValueError("stems must hold samples, got none")
-        self.rate, self.channels, self.samples = first.sample_rate, first.channels, first.samples
         self.seconds = self.samples / self.rate
+        self.sections = -(-self.samples // (SECTION * self.rate))
+        self.margin = round(MARGIN * self.rate)  # samples
         self.names = ["mix", *stems, "residual"]
         self._recordings = [mix, *stems.values()]
 
-    def read_sections(self) -> Iterator[np.ndarray]:
+    def _read_all(self) -> Iterator[np.ndarray]:
         """Yields (K, C, n) for each section; n is SECTION seconds, and less in the last one."""
         for parts in zip(*(self._read_sections(r) for r in self._recordings), strict=True):
-            mix, *stems = parts
-            audio = np.stack([mix, *stems, mix - np.sum(stems, axis=0)])
-            if not np.isfinite(audio).all():
-                raise ValueError(f"{', '.join(self.names[:-1])} must be finite, got NaN or infinite samples")
+            audio = np.stack([*parts, parts[0]])
+            audio[-1] -= np.sum(audio[1:-1], axis=0)
             yield audio
 
     def read_with_margins(self) -> Iterator[np.ndarray]:
-        """Yields each section with MARGIN seconds of its neighbours, or silence, on both sides."""
-        margin = round(MARGIN * self.rate)
-        silence = np.zeros((len(self.names), self.channels, margin), np.float32)
+        """Yields (K, C, n) for each section, with `margin` samples of its neighbours, or silence, on both sides.
+
+        n is SECTION seconds and both margins, and less in the last one.
+        """
+        silence = np.zeros((len(self.names), self.channels, self.margin), np.float32)
         before, here = silence, None
-        for after in self.read_sections():
+        for after in self._read_all():
             if here is not None:
-                head = np.concatenate([after, silence], axis=2)[..., :margin]
+                head = np.concatenate([after, silence], axis=2)[..., : self.margin]
                 yield np.concatenate([before, here, head], axis=2)
-                before = here[..., -margin:]
+                before = here[..., -self.margin :]
             here = after
         yield np.concatenate([before, here, silence], axis=2)
 
@@ -84,6 +86,13 @@ class Tracks:
             left -= SECTION * self.rate
             if left <= 0:
                 return
+
+
+def _count_samples(recording: Recording) -> int:
+    """The samples per channel, for which a recording that does not tell is read."""
+    if recording.samples is not None:
+        return recording.samples
+    return sum(block.shape[1] for block in recording.blocks())
 
 
 class Measure:
@@ -109,10 +118,11 @@ class Measure:
         self.edges = -(-np.arange(self.columns + 1) * samples // self.columns)  # column w holds [edges[w], edges[w+1])
         self.low, self.high = np.full(self.columns, np.inf), np.full(self.columns, -np.inf)
         self.square = np.zeros(self.columns)
-        self.frames = max(1, min(COLUMNS, samples // 256))
-        self.hop = max(256, min(samples // (2 * self.frames), WINDOW))
+        self.frames = max(1, min(FRAMES, samples // 256))
+        self.hop = max(256, min(samples // self.frames, WINDOW))  # at least one frame a column
         self.power, self.counts = np.zeros((self.frames, BANDS)), np.zeros((self.frames, 1))
-        self.window = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
+        window = np.hanning(WINDOW + 1)[:-1]
+        self.window = (window * (2 / window.sum() / math.sqrt(channels))).astype(np.float32)  # a full-scale sine has 1
         self.bins, self.weights, self.starts = _bands(rate)
         self.held = np.zeros((channels, WINDOW // 2), np.float32)  # from half a window before the next frame's centre
         self.next = 0  # where the next frame is centred
@@ -128,16 +138,21 @@ class Measure:
         return 10 * math.log10(self.energy / (self.channels * self.samples)) if self.energy else -math.inf
 
     def add(self, audio: np.ndarray) -> None:
-        """Adds the next (C, n) samples."""
-        self.peak = max(self.peak, float(np.abs(audio).max()))
-        square = np.square(audio, dtype=np.float64).mean(axis=0)
-        self.energy += float(square.sum()) * self.channels
+        """Adds the next (C, n) samples. ValueError if some are not finite."""
+        low, high = audio.min(axis=0), audio.max(axis=0)
+        peak = float(max(high.max(), -low.min()))
+        if not math.isfinite(peak):
+            raise ValueError("audio must be finite, got NaN or infinite samples")
+        self.peak = max(self.peak, peak)
+        square = np.einsum("cn,cn->n", audio, audio)
         first, last = np.searchsorted(self.edges, (self.done, self.done + audio.shape[1] - 1), side="right") - 1
         starts = np.maximum(self.edges[first : last + 1] - self.done, 0)
         at = slice(first, last + 1)
-        self.low[at] = np.minimum(self.low[at], np.minimum.reduceat(audio.min(axis=0), starts))
-        self.high[at] = np.maximum(self.high[at], np.maximum.reduceat(audio.max(axis=0), starts))
-        self.square[at] += np.add.reduceat(square, starts)
+        self.low[at] = np.minimum(self.low[at], np.minimum.reduceat(low, starts))
+        self.high[at] = np.maximum(self.high[at], np.maximum.reduceat(high, starts))
+        squares = np.add.reduceat(square, starts, dtype=np.float64)
+        self.square[at] += squares / self.channels
+        self.energy += float(squares.sum())
         self.done += audio.shape[1]
         self._spectrum(audio)
 
@@ -146,14 +161,20 @@ class Measure:
         end = WINDOW // 2 if self.done == self.samples else 0
         held = np.concatenate([self.held, audio, np.zeros((self.channels, end), np.float32)], axis=1)
         frames = max(0, (held.shape[1] - WINDOW) // self.hop + 1)
-        for first in range(0, frames, 64):
-            starts = self.hop * np.arange(first, min(first + 64, frames))
-            cut = held[:, starts[:, None] + np.arange(WINDOW)] * self.window
-            spectrum = np.fft.rfft(cut) / (self.window.sum() / 2)
-            power = (spectrum.real**2 + spectrum.imag**2).mean(axis=0)[:, self.bins] * self.weights
-            column = np.minimum((self.next + starts) * self.frames // self.samples, self.frames - 1)
-            np.add.at(self.power, column, np.add.reduceat(power, self.starts, axis=1))
-            np.add.at(self.counts, column, 1)
+        if not frames:
+            self.held = held
+            return
+        windows = np.lib.stride_tricks.sliding_window_view(held, WINDOW, axis=1)[:, :: self.hop]
+        for first in range(0, frames, BATCH):
+            spectrum = np.fft.rfft(windows[:, first : first + BATCH] * self.window)
+            power = np.square(spectrum.real)
+            power += np.square(spectrum.imag)
+            levels = np.add.reduceat(power.sum(axis=0)[:, self.bins] * self.weights, self.starts, axis=1)
+            centres = self.next + self.hop * np.arange(first, first + len(levels))
+            column = np.minimum(centres * self.frames // self.samples, self.frames - 1)
+            new = np.flatnonzero(np.diff(column, prepend=-1))  # the first frame of each column
+            self.power[column[new]] += np.add.reduceat(levels, new, axis=0)
+            self.counts[column[new], 0] += np.diff(new, append=len(column))
         self.next += self.hop * frames
         self.held = held[:, self.hop * frames :].copy()
 
@@ -176,6 +197,7 @@ class Measure:
         }
 
 
+@functools.lru_cache
 def _bands(rate: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights for the mean power in F bands of equal width in log frequency, with the spectrum linear between its bins.
 

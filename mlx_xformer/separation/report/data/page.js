@@ -4,12 +4,16 @@
   const data = JSON.parse($("#data").textContent);
   const { rate, seconds, stretch, margin } = data;
   const last = Math.ceil(seconds / stretch) - 1;
+  const LOWEST = -48, AHEAD = 12, SHORTEST = 0.1; // dB; seconds that are planned; seconds of a loop
   const rows = [...document.querySelectorAll(".track")];
   const tracks = rows.map((row, i) => ({
     row, solo: false, mute: i === 0 || i === rows.length - 1, // the stems sound at first: their sum, beside the mix
-    at_first: i === 0 || i === rows.length - 1, gain: null,
+    at_first: i === 0 || i === rows.length - 1, gain: null, volume: 0, // in dB; LOWEST is silence
     buttons: Object.fromEntries([...row.querySelectorAll("button")].map((b) => [b.dataset.act, b])),
+    fader: row.querySelector(".fader input"), shown: row.querySelector(".fader output"),
   }));
+
+  const [whole, ...parts] = tracks; // the mix, which sounds as all others together; the stems and the residual
 
   const bytes = (text) => {
     const raw = atob(text), out = new Uint8Array(raw.length);
@@ -21,54 +25,81 @@
     const h = Math.floor(whole / 3600), m = Math.floor(whole / 60) % 60;
     return h ? `${h}:${two(m)}:${two(whole % 60)}` : `${m}:${two(whole % 60)}`;
   };
+  const precise = (t) => `${clock(t)}.${Math.floor((t % 1) * 10 + 1e-6) % 10}`;
 
   // Sound. Every track is cut into the same stretches, decoded when needed and started on one clock, so that tracks
-  // cannot drift: solo and mute only move gains. A stretch holds a margin at both ends, where codecs are not exact.
+  // cannot drift: solo, mute and volume only move gains. A stretch holds a margin at both ends, where codecs are not
+  // exact. What sounds when is planned in pieces: the track from `from` to `end` sounds from the context's time `at`.
   let context = null, master = null;
   let playing = false, starting = false, wanted = 0; // wanted: a number that changes whenever what was asked for is outdated
-  let anchor = { at: 0, from: 0 }, position = 0; // the track's time `from` sounds at the context's time `at`
-  let sources = [], scheduled = new Set();
+  let position = 0, pieces = [], next = null; // next: { at, from } of the piece after the last, null at the track's end
+  let sources = [], loop = { a: null, b: null };
   const decoded = new Map();
+  const looping = () => loop.a !== null && loop.b !== null;
 
   const now = () => {
     if (!playing) return position;
-    const heard = context.currentTime - (context.outputLatency || 0) - anchor.at;
-    return Math.min(seconds, anchor.from + Math.max(0, heard));
+    const heard = context.currentTime - (context.outputLatency || 0);
+    const piece = pieces.findLast((p) => p.at <= heard) || pieces[0];
+    return Math.min(piece.end, piece.from + Math.max(0, heard - piece.at));
   };
 
+  // Opus knows 48 kHz only: the samples of any rate were stored as if they had that one, and get their own back here.
   const decode = async (track, number) => {
-    const decoder = context || new OfflineAudioContext(1, 1, rate);
-    const buffer = await decoder.decodeAudioData(bytes($(`#a${track}-${number}`).textContent).buffer);
-    // Encoder and decoder delay an MP3 by 1105 samples, the same in every track; most browsers take them off again.
-    const expected = Math.min(stretch, seconds - number * stretch) + 2 * margin;
-    return { buffer, lead: margin + (buffer.duration - expected > 600 / rate ? 1105 / rate : 0) };
+    const stored = await new OfflineAudioContext(1, 1, 48000).decodeAudioData(bytes($(`#a${track}-${number}`).textContent).buffer);
+    const buffer = new AudioBuffer({ length: stored.length, numberOfChannels: stored.numberOfChannels, sampleRate: rate });
+    for (let c = 0; c < stored.numberOfChannels; c++) buffer.copyToChannel(stored.getChannelData(c), c);
+    return buffer;
   };
 
   const fetchStretch = (number) => {
-    for (const other of decoded.keys()) if (Math.abs(other - number) > 2) decoded.delete(other);
-    if (!decoded.has(number)) decoded.set(number, Promise.all(tracks.map((_, track) => decode(track, number))));
-    return decoded.get(number);
+    const found = decoded.get(number) || Promise.all(parts.map((_, i) => decode(i + 1, number)));
+    decoded.delete(number);
+    decoded.set(number, found); // the last used ones are kept, and those that are planned
+    for (const other of decoded.keys()) {
+      if (decoded.size > 4 && pieces.every((p) => p.number !== other)) decoded.delete(other);
+    }
+    return found;
   };
 
-  const schedule = (number, stretchTracks) => {
-    const begin = number * stretch, end = Math.min(begin + stretch, seconds);
-    const from = Math.max(begin, anchor.from, anchor.from + context.currentTime + 0.02 - anchor.at);
-    if (from >= end) return;
-    stretchTracks.forEach(({ buffer, lead }, i) => {
+  // The piece that begins at a time of the track; `then` is where the next one begins, null at the track's end.
+  const cut = (from) => {
+    const number = Math.min(last, Math.floor(from / stretch + 1e-9)), turn = looping() && from < loop.b ? loop.b : Infinity;
+    const end = Math.min((number + 1) * stretch, seconds, turn);
+    return { from, end, number, then: end === turn ? loop.a : end < seconds ? end : null };
+  };
+
+  const fetchFirst = (from) => { // what sounds in the first second
+    const found = [];
+    for (let t = 0; from !== null && t < 1;) {
+      const piece = cut(from);
+      if (!found.includes(piece.number)) found.push(piece.number);
+      t += piece.end - from;
+      from = piece.then;
+    }
+    return Promise.all(found.map(fetchStretch));
+  };
+
+  const schedule = ({ at, from, end, number }, buffers) => {
+    const late = Math.max(0, context.currentTime + 0.02 - at);
+    if (from + late >= end) return;
+    buffers.forEach((buffer, i) => {
       const source = new AudioBufferSourceNode(context, { buffer });
-      source.connect(tracks[i].gain);
-      source.start(anchor.at + from - anchor.from, lead + from - begin, end - from);
+      source.connect(parts[i].gain);
+      source.start(at + late, margin + from + late - number * stretch, end - from - late);
       sources.push(source);
       source.onended = () => { sources = sources.filter((other) => other !== source); };
     });
   };
 
   const pump = () => {
-    const asked = wanted, here = Math.min(last, Math.floor(now() / stretch));
-    for (const number of [here, here + 1]) {
-      if (number > last || scheduled.has(number)) continue;
-      scheduled.add(number);
-      fetchStretch(number).then((stretchTracks) => { if (playing && asked === wanted) schedule(number, stretchTracks); }, fail);
+    const asked = wanted;
+    pieces = pieces.filter((p, i) => i === pieces.length - 1 || p.at + p.end - p.from > context.currentTime - 1);
+    while (next && next.at < context.currentTime + AHEAD && pieces.length < 32) { // 32: of a short loop
+      const piece = { ...cut(next.from), at: next.at };
+      pieces.push(piece);
+      next = piece.then === null ? null : { at: piece.at + piece.end - piece.from, from: piece.then };
+      fetchStretch(piece.number).then((buffers) => { if (playing && asked === wanted) schedule(piece, buffers); }, fail);
     }
   };
 
@@ -77,8 +108,8 @@
     try { context = new AudioContext({ sampleRate: rate }); } catch { context = new AudioContext(); }
     master = new GainNode(context);
     master.connect(context.destination);
-    for (const track of tracks) {
-      track.gain = new GainNode(context, { gain: audible(track) ? 1 : 0 });
+    for (const track of parts) {
+      track.gain = new GainNode(context, { gain: factor(track) + factor(whole) });
       track.gain.connect(master);
     }
   };
@@ -96,7 +127,8 @@
     fade(master.gain, 0);
     for (const source of sources) source.stop(context.currentTime + 0.03);
     sources = [];
-    scheduled = new Set();
+    pieces = [];
+    next = null;
   };
 
   const play = async () => {
@@ -107,12 +139,12 @@
       if (!context) open();
       const resumed = context.resume();
       say("Decoding…", 300);
-      await Promise.all([fetchStretch(Math.min(last, Math.floor(position / stretch))), resumed]);
+      await Promise.all([fetchFirst(position), resumed]);
     } catch (error) { return fail(error); }
     if (asked !== wanted) return;
     say("");
     const grid = (t) => Math.round(t * context.sampleRate) / context.sampleRate;
-    anchor = { at: grid(context.currentTime + 0.06), from: grid(position) };
+    next = { at: grid(context.currentTime + 0.06), from: grid(position) };
     fade(master.gain, 1);
     playing = true;
     starting = false;
@@ -133,29 +165,57 @@
 
   const tick = () => {
     if (!playing) return;
-    if (now() >= seconds) { halt(); position = 0; }
+    if (!next && now() >= seconds) { halt(); position = 0; }
     show();
     if (playing) requestAnimationFrame(tick);
   };
   setInterval(() => { if (playing) { pump(); if (document.hidden) tick(); } }, 500);
 
-  // Mixing: what is soloed, or else what is not muted.
+  // A loop from A to B, once both are set. It changes what is planned, so playing begins anew where it is, or at A.
+  const setLoop = (a, b) => {
+    const before = looping(), grid = (t) => t === null ? null : Math.round(t * rate) / rate;
+    loop = { a: grid(a), b: grid(b) };
+    showLoop();
+    if ((playing || starting) && (before || looping())) seek(looping() && now() >= loop.b - SHORTEST / 2 ? loop.a : now());
+  };
+  const setA = () => { const t = now(); setLoop(t, loop.b - t < SHORTEST ? null : loop.b); };
+  const setB = () => { const t = now(); setLoop(loop.a === null || t - loop.a < SHORTEST ? null : loop.a, t); };
+  const clearLoop = () => setLoop(null, null);
+
+  // Mixing: what is soloed, or else what is not muted, each with its volume.
   const audible = (track) => (tracks.some((t) => t.solo) ? track.solo : !track.mute);
+  const factor = (track) => (audible(track) && track.volume > LOWEST ? 10 ** (track.volume / 20) : 0);
   const mix = () => {
     for (const track of tracks) {
       for (const act of ["solo", "mute"]) track.buttons[act].setAttribute("aria-pressed", track[act]);
-      track.row.classList.toggle("silent", !audible(track));
-      if (track.gain) fade(track.gain.gain, audible(track) ? 1 : 0);
+      track.row.classList.toggle("silent", !factor(track));
+      const text = track.volume > LOWEST ? `${track.volume > 0 ? "+" : ""}${track.volume} dB`.replace("-", "−") : "off";
+      track.fader.value = track.volume;
+      track.fader.setAttribute("aria-valuetext", text);
+      track.shown.textContent = text;
+      if (track.gain) fade(track.gain.gain, factor(track) + factor(whole));
     }
-    $("#reset").disabled = tracks.every((t) => !t.solo && t.mute === t.at_first);
+    $("#reset").disabled = tracks.every((t) => !t.solo && t.mute === t.at_first && !t.volume);
+  };
+  let aside = null; // what M or Shift+M replaced: { name, states }
+  const change = (track, state) => { aside = null; Object.assign(track, state); mix(); };
+  const solo = (track) => change(track, { solo: !track.solo });
+  const mute = (track) => change(track, { mute: !track.mute, solo: false });
+  const turn = (track, volume) => { track.volume = volume; mix(); };
+  const replace = (name, state) => { // for all tracks at once; the same again brings back what was
+    const again = aside?.name === name, states = aside?.states || tracks.map(({ solo, mute }) => ({ solo, mute }));
+    tracks.forEach((track, i) => Object.assign(track, states[i], again ? {} : state(i)));
+    aside = again ? null : { name, states };
+    mix();
   };
   for (const track of tracks) {
-    track.buttons.solo.addEventListener("click", () => { track.solo = !track.solo; mix(); });
-    track.buttons.mute.addEventListener("click", () => { track.mute = !track.mute; track.solo = false; mix(); });
+    track.buttons.solo.addEventListener("click", () => solo(track));
+    track.buttons.mute.addEventListener("click", () => mute(track));
+    track.fader.addEventListener("input", () => turn(track, Number(track.fader.value)));
+    track.fader.addEventListener("dblclick", () => turn(track, 0));
   }
   $("#reset").addEventListener("click", () => {
-    for (const track of tracks) Object.assign(track, { solo: false, mute: track.at_first });
-    mix();
+    for (const track of tracks) change(track, { solo: false, mute: track.at_first, volume: 0 });
   });
 
   // Pictures.
@@ -241,10 +301,24 @@
     $("#seek").value = t;
     for (const track of tracks) track.cursor.style.left = `${(t / seconds) * 100}%`;
   };
+  const showLoop = () => {
+    const { a, b } = loop, from = a ?? b ?? 0, to = b ?? a ?? 0;
+    $("#loop-a").setAttribute("aria-pressed", a !== null);
+    $("#loop-b").setAttribute("aria-pressed", b !== null);
+    $("#loop-clear").disabled = a === null && b === null;
+    const words = [a === null ? "" : `from ${precise(a)}`, b === null ? "" : `to ${precise(b)}`];
+    $("#range").textContent = words.filter(Boolean).join(" ");
+    for (const { looped } of tracks) {
+      looped.classList.toggle("a", a !== null);
+      looped.classList.toggle("b", b !== null);
+      Object.assign(looped.style, { left: `${(from / seconds) * 100}%`, width: `${((to - from) / seconds) * 100}%` });
+    }
+  };
   for (const [i, track] of tracks.entries()) {
     track.envelope = new Int8Array(bytes(data.tracks[i].envelope).buffer);
     track.spectrum = bytes(data.tracks[i].spectrum);
     const view = track.row.querySelector(".view"), spectral = track.row.querySelector(".spectral");
+    track.looped = span(view, "looped", "");
     track.cursor = span(view, "cursor", "");
     const [low, high] = data.frequencies.map(Math.log);
     for (const [hertz, name] of [[100, "100"], [1000, "1k"], [10000, "10k"]]) {
@@ -270,17 +344,27 @@
   $("#play").addEventListener("click", toggle);
   $("#seek").max = seconds;
   $("#seek").addEventListener("input", (event) => seek(Number(event.target.value)));
-  document.addEventListener("click", (event) => { // so that a later space plays and does not press the button again
-    if (event.detail) event.target.closest("button")?.blur();
+  $("#loop-a").addEventListener("click", setA);
+  $("#loop-b").addEventListener("click", setB);
+  $("#loop-clear").addEventListener("click", clearLoop);
+  document.addEventListener("click", (event) => { // so that later keys play and move, and not what was clicked before
+    if (event.detail) event.target.closest("button, input")?.blur();
   });
+  const press = (event) => { // true if the key means something
+    const step = (event.shiftKey ? 0.2 : 1) * (seconds < 60 ? 1 : 5), inFader = event.target.closest(".fader");
+    const digit = /^(?:Digit|Numpad)([1-6])$/.exec(event.code)?.[1], letter = event.key.toLowerCase();
+    const once = (act) => { if (!event.repeat) act(); return true; };
+    if (event.key === " ") return !event.target.closest("button") && once(toggle);
+    if (event.key === "ArrowRight") return !inFader && (seek(now() + step), true);
+    if (event.key === "ArrowLeft") return !inFader && (seek(now() - step), true);
+    if (digit) return digit <= tracks.length - 2 && once(() => (event.shiftKey ? mute : solo)(tracks[digit]));
+    if (letter === "m" && event.shiftKey) return once(() => replace("nothing", () => ({ solo: false, mute: true })));
+    if (letter === "m") return once(() => replace("mix", (i) => ({ solo: i === 0 })));
+    const act = { a: setA, b: setB, c: clearLoop }[letter];
+    return Boolean(act) && once(act);
+  };
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const step = (event.shiftKey ? 0.2 : 1) * (seconds < 60 ? 1 : 5);
-    if (event.key === " " && !event.target.closest("button")) toggle();
-    else if (event.key === "ArrowRight") seek(now() + step);
-    else if (event.key === "ArrowLeft") seek(now() - step);
-    else return;
-    event.preventDefault();
+    if (!event.ctrlKey && !event.metaKey && !event.altKey && press(event)) event.preventDefault();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   new ResizeObserver(() => { drawWaves(); axis(); }).observe($(".tracks"));
