@@ -105,7 +105,7 @@ def _find_cover(container: Any) -> Cover | None:
     for stream in container.streams.video:
         kind = _KINDS.get(stream.codec_context.name)
         sides = (stream.width, stream.height)
-        if kind and stream.disposition & _ATTACHED_PICTURE and min(sides) > 0 and max(sides) <= _MAX_SIDE:
+        if kind and stream.disposition.value & _ATTACHED_PICTURE and min(sides) > 0 and max(sides) <= _MAX_SIDE:
             packet = next((packet for packet in container.demux(stream) if packet.size), None)
             if packet is not None and packet.size <= _MAX_COVER:
                 return Cover(bytes(packet), kind, *sides)
