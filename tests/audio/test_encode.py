@@ -138,6 +138,14 @@ def test_equal_audio_makes_equal_files(tmp_path, format):
         assert secret not in files[0]
 
 
+@pytest.mark.parametrize("format", encode.FORMATS)
+def test_empty_blocks(tmp_path, format):
+    """Resamplers give out blocks without samples."""
+    audio = tones(5003, 48000)
+    path = encoded(tmp_path / "x", audio, 48000, format=format, cut=5003)
+    assert decode(path)[0].shape == audio.shape
+
+
 def test_encode_mp3():
     audio = tones(20_000, 22050, 1)
     found, rate = soundfile.read(io.BytesIO(encode_mp3(audio, 22050, 32)), always_2d=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mutants import (
+    audio_files,
     backend,
     converters,
     models,
@@ -21,6 +22,7 @@ from mutants import (
 from mutants.runner import Bug, Outcomes
 
 TABLES = [
+    audio_files,
     backend,
     converters,
     models,
