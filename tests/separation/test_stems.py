@@ -12,6 +12,7 @@ from support.models import FAST, checkpoint
 from mlx_xformer.audio import encode, recording
 from mlx_xformer.audio.tags import Tags, read_tags
 from mlx_xformer.cli import main
+from mlx_xformer.separation.separator import Separator
 from mlx_xformer.separation.stems import Output, StemFiles
 
 
@@ -135,6 +136,16 @@ def test_separations_in_every_format(tmp_path, capsys, format):
         assert np.abs(back).max() > 0.01
         found = read_tags(path)
         assert (found.title, found.artist, found.album, found.number) == ("Ode (voice)", "Me", "", "7")
+
+
+def test_tags_that_are_given(tmp_path):
+    """They name the files, and stand in them, instead of those of the song."""
+    separator = Separator(checkpoint(tmp_path / "tiny", segment="5/1", **FAST), shifts=0)
+    soundfile.write(tmp_path / "song.wav", noise(samples=3001, peak=0.5).T, 8000)
+    output = Output("mp3", filename="{artist}/{stem}.{ext}")
+    made = separator.separate_file(tmp_path / "song.wav", tmp_path, output, tags=Tags("Title", "Artist"))
+    assert made.files["voice"] == tmp_path / "Artist" / "voice.mp3"
+    assert read_tags(made.files["voice"]) == Tags("Title (voice)", "Artist")
 
 
 def test_long_wav_files_are_rf64(tmp_path, monkeypatch):
