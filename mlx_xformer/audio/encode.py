@@ -66,15 +66,14 @@ class Encoding:
             raise ValueError(f"bits must be {allowed}, got {self.bits}")
         if self.bitrate is not None and self.lossless:
             raise ValueError(f"bitrate is of lossy formats, got {self.bitrate} for {self.format}")
-        if self.format == "mp3" and None not in (given := {self.bitrate, self.mp3_bitrate}) and len(given) > 1:
-            raise ValueError(f"bitrate and mp3_bitrate must agree, got {self.bitrate} and {self.mp3_bitrate}")
         bitrates = sorted({kbps for rates in _MP3_RATES.values() for kbps in rates})
-        for name, kbps in (
-            ("mp3_bitrate", self.mp3_bitrate),
-            ("bitrate", self.bitrate if self.format == "mp3" else None),
-        ):
-            if kbps is not None and kbps not in bitrates:
+        mp3 = {"mp3_bitrate": self.mp3_bitrate, "bitrate": self.bitrate if self.format == "mp3" else None}
+        given = {name: kbps for name, kbps in mp3.items() if kbps is not None}
+        for name, kbps in given.items():
+            if kbps not in bitrates:
                 raise ValueError(f"{name} must be one of {_join(bitrates)} kbit/s, got {kbps}")
+        if len(set(given.values())) > 1:
+            raise ValueError(f"bitrate and mp3_bitrate must agree, got {self.bitrate} and {self.mp3_bitrate}")
 
     @property
     def lossless(self) -> bool:
@@ -154,7 +153,11 @@ def open_encoder(
         samples: how many samples per channel will be written: it decides between WAV and RF64.
         encoding: the file's format.
         tags: of the file.
+
+    Raises:
+        ValueError: if the format cannot hold such audio, or if FFmpeg's libraries lack its codec.
     """
+    encoding.check(sample_rate, channels)
     tags = tags or Tags()
     if encoding.format == "wav":
         large = samples * channels * encoding.bits // 8 > _WAV_LIMIT

@@ -73,13 +73,8 @@ class ContainerEncoder:
     ) -> None:
         import av
 
-        self._file, self._codec, self._rate, self._layout, self._done = (
-            file,
-            codec,
-            int(sample_rate),
-            _LAYOUTS[channels - 1],
-            0,
-        )
+        self._file, self._codec, self._rate = file, codec, int(sample_rate)
+        self._layout, self._done = _LAYOUTS[channels - 1], 0
         options = {}
         if container in ("mp4", "m4a"):  # they count a track's length, without the encoder's padding, in this unit
             options["movie_timescale"] = str(sample_rate)

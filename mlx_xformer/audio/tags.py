@@ -6,7 +6,9 @@ import dataclasses
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
+
+from .source import FileForC
 
 _ATTACHED_PICTURE = 1 << 10  # AV_DISPOSITION_ATTACHED_PIC
 _KINDS: dict[str, Literal["jpeg", "png"]] = {"mjpeg": "jpeg", "png": "png"}
@@ -68,7 +70,7 @@ def read_tags(path: str | Path) -> Tags:
         with Path(path).open("rb") as file:
             # FFmpeg gets an open file and may use no protocol, so that a playlist cannot make it open other files.
             options = {"protocol_whitelist": "none"}
-            with av.open(_File(file), mode="r", options=options, metadata_errors="replace") as container:
+            with av.open(FileForC(file), mode="r", options=options, metadata_errors="replace") as container:
                 return _collect_tags(container)
     except (OSError, ValueError, av.error.FFmpegError):
         return Tags()
@@ -105,21 +107,8 @@ def _find_cover(container: Any) -> Cover | None:
     for stream in container.streams.video:
         kind = _KINDS.get(stream.codec_context.name)
         sides = (stream.width, stream.height)
-        if kind and stream.disposition & _ATTACHED_PICTURE and min(sides) > 0 and max(sides) <= _MAX_SIDE:
+        if kind and stream.disposition.value & _ATTACHED_PICTURE and min(sides) > 0 and max(sides) <= _MAX_SIDE:
             packet = next((packet for packet in container.demux(stream) if packet.size), None)
             if packet is not None and packet.size <= _MAX_COVER:
                 return Cover(bytes(packet), kind, *sides)
     return None
-
-
-class _File:
-    """A file for PyAV whose seek() returns -1 instead of raising: PyAV prints exceptions that it cannot pass on."""
-
-    def __init__(self, file: IO[bytes]):
-        self.read, self.tell, self._seek = file.read, file.tell, file.seek
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        try:
-            return self._seek(offset, whence)
-        except (OSError, ValueError):
-            return -1

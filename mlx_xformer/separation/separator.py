@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..audio.recording import Recording
-from ..audio.tags import read_tags
+from ..audio.tags import Tags, read_tags
 from ..models.htdemucs import Bag, HTDemucs, InferenceMode
 from ..pretrained.loading import load
 from .options import Options, OtherMethod
@@ -185,6 +185,7 @@ class Separator:
         recording: Recording | None = None,
         strict: bool = False,
         below: str = "",
+        tags: Tags | None = None,
         progress: Callable[[Progress], None] | None = None,
         cancel: Event | None = None,
     ) -> Separated:
@@ -197,6 +198,7 @@ class Separator:
             recording: read instead of the file, whose name still names the stems.
             strict: refuses a damaged recording, which is otherwise read over the damage, with a warning in the result.
             below: what {folder} means in the files' names: the recording's folder below the one that was searched.
+            tags: what the stems' files tell about the recording; by default what the file does.
             progress: called with a `Progress` after each batch of segments.
             cancel: an event that ends the separation after the current batch when it is set.
 
@@ -212,7 +214,7 @@ class Separator:
         """
         file, output, start = Path(file), output or Output(), time.perf_counter()
         recording = recording or Recording.open(file)
-        tags = read_tags(file)
+        tags = tags or read_tags(file)
         targets = list_targets(output, Path(folder), file, self.stems, below, tags)
         run = Run(self.model, self.options, recording, progress, cancel)
         if strict and run.warnings:

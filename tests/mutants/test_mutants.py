@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mutants import (
+    audio_files,
     audio_reading,
     backend,
     cli,
@@ -23,6 +24,7 @@ from mutants import (
 from mutants.runner import Bug, Outcomes
 
 TABLES = [
+    audio_files,
     audio_reading,
     backend,
     cli,

@@ -340,6 +340,7 @@ FORMATS = [
     ["--format", "mp3", "--mp3-bitrate", 64],
 ]
 WAYS = [[*kind, "--clip", clip] for kind in FORMATS for clip in ("rescale", "joint", "clamp", "none")]
+WAYS += [["--format", kind, "--clip", "none"] for kind in ("ogg", "opus", "m4a")]
 
 
 def separation(models, song, way):
