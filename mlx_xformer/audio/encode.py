@@ -5,7 +5,6 @@ libsndfile writes WAV and Ogg Vorbis, FFmpeg's libraries write the rest. Axes: C
 
 from __future__ import annotations
 
-import io
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -174,25 +173,6 @@ def get_library_errors() -> tuple[type[Exception], ...]:
     ffmpeg = sys.modules.get("av.error")  # imported only where it is needed
     loaded = (ffmpeg.FFmpegError,) if ffmpeg else ()
     return (soundfile.LibsndfileError, AssertionError, OSError, *loaded)  # soundfile asserts that all was written
-
-
-def encode_mp3(audio: np.ndarray, sample_rate: int, bitrate: int) -> bytes:
-    """Encodes audio as MP3 in memory, quickly and at a constant bit rate.
-
-    Args:
-        audio: (C, N) floats, C being 1 or 2.
-        sample_rate: in Hz.
-        bitrate: in kbit/s.
-
-    Returns:
-        The bytes of an MP3 file.
-    """
-    out = io.BytesIO()
-    codec = Codec("libmp3lame", "fltp", bitrate=bitrate, options={"compression_level": "7"})
-    encoder = ContainerEncoder(out, "mp3", codec, sample_rate, audio.shape[0])
-    encoder.write(audio)
-    encoder.close()
-    return out.getvalue()
 
 
 def choose_codec(name: str, bits: Bits, bitrate: int | None) -> Codec:

@@ -1,6 +1,5 @@
 """Encoded files, decoded by ffmpeg and by FFmpeg's libraries: lengths and places to the sample, bits, equal bytes."""
 
-import io
 import struct
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import soundfile
 from support.ffmpeg import decode
 
 from mlx_xformer.audio import encode, read
-from mlx_xformer.audio.encode import Encoding, encode_mp3, open_encoder, quantize
+from mlx_xformer.audio.encode import Encoding, open_encoder, quantize
 from mlx_xformer.audio.sink import Sink
 
 
@@ -146,13 +145,6 @@ def test_empty_blocks(tmp_path, format):
     audio = tones(5003, 48000)
     path = encoded(tmp_path / "x", audio, 48000, format=format, cut=5003)
     assert decode(path)[0].shape == audio.shape
-
-
-def test_encode_mp3():
-    audio = tones(20_000, 22050, 1)
-    found, rate = soundfile.read(io.BytesIO(encode_mp3(audio, 22050, 32)), always_2d=True)
-    assert rate == 22050 and found.T.shape == audio.shape
-    assert_in_place(audio, found.T)
 
 
 def test_bit_rates_are_kept(tmp_path):
