@@ -24,7 +24,7 @@ from ..audio.files import AudioFile, defer_interrupt, prepare_target
 from ..audio.quantization import Bits
 from ..audio.recording import BLOCK
 from ..audio.resampling import rechunk
-from ..audio.tags import Tags
+from ..audio.tags import Tags, read_tags
 from .stem_file import STEM_SUFFIX, StemEncoder, check_stems
 
 Clip = Literal["rescale", "joint", "clamp", "none"]
@@ -104,7 +104,7 @@ class Output:
             stem: the stem's name.
             ext: the extension, by default the format's.
             below: {folder}, a relative path.
-            tags: of the recording.
+            tags: of the recording; by default they are read from its file if the pattern names one of them.
 
         Raises:
             ValueError: if the recording's name gives no track name, as ".wav" does, or if `below` is not a folder below
@@ -117,15 +117,24 @@ class Output:
         if Path(below).is_absolute() or ".." in Path(below).parts:
             raise ValueError(f"below must be a relative path without '..', got {below!r}")
         fields = {"track": track, "trackext": trackext, "stem": stem, "ext": ext or self.format, "folder": below}
-        fields |= _get_name_fields(tags or Tags())
+        if tags is None:
+            tags = read_tags(recording) if re.search(r"\{(artist|album|title|number)", self.filename) else Tags()
+        fields |= _get_name_fields(tags)
         # Without a number, what sets it apart from the rest goes too: "{number} - {title}" is the title.
         pattern = self.filename if fields["number"] else re.sub(r"\{number\}(\. |[ _-])*", "", self.filename)
         return folder / pattern.format(**fields).lstrip("/")
 
     def stem_file_path(self, folder: Path, recording: Path, *, below: str = "", tags: Tags | None = None) -> Path:
-        """Returns the STEM file of a recording: TRACK.stem.mp4 in the folder of a stem with that name, see `path`."""
+        """Returns the STEM file of a recording, TRACK.stem.mp4 in the folder of a stem with the name TRACK, see `path`.
+
+        Where the pattern tells files apart by more than {track}, as by {title}, it names the STEM file too.
+        """
         track = recording.name.rpartition(".")[0] or recording.name
-        return self.path(folder, recording, track, below=below, tags=tags).with_name(track + STEM_SUFFIX)
+        path = self.path(folder, recording, track, STEM_SUFFIX[1:], below=below, tags=tags)
+        fields = {name for _, name, _, _ in Formatter().parse(self.filename.rpartition("/")[2])}
+        if fields - {None} <= {"track", "stem", "ext"}:
+            return path.with_name(track + STEM_SUFFIX)
+        return path if path.name.endswith(STEM_SUFFIX) else path.with_name(path.name + STEM_SUFFIX)
 
 
 def _get_name_fields(tags: Tags) -> dict[str, str]:

@@ -240,6 +240,9 @@ def test_names_of_stem_files(tmp_path):
     assert flat.stem_file_path(tmp_path, song) == tmp_path / "My.song.stem.mp4"
     tagged = Output(filename="{stem}/{artist}/{track}.{ext}")
     assert tagged.stem_file_path(tmp_path, song, tags=Tags(artist="A")) == tmp_path / "My.song/A/My.song.stem.mp4"
+    for ext, name in (("{ext}", "A (My.song).stem.mp4"), ("wav", "A (My.song).wav.stem.mp4")):
+        titled = Output(filename="{artist} ({stem})." + ext)
+        assert titled.stem_file_path(tmp_path, song, tags=Tags(artist="A")) == tmp_path / name
 
 
 def test_names_of_folders_and_tags(tmp_path):
@@ -261,6 +264,8 @@ def test_names_of_folders_and_tags(tmp_path):
     assert name() == "unknown/unknown/unknown (bass).wav"
     odd = {"artist": "AC/DC\\", "album": "..", "title": " .a\x00\n\u2028\ud800b ", "number": "113"}
     assert name(**odd) == "AC_DC_/_./113 - _ab (bass).wav"
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.1", "-metadata", "title=Ode", "-metadata", "artist=Me", song)
+    assert tagged.path(tmp_path, song, "bass") == tmp_path / "Me" / "unknown" / "Ode (bass).wav"
     assert name(title="曲" * 100) == f"unknown/unknown/{'曲' * 40} (bass).wav"
 
 
