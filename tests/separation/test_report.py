@@ -114,7 +114,7 @@ def test_everything_is_read_once_and_progress_is_told(tmp_path):
     reads, told = [], []
 
     def recording(name):
-        def blocks():
+        def blocks(warn):
             reads.append(name)
             for _ in range(25):
                 yield np.full((1, 8000), 0.25, np.float32)
@@ -314,7 +314,7 @@ def test_what_cannot_be_reported(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), RATE)
     with pytest.raises(ValueError, match=r"empty\.wav holds no samples"):
         report_of(stems={"a": tmp_path / "empty.wav"})
-    unchecked = Recording(RATE, 2, 8820, lambda: iter([np.full((2, 8820), np.nan, np.float32)]))
+    unchecked = Recording(RATE, 2, 8820, lambda warn: iter([np.full((2, 8820), np.nan, np.float32)]))
     with pytest.raises(ValueError, match="must be finite, got NaN"):
         report_of(mix=unchecked)
     assert not list(tmp_path.glob("*report*"))
