@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .frames import Loss, decode_packets, flush, resample_frame, to_array
+from .frames import Converter, Loss, decode_packets, find_levels, make_converter, to_array
 from .pcm import clock
 from .source import FileForC, Source
 
@@ -59,18 +59,7 @@ def inspect(source: Source, stream: int = 0) -> Stream:
         if first is None:
             raise ValueError(f"{source.name} holds no sound that can be decoded")
         layout = first.layout
-        return Stream(chosen.codec_context.name, first.sample_rate, layout.nb_channels, layout.name, _levels(first))
-
-
-def _levels(frame: Any) -> tuple[float, ...]:
-    """The weights of the centre and of the surround channels that AC-3 and its kin have for a stereo mix."""
-    for data in frame.side_data:
-        if (
-            str(data.type) == "Type.DOWNMIX_INFO"
-        ):  # a number, and doubles for centre and surround, for two kinds of mixes
-            centre, _, surround = struct.unpack("=ddd", bytes(data)[8:32])
-            return centre, surround
-    return ()
+        return Stream(chosen.codec_context.name, first.sample_rate, layout.nb_channels, layout.name, find_levels(first))
 
 
 @dataclass(frozen=True)
@@ -122,25 +111,23 @@ def read_blocks(source: Source, stream: int, warn: Callable[[str], None]) -> Ite
     Yields:
         (C, n) float32 in the rate and channels of the first frame.
     """
-    import av
-
-    loss, done = Loss(), 0
-    first: Any = None
-    convert: Any = None  # from the rate and layout that frames have now
+    loss, done, first, last = Loss(), 0, None, None
+    convert: Converter | None = None  # from the rate and layout that frames have now
     for frame in _decode_parts(source, stream, loss):
         now = (frame.sample_rate, frame.layout.name)
-        if first is None:
-            first = last = now
+        first, last = first or now, last or now
         if now != last:
-            yield from flush(convert)
-            convert = None if now == first else av.AudioResampler("fltp", first[1], first[0])
+            yield from convert(None) if convert else []
+            convert = None if now == first else make_converter(frame, *first)
             last = now
-        parts = [frame] if convert is None else resample_frame(convert, frame, loss, done / first[0])
-        for part in parts:
-            block = to_array(part)
-            done += block.shape[1]
-            yield block
-    yield from flush(convert)
+        try:
+            blocks = convert(frame) if convert else [to_array(frame)]
+        except ValueError:
+            loss.add("frame that cannot be converted", done / first[0], frame.samples / frame.sample_rate)
+            continue
+        done += sum(block.shape[1] for block in blocks)
+        yield from blocks
+    yield from convert(None) if convert else []
     for message in loss.describe():
         warn(message)
 

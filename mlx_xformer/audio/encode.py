@@ -5,6 +5,7 @@ libsndfile writes WAV and Ogg Vorbis, FFmpeg's libraries write the rest. Axes: C
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ _MP3_RATES = {  # Hz: the bit rates in kbit/s that MP3 has at this sample rate
 }
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)  # Hz
 _OPUS_RATE = 48000  # Hz, at which all Opus files are decoded
+_QUICK_OPUS = {"compression_level": "0", "application": "lowdelay", "frame_duration": "120"}  # no codec for speech
 _FLAC_CHANNELS, _FLAC_RATE = 8, 655350  # the most that FLAC holds; the rate in Hz
 _VORBIS = ((32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 250), np.linspace(0, 1, 11))  # kbit/s of a channel; quality
 _VORBIS_CHUNK = 2**14  # samples: libsndfile keeps what is written at once on its stack
@@ -173,6 +175,25 @@ def get_library_errors() -> tuple[type[Exception], ...]:
     ffmpeg = sys.modules.get("av.error")  # imported only where it is needed
     loaded = (ffmpeg.FFmpegError,) if ffmpeg else ()
     return (soundfile.LibsndfileError, AssertionError, OSError, *loaded)  # soundfile asserts that all was written
+
+
+def encode_webm(audio: np.ndarray, bitrate: int) -> bytes:
+    """Encodes audio in memory as Opus in a WebM container, in the encoder's fastest mode.
+
+    Args:
+        audio: (C, N) floats at 48 kHz, C being 1 or 2.
+        bitrate: in kbit/s, on average; quiet passages take less.
+
+    Returns:
+        The bytes of a WebM file. It tells a decoder how many samples to leave out at both ends, so that N remain.
+    """
+    out = io.BytesIO()
+    encoder = ContainerEncoder(
+        out, "webm", Codec("libopus", "flt", bitrate=bitrate, options=_QUICK_OPUS), _OPUS_RATE, audio.shape[0]
+    )
+    encoder.write(audio)
+    encoder.close()
+    return out.getvalue()
 
 
 def choose_codec(name: str, bits: Bits, bitrate: int | None) -> Codec:

@@ -5,13 +5,17 @@ Damaged packets are passed over and counted.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import struct
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .pcm import clock
+from .resampling import downmix_weights
+
+Converter = Callable[[Any], list[np.ndarray]]
 
 _TRIMMED = {"mov", "mp4"}  # containers whose last packet tells how much of it is sound
 _GAP = 0.05  # seconds between packets that are no rounding of their times
@@ -132,19 +136,35 @@ def to_array(frame: Any) -> np.ndarray:
     return np.ascontiguousarray(audio, np.float32)
 
 
-def resample_frame(convert: Any, frame: Any, loss: Loss, at: float) -> list[Any]:
-    """Converts a frame at `at` seconds to the rate and layout of a resampler."""
+def make_converter(frame: Any, sample_rate: int, layout: str) -> Converter:
+    """Returns a function that converts frames like `frame` to another rate and layout.
+
+    Given None, it returns what it still holds. It raises ValueError where a frame cannot be converted.
+    """
     import av
 
-    try:
-        frame.pts = None
-        return list(convert.resample(frame))
-    except (av.error.FFmpegError, ValueError):
-        loss.add("frame that cannot be converted", at, frame.samples / frame.sample_rate)
-        return []
+    if frame.sample_rate == sample_rate and layout == "stereo" and frame.layout.nb_channels > 2:
+        weights = downmix_weights(frame.layout.name, *find_levels(frame))
+        return lambda frame: [] if frame is None else [weights @ to_array(frame)]
+    resampler = av.AudioResampler("fltp", layout, sample_rate)
+
+    def convert(frame: Any) -> list[np.ndarray]:
+        if frame is not None:
+            frame.pts = None
+        try:
+            return [to_array(part) for part in resampler.resample(frame)]
+        except av.error.FFmpegError as error:
+            raise ValueError(str(error)) from None
+
+    return convert
 
 
-def flush(convert: Any) -> Iterator[np.ndarray]:
-    """Yields what a resampler, if there is one, still holds."""
-    if convert is not None:
-        yield from map(to_array, convert.resample(None))
+def find_levels(frame: Any) -> tuple[float, ...]:
+    """The weights of the centre and of the surround channels that AC-3 and its kin have for a stereo mix."""
+    for data in frame.side_data:
+        if (
+            str(data.type) == "Type.DOWNMIX_INFO"
+        ):  # a number, and doubles for centre and surround, for two kinds of mixes
+            centre, _, surround = struct.unpack("=ddd", bytes(data)[8:32])
+            return centre, surround
+    return ()

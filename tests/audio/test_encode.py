@@ -10,7 +10,7 @@ import soundfile
 from support.ffmpeg import decode
 
 from mlx_xformer.audio import encode, read
-from mlx_xformer.audio.encode import Encoding, open_encoder, quantize
+from mlx_xformer.audio.encode import Encoding, encode_webm, open_encoder, quantize
 from mlx_xformer.audio.sink import Sink
 
 
@@ -145,6 +145,16 @@ def test_empty_blocks(tmp_path, format):
     audio = tones(5003, 48000)
     path = encoded(tmp_path / "x", audio, 48000, format=format, cut=5003)
     assert decode(path)[0].shape == audio.shape
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_encode_webm(tmp_path, channels):
+    audio = tones(20_000, 48000, channels)
+    (tmp_path / "a.webm").write_bytes(encode_webm(audio, 64 * channels))
+    found, rate = decode(tmp_path / "a.webm")
+    assert rate == 48000 and found.shape == audio.shape
+    assert_in_place(audio, found)
+    assert encode_webm(audio, 64 * channels) == (tmp_path / "a.webm").read_bytes()
 
 
 def test_bit_rates_are_kept(tmp_path):

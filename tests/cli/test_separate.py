@@ -308,6 +308,14 @@ def test_reports_are_listed_in_an_index(checkpoint, song, tmp_path, capsys):
     assert (out / "index.html").read_text() == "mine"
 
 
+@pytest.mark.parametrize("format", ["flac", "mp3", "ogg", "opus", "m4a"])
+def test_stems_of_all_formats_have_reports(checkpoint, song, tmp_path, format):
+    given = ["-n", checkpoint, "-o", tmp_path / "out", "--format", format, "--report"]
+    assert run("separate", song, *given) == 0
+    page = (tmp_path / "out/tiny/song/report.html").read_text()
+    assert f'href="drums.{format}"' in page and "NaN" not in page
+
+
 def test_a_bar_shows_how_far_the_report_is(checkpoint, song, tmp_path, monkeypatch):
     bars = []
 

@@ -30,7 +30,7 @@ BUGS = [
     ),
     Bug("no word of an early end", CONTAINERS, "loss.seconds < promised - LATE", "loss.seconds < 0", SHORT),
     Bug("a Xing tag of 576 samples", CONTAINERS, "(1152 if", "(576 if", SHORT),
-    Bug("AC-3's levels swapped", CONTAINERS, "return centre, surround", "return surround, centre", SURROUND),
+    Bug("AC-3's levels swapped", FRAMES, "return centre, surround", "return surround, centre", SURROUND),
     Bug("damage is not counted", FRAMES, 'loss.add("damaged packet"', 'str("damaged packet"', PACKET),
     Bug("gaps are not counted", FRAMES, "if gap > _GAP", "if gap > 1e9", PACKET),
     Bug(

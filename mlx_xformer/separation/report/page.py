@@ -22,9 +22,9 @@ from typing import IO
 import numpy as np
 import soxr
 
+from ...audio.encode import encode_webm
 from ...audio.recording import Recording
 from ...audio.resampling import convert_channels
-from ...audio.webm import encode_webm
 from ...storage.replacing import replace_file
 from .index import Levels, Song
 from .markup import (
