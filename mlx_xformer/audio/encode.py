@@ -187,12 +187,19 @@ def encode_webm(audio: np.ndarray, bitrate: int) -> bytes:
     Returns:
         The bytes of a WebM file. It tells a decoder how many samples to leave out at both ends, so that N remain.
     """
+    import av
+
+    layout = {1: "mono", 2: "stereo"}[audio.shape[0]]
+    interleaved = np.ascontiguousarray(audio.T, np.float32).reshape(1, -1)
     out = io.BytesIO()
-    encoder = ContainerEncoder(
-        out, "webm", Codec("libopus", "flt", bitrate=bitrate, options=_QUICK_OPUS), _OPUS_RATE, audio.shape[0]
-    )
-    encoder.write(audio)
-    encoder.close()
+    with av.open(out, "w", format="webm", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libopus", rate=_OPUS_RATE, layout=layout, options=_QUICK_OPUS)
+        stream.bit_rate = 1000 * bitrate
+        # The frame has no time: with one, packets begin at -2.5 ms, which WebM rounds to -3, and browsers follow that.
+        frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
+        frame.sample_rate = _OPUS_RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
     return out.getvalue()
 
 

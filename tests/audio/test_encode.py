@@ -155,6 +155,8 @@ def test_encode_webm(tmp_path, channels):
     assert rate == 48000 and found.shape == audio.shape
     assert_in_place(audio, found)
     assert encode_webm(audio, 64 * channels) == (tmp_path / "a.webm").read_bytes()
+    with av.open(tmp_path / "a.webm") as container:
+        assert next(container.demux(audio=0)).pts == 0  # an earlier time would be one that browsers cut off
 
 
 def test_bit_rates_are_kept(tmp_path):
