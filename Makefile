@@ -8,7 +8,7 @@ EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(BACKEND))
 PIP := install --quiet --disable-pip-version-check
 TORCH := .venv-torch
 DATA ?= $(MLX_XFORMER_DATA)
-# Tests are shared by as many processes as there are cores, at most four.
+# Tests are shared by as many processes as there are cores, at most four; planted bugs start processes of their own.
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 PLAIN := not torch and not real and not browser
 
@@ -31,7 +31,7 @@ test-torch: $(VENV)/installed $(TORCH)/installed
 
 # Chromium and its driver open the report page (Debian: chromium chromium-driver).
 test-browser: $(VENV)/installed
-	$(PYTEST) -m browser
+	$(PYTEST) -n 0 -m browser
 
 # MLX_XFORMER_DATA names the folder of checkpoints and recordings that may not be shipped.
 test-real: $(VENV)/installed-real
@@ -43,7 +43,8 @@ check: $(VENV)/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy -p mlx_xformer
 	$(BIN)/lint-imports --no-logo
-	$(PYTEST) -m "$(PLAIN)"
+	$(PYTEST) -m "$(PLAIN) and not mutants"
+	$(PYTEST) -n 0 -m mutants
 
 format: $(VENV)/installed
 	$(BIN)/ruff format
