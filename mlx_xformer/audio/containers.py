@@ -136,11 +136,16 @@ def _decode_parts(source: Source, stream: int, loss: Loss) -> Iterator[Any]:
     """Yields the frames of all parts of a file, and adds to `loss` where the file ends too early."""
     seconds, promised = 0.0, None
     for part in _find_parts(source):
-        with _open(source, stream, *part) as (container, chosen):
-            for frame in decode_packets(container, chosen, loss):
-                seconds += frame.samples / frame.sample_rate
-                yield frame
-            promised = _promised(source, container, chosen)
+        try:
+            with _open(source, stream, *part) as (container, chosen):
+                for frame in decode_packets(container, chosen, loss):
+                    seconds += frame.samples / frame.sample_rate
+                    yield frame
+                promised = _promised(source, container, chosen)
+        except ValueError:
+            if not seconds:
+                raise
+            loss.messages.append(f"a part of the file, after {clock(seconds)}, cannot be read")
     if promised is not None and seconds + loss.seconds < promised - LATE:
         loss.messages.append(f"the file ends at {clock(seconds)}, where its header promises {clock(promised)}")
 

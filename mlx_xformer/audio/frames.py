@@ -162,9 +162,8 @@ def make_converter(frame: Any, sample_rate: int, layout: str) -> Converter:
 def find_levels(frame: Any) -> tuple[float, ...]:
     """The weights of the centre and of the surround channels that AC-3 and its kin have for a stereo mix."""
     for data in frame.side_data:
-        if (
-            str(data.type) == "Type.DOWNMIX_INFO"
-        ):  # a number, and doubles for centre and surround, for two kinds of mixes
+        # A number, then for two kinds of mixes the weight of the centre, and those of the surround channels.
+        if str(data.type) == "Type.DOWNMIX_INFO":
             centre, _, surround = struct.unpack("=ddd", bytes(data)[8:32])
             return centre, surround
     return ()

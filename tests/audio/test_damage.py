@@ -91,6 +91,16 @@ def test_chained_ogg(tmp_path, codec, first, second):
     assert abs(ours.shape[1] - length - round(2.1 * rate)) <= 2
 
 
+def test_a_part_of_a_chained_ogg_that_cannot_be_read(tmp_path):
+    """One wrong bit makes a page look like the first one of another part."""
+    data = bytearray(encode(tmp_path, "x.ogg", "-c:a", "libvorbis", seconds=6))
+    pages = [at for at in range(len(data)) if data[at : at + 5] == b"OggS\0"]
+    data[pages[-2] + 5] |= 2
+    ours, rate, warnings = read(keep(tmp_path, "y.ogg", data))
+    assert 2 * rate < ours.shape[1] < 6 * rate
+    assert any("a part of the file, after 0:0" in line for line in warnings), warnings
+
+
 DAMAGED = {  # the arguments, and whether the decoder notices
     "x.m4a": (["-c:a", "aac"], True),
     "x.aac": ([], True),

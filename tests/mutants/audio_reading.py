@@ -28,6 +28,13 @@ BUGS = [
         "in _find_parts(source)[:1]:",
         damage("test_chained_ogg"),
     ),
+    Bug(
+        "a wrong bit refuses the file",
+        CONTAINERS,
+        "if not seconds:",
+        "if True:",
+        damage("test_a_part_of_a_chained_ogg_that_cannot_be_read"),
+    ),
     Bug("no word of an early end", CONTAINERS, "loss.seconds < promised - LATE", "loss.seconds < 0", SHORT),
     Bug("a Xing tag of 576 samples", CONTAINERS, "(1152 if", "(576 if", SHORT),
     Bug("AC-3's levels swapped", FRAMES, "return centre, surround", "return surround, centre", SURROUND),
